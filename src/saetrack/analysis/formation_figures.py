@@ -1,0 +1,121 @@
+"""The figures of the formation analysis."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import figures as look
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.floating]
+
+# rows of the map: more cannot be told apart on paper
+_MAP_ROWS = 400
+_PANELS = {
+    "Activations, cosine": {"activation_cosine": "raw", "activation_cosine_centred": "centred"},
+    "Latents, cosine": {"feature_cosine": "all latents", "feature_cosine_without_own": "without own latent"},
+    "Latents, Jaccard": {"feature_jaccard": "all latents", "feature_jaccard_without_own": "without own latent"},
+    "Latents, weighted Jaccard": {
+        "feature_weighted_jaccard": "all latents",
+        "feature_weighted_jaccard_without_own": "without own latent",
+    },
+}
+_FORMED = {
+    "activation_cosine_centred": ("activations, centred cosine", look.BLUE),
+    "feature_cosine_without_own": ("latents, cosine without own", look.VERMILION),
+    "feature_jaccard_without_own": ("latents, Jaccard without own", look.GREEN),
+}
+
+
+def progress_figure(population: pd.DataFrame, steps: list[int]) -> Figure:
+    """Mean progress over features in four panels, with its interval, the quartiles and the band of a random set.
+
+    Args:
+        population: The analysis' table ``population``.
+        steps: The track's LLM steps, increasing.
+    """
+    figure, axes = look.small_multiples(len(_PANELS), panel_width=3.9, panel_height=3.1)
+    for ax, (title, lines) in zip(axes, _PANELS.items(), strict=True):
+        for (measure, label), color in zip(lines.items(), (look.BLUE, look.VERMILION), strict=True):
+            rows = population[population["measure"] == measure].set_index("step").loc[steps]
+            look.band(ax, steps, rows["q25"], rows["q75"], color=color, alpha=0.12)
+            look.band(ax, steps, rows["low"], rows["high"], color=color, alpha=0.4)
+            look.line(ax, steps, rows["mean"], color=color, label=label)
+        # two nulls on top of each other cannot be told apart: only that of the sounder measure, the last, is drawn
+        null: dict[str, Any] = {"color": look.GREY, "alpha": 0.35, "label": "one random set, 95 %"}
+        look.band(ax, steps, rows["null_low"], rows["null_high"], **null)
+        _zero(ax)
+        look.describe(ax, title=title, ylabel="progress M")
+        ax.yaxis.labelpad = 1  # tick labels may be as long as "-0.025"
+        look.step_axis(ax, steps)
+        look.legend(ax)
+    return figure
+
+
+def formed_figure(shares: pd.DataFrame, steps: list[int]) -> Figure:
+    """Share of the features that have formed by each step, and of random sets that would count as formed.
+
+    Args:
+        shares: The analysis' table ``formed``.
+        steps: The track's LLM steps, increasing.
+    """
+    figure, (ax,) = look.small_multiples(1, panel_width=5.0, panel_height=3.5)
+    for measure, (label, color) in _FORMED.items():
+        rows = shares[shares["measure"] == measure].set_index("step").loc[steps]
+        look.band(ax, steps, rows["low"], rows["high"], color=color)
+        look.line(ax, steps, rows["share"], color=color, label=label)
+        look.line(ax, steps, rows["null_share"], color=color, linestyle=":", marker="", linewidth=1.2)
+    ax.plot([], [], color=look.GREY, linestyle=":", label="random sets")
+    ax.set_ylim(-0.02, 1.02)
+    look.describe(ax, title="Features formed by each checkpoint", ylabel="share of computed features")
+    look.step_axis(ax, steps)
+    look.legend(ax)
+    return figure
+
+
+def map_figure(values: Floats, formed: NDArray[np.integer], steps: list[int], measure: str) -> Figure:
+    """Every computed feature's progress, sorted by when it formed and then by its final value.
+
+    Args:
+        values: ``[T, F]`` progress.
+        formed: ``[F]`` index of the checkpoint where it formed, -1 for never.
+        steps: The track's LLM steps, increasing.
+        measure: Name of the measure, for the title.
+    """
+    when = np.where(formed < 0, len(steps), formed)
+    order = np.lexsort((-values[-1], when))
+    groups = np.array_split(order, min(_MAP_ROWS, len(order)))
+    image = np.stack([values[:, group].mean(axis=1) for group in groups])  # [rows, T]
+    figure, (ax,) = look.small_multiples(1, panel_width=5.0, panel_height=4.0)
+    limit = float(max(np.quantile(np.abs(values), 0.99), 1e-6))
+    drawn = ax.imshow(
+        image, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest",
+        extent=(-0.5, len(steps) - 0.5, len(order), 0),
+    )  # fmt: skip
+    edges = np.searchsorted(when[order], np.arange(len(steps) + 1), side="right")
+    ax.step(
+        np.arange(-0.5, len(steps) + 0.5), np.append(edges[0], edges[: len(steps)]), color=look.BLACK, linewidth=1.2
+    )
+    ax.grid(visible=False)
+    every = max(1, -(-len(steps) // 10))
+    ticks = np.arange(len(steps) - 1, -1, -every)[::-1]
+    ax.set_xticks(ticks, [look.step_label(steps[t]) for t in ticks])
+    title = f"Every feature's progress: {measure.replace('_', ' ')}"
+    look.describe(ax, title=title, ylabel="features, sorted by formed step (line)", xlabel="LLM training step")
+    place = ax.get_position()
+    ax.set_position((place.x0, place.y0, 0.84 * place.width, place.height))
+    bar = figure.colorbar(drawn, cax=figure.add_axes((place.x0 + 0.87 * place.width, place.y0, 0.02, place.height)))
+    bar.ax.tick_params(labelsize=8)
+    bar.ax.set_title("M", fontsize=9)
+    return figure
+
+
+def _zero(ax: Axes) -> None:
+    ax.axhline(0, color=look.GREY, linewidth=0.8)

@@ -1,0 +1,196 @@
+"""Quality of every snapshot: how much of the activations and of the LLM's loss its SAE keeps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import PercentFormatter
+
+from . import figures
+from .base import Analysis, AnalysisResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from saetrack.track import Snapshot, Track
+
+_COLUMNS = (
+    "position",
+    "step",
+    "tokens",
+    "tokens_trained",
+    "warm_start",
+    "fvu",
+    "fvu_before",
+    "fvu_shift",
+    "explained_variance",
+    "l0",
+    "dead_share",
+    "dense_share",
+    "ce_clean",
+    "ce_sae",
+    "ce_zero",
+    "ce_mean",
+    "ce_recovered_zero",
+    "ce_recovered_mean",
+)
+_SCALARS = (
+    "fvu",
+    "fvu_before",
+    "fvu_shift",
+    "explained_variance",
+    "l0",
+    "dead_share",
+    "dense_share",
+    "ce_recovered_zero",
+    "ce_recovered_mean",
+    "functional_correlation_median",
+)
+_OFF_SCALE = (-0.25, 1.25)
+
+
+class Quality(Analysis):
+    """Quality of every snapshot: FVU, L0, dead and dense features, CE loss recovered, functional correlation.
+
+    All numbers were measured on the evaluation split when the snapshot was written; this puts them side by side.
+    ``fvu_shift`` is the FVU of the previous SAE, as it was, on the new LLM checkpoint; ``fvu_before`` that of the warm
+    start before any training; ``fvu`` that of the snapshot. The functional correlation of a feature is the Pearson
+    correlation of its latent with the snapshot before on the same rows, each SAE on its own LLM checkpoint; its
+    quartiles are over features whose firing frequency is above a threshold in both snapshots.
+
+    Args:
+        min_firing_frequency: Features that fire on no larger a share of the evaluation positions, in this snapshot or
+            in the one before, are left out of the quartiles of the functional correlation.
+    """
+
+    def __init__(self, min_firing_frequency: float = 1e-4) -> None:
+        if not 0 <= min_firing_frequency < 1:
+            raise ValueError(
+                f"min_firing_frequency is {min_firing_frequency}; it is a share of positions, expected 0 <= it < 1."
+            )
+        self.min_firing_frequency = min_firing_frequency
+
+    def run(self, track: Track) -> AnalysisResult:
+        """Collect the table, draw it, and give its columns as scalars."""
+        table = track.metrics().reindex(columns=list(_COLUMNS))
+        numbers = [column for column in _COLUMNS if column != "warm_start"]
+        table[numbers] = table[numbers].apply(pd.to_numeric)
+        identity = [self._identity(before, now) for before, now in zip([None, *track[:-1]], track, strict=True)]
+        table = pd.concat([table, pd.DataFrame(identity)], axis=1)
+        # a chain may run backward through training; the table and the curves run forward
+        table = table.sort_values("step", ignore_index=True)
+        return AnalysisResult(
+            tables={"quality": table},
+            figures={"quality": _figure(table, str(track.facts["model"]), str(track.facts["hookpoint"]))},
+            scalars={name: _by_step(table, name) for name in _SCALARS},
+            settings={"min_firing_frequency": self.min_firing_frequency, "split": "evaluation"},
+            summary=_summary(table),
+        )
+
+    def _identity(self, before: Snapshot | None, now: Snapshot) -> dict[str, float]:
+        """Quartiles of the functional correlation with the previous snapshot, and the number of features in them."""
+        names = ("functional_correlation_low", "functional_correlation_median", "functional_correlation_high")
+        if before is None:
+            return {**dict.fromkeys(names, np.nan), "features_compared": 0}
+        alive = [s.features["firing_frequency"].to_numpy() > self.min_firing_frequency for s in (before, now)]
+        r = now.features["functional_correlation"].to_numpy(dtype=np.float64)[alive[0] & alive[1]]
+        r = r[np.isfinite(r)]
+        quartiles = np.quantile(r, [0.25, 0.5, 0.75]).tolist() if len(r) else [np.nan] * 3
+        return {**dict(zip(names, quartiles, strict=True)), "features_compared": len(r)}
+
+
+def _by_step(table: pd.DataFrame, name: str) -> dict[int, float]:
+    known = table[table[name].notna()]
+    return {int(step): float(value) for step, value in zip(known["step"], known[name], strict=True)}
+
+
+def _summary(table: pd.DataFrame) -> str:
+    first, last = table.iloc[0], table.iloc[-1]
+    count = "1 snapshot" if len(table) == 1 else f"{len(table)} snapshots"
+    text = (
+        f"{count}, LLM steps {int(first['step'])} to {int(last['step'])}: FVU {first['fvu']:.3f} at the first and "
+        f"{last['fvu']:.3f} at the last, where L0 is {last['l0']:.1f}, {last['dead_share']:.1%} of the features are "
+        f"dead and {last['ce_recovered_zero']:.1%} of the CE loss is recovered (against zero ablation)."
+    )
+    if table["functional_correlation_median"].notna().any():
+        lowest = table.iloc[int(np.nanargmin(table["functional_correlation_median"]))]
+        text += (
+            f" The functional correlation with the snapshot before has its lowest median at step {int(lowest['step'])}:"
+            f" {lowest['functional_correlation_median']:.2f}."
+        )
+    return text
+
+
+def _figure(table: pd.DataFrame, model: str, hookpoint: str) -> Figure:
+    steps = table["step"].tolist()
+    title = f"SAE quality through the training of {model.rstrip('/').split('/')[-1]}, {hookpoint}"
+    figure, axes = figures.small_multiples(6, columns=3, title=title)
+    _draw_fvu(axes[0], table, steps)
+    _draw_recovered(axes[1], table, steps)
+    for name, label, color in (
+        ("ce_clean", "as it is", figures.BLACK),
+        ("ce_sae", "with the SAE", figures.BLUE),
+        ("ce_mean", "mean ablation", figures.ORANGE),
+        ("ce_zero", "zero ablation", figures.VERMILION),
+    ):
+        figures.line(axes[2], steps, table[name], color=color, label=label)
+    figures.describe(axes[2], title="Loss of the LLM", ylabel="cross entropy (nats)")
+    figures.legend(axes[2])
+    figures.line(axes[3], steps, table["l0"], color=figures.BLUE)
+    axes[3].set_ylim(0, 1.15 * max(float(table["l0"].max()), 1.0))
+    figures.describe(axes[3], title="Active latents per token", ylabel="L0")
+    figures.line(axes[4], steps, table["dead_share"], color=figures.VERMILION, label="dead")
+    figures.line(axes[4], steps, table["dense_share"], color=figures.SKY, label="dense")
+    axes[4].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes[4].set_ylim(bottom=0, top=max(0.02, 1.15 * float(table[["dead_share", "dense_share"]].max().max())))
+    figures.describe(axes[4], title="Dead and dense features", ylabel="share of all features")
+    figures.legend(axes[4])
+    _draw_identity(axes[5], table, steps)
+    for ax in axes:
+        figures.step_axis(ax, steps)
+    return figure
+
+
+def _draw_fvu(ax: Axes, table: pd.DataFrame, steps: list[int]) -> None:
+    shift, before = table["fvu_shift"], table["fvu_before"]
+    if not np.allclose(shift.dropna(), before[shift.notna()], rtol=1e-6):
+        figures.line(ax, steps, shift, color=figures.GREY, label="SAE before", linestyle=":", marker="s")
+    figures.line(ax, steps, before, color=figures.VERMILION, label="warm start", linestyle="--")
+    figures.line(ax, steps, table["fvu"], color=figures.BLUE, label="trained")
+    figures.log_y(ax)
+    figures.describe(ax, title="Variance left out", ylabel="FVU (log scale)")
+    figures.legend(ax)
+
+
+def _draw_recovered(ax: Axes, table: pd.DataFrame, steps: list[int]) -> None:
+    """Recovered shares, cut off where an untrained LLM makes them meaningless: ablation then changes no loss."""
+    low, high = _OFF_SCALE
+    off_scale = False
+    for name, label, color in (
+        ("ce_recovered_zero", "vs. zero ablation", figures.VERMILION),
+        ("ce_recovered_mean", "vs. mean ablation", figures.ORANGE),
+    ):
+        values = table[name].to_numpy(dtype=np.float64)
+        off_scale |= bool(((values < low) | (values > high)).any())
+        inside = np.where((values >= low) & (values <= high), values, np.nan)
+        figures.line(ax, steps, inside, color=color, label=label)
+        for edge, beyond, marker in ((low, values < low, "v"), (high, values > high, "^")):
+            ax.plot(
+                figures.step_position(steps)[beyond], np.full(beyond.sum(), edge), marker, color=color, clip_on=False
+            )
+    ax.set_ylim(low if (table[["ce_recovered_zero", "ce_recovered_mean"]] < 0).any(axis=None) else 0.0, high)
+    ax.axhline(1.0, color=figures.GREY, linewidth=0.8)
+    figures.describe(ax, title="CE loss recovered", ylabel="share" + (" (triangles: off scale)" if off_scale else ""))
+    figures.legend(ax)
+
+
+def _draw_identity(ax: Axes, table: pd.DataFrame, steps: list[int]) -> None:
+    low, high = table["functional_correlation_low"], table["functional_correlation_high"]
+    figures.band(ax, steps, low, high, color=figures.GREEN, label="quartiles")
+    figures.line(ax, steps, table["functional_correlation_median"], color=figures.GREEN, label="median")
+    ax.set_ylim(min(0.0, float(np.nan_to_num(low).min()) - 0.05), 1.02)
+    figures.describe(ax, title="Identity since the snapshot before", ylabel="functional correlation")
+    figures.legend(ax)

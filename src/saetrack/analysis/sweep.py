@@ -1,0 +1,225 @@
+"""Run any number of analyses over a track, with each LLM checkpoint loaded once and each token row run once.
+
+Memory at its peak, beside one LLM and one SAE, with P the positions of the rows that some analysis asked for (all
+splits together, about ``rows * context_size``):
+
+    P * d_in * 4 bytes                       activations
+    2 * P * L0 * 8 bytes                     latents, sparse: value and index; twice while batches are joined
+    rows_per_batch * context_size * d_in * 4 one batch (and the LLM's own working memory for it)
+
+32,768 positions at d_in 1024 and L0 64 are 134 MB of activations and 34 MB of latents. Only one checkpoint's
+observation exists at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+
+from saetrack.lm.checkpoints import load_llm
+from saetrack.lm.forward import read_activations
+from saetrack.lm.tokens import TokenRows
+from saetrack.sae import SAE
+from saetrack.track import Snapshot, Track
+
+from .base import Analysis, AnalysisResult, Observation, Probe, SplitObservation, SweepAnalysis
+
+logger = logging.getLogger(__name__)
+
+
+def run_analyses(
+    track: Track,
+    analyses: Mapping[str, Analysis | SweepAnalysis],
+    *,
+    device: torch.device | str = "cpu",
+    rows_per_batch: int = 32,
+) -> dict[str, AnalysisResult]:
+    """Run analyses on a track and save each result under ``analyses/NAME`` of the track as soon as it is there.
+
+    Those that need only the track run first. The others share one sweep over the LLM checkpoints, the last snapshot
+    first and the others in the order of the track. An analysis that raises is left out from there on; the others go on.
+
+    Args:
+        track: The track, with at least one snapshot.
+        analyses: Name to analysis. The name is the folder's.
+        device: Where the LLM and the SAE run.
+        rows_per_batch: Token rows in one forward of the LLM.
+
+    Returns:
+        Name to result, in the order of ``analyses``.
+
+    Raises:
+        ValueError: If the track is empty, or ``rows_per_batch`` is not positive, or something in ``analyses`` is none.
+        RuntimeError: If an analysis raised; it is named, and its own error is the cause. The results of those that
+            finished are saved.
+    """
+    _check(track, analyses, rows_per_batch)
+    runs = _Runs(track)
+    for name, analysis in analyses.items():
+        if isinstance(analysis, Analysis):
+            runs.finish(name, partial(analysis.run, track))
+    sweeping = {name: a for name, a in analyses.items() if isinstance(a, SweepAnalysis)}
+    probes: dict[str, Probe] = {}
+    for name, analysis in sweeping.items():
+        probe = runs.attempt(name, partial(analysis.begin, track))
+        if probe is not None:
+            probes[name] = probe
+    if probes:
+        _sweep(track, {name: sweeping[name] for name in probes}, probes, runs, torch.device(device), rows_per_batch)
+    runs.raise_failures()
+    return {name: runs.results[name] for name in analyses}
+
+
+def _check(track: Track, analyses: Mapping[str, object], rows_per_batch: int) -> None:
+    if len(track) == 0:
+        raise ValueError(f"{track.path} holds no snapshot yet, so there is nothing to analyse. Run `saetrack fit`.")
+    if rows_per_batch < 1:
+        raise ValueError(f"rows_per_batch is {rows_per_batch}; a forward needs at least 1 row.")
+    for name, analysis in analyses.items():
+        if not isinstance(analysis, Analysis | SweepAnalysis):
+            raise ValueError(
+                f"Analysis {name!r} is a {type(analysis).__name__}; expected an instance of a subclass of "
+                "saetrack.analysis.Analysis or saetrack.analysis.SweepAnalysis."
+            )
+
+
+class _Runs:
+    """Results so far, and who failed: one broken analysis must not cost the others their hour of forwards."""
+
+    def __init__(self, track: Track) -> None:
+        self.track = track
+        self.results: dict[str, AnalysisResult] = {}
+        self.failures: dict[str, Exception] = {}
+
+    def attempt(self, name: str, action: Callable[[], Any]) -> Any:
+        """What ``action`` returns, or None when it raised."""
+        try:
+            return action()
+        except Exception as error:
+            logger.exception("Analysis %r failed.", name)
+            self.failures[name] = error
+            return None
+
+    def finish(self, name: str, action: Callable[[], AnalysisResult]) -> None:
+        """Get a result and save it."""
+
+        def save() -> AnalysisResult:
+            result = action()
+            result.save(self.track.analyses_dir / name)
+            return result
+
+        result = self.attempt(name, save)
+        if result is not None:
+            self.results[name] = result
+
+    def raise_failures(self) -> None:
+        """Raise if any analysis failed, from the first error."""
+        if not self.failures:
+            return
+        causes = "; ".join(f"{name!r} ({type(e).__name__}: {e})" for name, e in self.failures.items())
+        kept = (
+            f"The results of {', '.join(map(repr, self.results))} are saved." if self.results else "Nothing was saved."
+        )
+        raise RuntimeError(f"Analysis failed: {causes}. {kept}") from next(iter(self.failures.values()))
+
+
+def _sweep(
+    track: Track,
+    analyses: Mapping[str, SweepAnalysis],
+    probes: Mapping[str, Probe],
+    runs: _Runs,
+    device: torch.device,
+    rows_per_batch: int,
+) -> None:
+    wanted = {
+        "selection": max(probe.selection_rows for probe in probes.values()),
+        "evaluation": max(probe.evaluation_rows for probe in probes.values()),
+    }
+    rows = {split: _first_rows(track.tokens(split), n) for split, n in wanted.items() if n}
+    reader = _Reader(track.facts["hookpoint"], track.facts["llm_dtype"], device, rows_per_batch)
+    order = [len(track) - 1, *range(len(track) - 1)]
+    for number, index in enumerate(order, start=1):
+        snapshot = track[index]
+        logger.info("LLM checkpoint %d of %d (step %d)", number, len(order), snapshot.step)
+        splits = reader.read(snapshot, rows)
+        for name, analysis in analyses.items():
+            if name not in runs.failures:
+                runs.attempt(name, partial(analysis.observe, snapshot, _part(splits, probes[name])))
+        del splits
+        if all(name in runs.failures for name in analyses):
+            return
+    for name, analysis in analyses.items():
+        if name not in runs.failures:
+            runs.finish(name, analysis.finish)
+
+
+def _first_rows(rows: TokenRows, count: int) -> TokenRows:
+    return TokenRows(np.asarray(rows.tokens[:count]), np.asarray(rows.documents[:count]), rows.bos_token_id)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads activations and latents of one snapshot after the other; holds no LLM between them."""
+
+    hookpoint: str
+    dtype: str
+    device: torch.device
+    rows_per_batch: int
+
+    def read(self, snapshot: Snapshot, rows: Mapping[str, TokenRows]) -> dict[str, SplitObservation]:
+        """Load the snapshot's LLM checkpoint and run all rows through it and the SAE."""
+        if not rows:
+            return {}
+        model = load_llm(snapshot.llm, dtype=self.dtype, device=self.device)
+        sae = snapshot.sae().to(self.device)
+        return {split: self._read_split(model, sae, split_rows) for split, split_rows in rows.items()}
+
+    @torch.inference_mode()
+    def _read_split(self, model: Any, sae: SAE, rows: TokenRows) -> SplitObservation:
+        usable = rows.usable()  # [R, T]
+        positions = np.argwhere(usable)  # [P, 2]
+        activations = np.empty((len(positions), sae.d_in), dtype=np.float32)
+        latents: list[scipy.sparse.csr_array] = []
+        done = 0
+        for start in range(0, len(rows.tokens), self.rows_per_batch):
+            batch = slice(start, start + self.rows_per_batch)
+            tokens = torch.from_numpy(rows.tokens[batch].astype(np.int64)).to(self.device)
+            x = read_activations(model, tokens, [self.hookpoint])[self.hookpoint]  # [B, T, d_in]
+            x = x[torch.from_numpy(usable[batch]).to(x.device)].float()  # [p, d_in]
+            activations[done : done + len(x)] = x.cpu().numpy()
+            latents.append(sae.encode_sparse(x))
+            done += len(x)
+        return SplitObservation(rows, positions, activations, _join(latents, sae.d_sae))
+
+
+def _join(batches: list[scipy.sparse.csr_array], d_sae: int) -> scipy.sparse.csr_array:
+    if not batches:
+        return scipy.sparse.csr_array((0, d_sae), dtype=np.float32)
+    joined = scipy.sparse.csr_array(scipy.sparse.vstack(batches, format="csr"), dtype=np.float32)
+    joined.eliminate_zeros()
+    joined.sort_indices()
+    return joined
+
+
+def _part(splits: Mapping[str, SplitObservation], probe: Probe) -> Observation:
+    """What one analysis asked for: the first rows of what was read, without copying."""
+    wanted = {"selection": probe.selection_rows, "evaluation": probe.evaluation_rows}
+    return Observation(**{split: _head(splits[split], n) for split, n in wanted.items() if n})
+
+
+def _head(whole: SplitObservation, rows: int) -> SplitObservation:
+    if rows >= len(whole.rows.tokens):
+        return whole
+    count = int(np.searchsorted(whole.positions[:, 0], rows))
+    latents, stored = whole.latents, int(whole.latents.indptr[count])
+    head = scipy.sparse.csr_array(
+        (latents.data[:stored], latents.indices[:stored], latents.indptr[: count + 1]), shape=(count, latents.shape[1])
+    )
+    return SplitObservation(_first_rows(whole.rows, rows), whole.positions[:count], whole.activations[:count], head)

@@ -1,0 +1,317 @@
+"""The series of LLM checkpoints: where they are, in which order, and how one is loaded.
+
+A source lists its checkpoints with strictly increasing steps, numerically sorted, and pins one tokenizer for all of
+them: the vocabulary does not change while an LLM is trained, but what is published beside a step can.
+"""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+from saetrack.lm import files
+from saetrack.lm.loading import LLMCheckpoint, commit_sha, load_llm, release_memory, weight_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from saetrack.lm.pretrain import PretrainConfig
+
+__all__ = [
+    "CheckpointSource",
+    "FolderSource",
+    "HubSource",
+    "LLMCheckpoint",
+    "ListSource",
+    "PretrainSource",
+    "commit_sha",
+    "load_llm",
+    "release_memory",
+    "source_from_string",
+    "weight_hash",
+]
+
+_STEP_NAME = re.compile(r"(?:step|checkpoint)[-_]?(\d+)", re.IGNORECASE)
+_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
+
+
+class CheckpointSource(ABC):
+    """Where a series of LLM checkpoints comes from."""
+
+    def prepare(self) -> None:
+        """Make the checkpoints exist; for most sources they do. Called once, by one process."""
+        return
+
+    @abstractmethod
+    def checkpoints(self) -> list[LLMCheckpoint]:
+        """The series, with strictly increasing steps. Reads names only, no weights."""
+
+    @property
+    @abstractmethod
+    def tokenizer_name(self) -> tuple[str, str | None]:
+        """Folder or repository, and revision, of the one tokenizer of the whole series."""
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer that ``tokenizer_name`` pins."""
+        return self._load_tokenizer(None)
+
+    def _load_tokenizer(self, cache_dir: str | None) -> "PreTrainedTokenizerBase":
+        from transformers import AutoTokenizer
+
+        name, revision = self.tokenizer_name
+        try:
+            return AutoTokenizer.from_pretrained(name, revision=revision or "main", cache_dir=cache_dir)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"There is no tokenizer in {files.label(name, revision)}. Name a folder or a repository that has one "
+                f"as `tokenizer` (or `tokenizer_revision`) of the checkpoint source."
+            ) from error
+
+
+class FolderSource(CheckpointSource):
+    """A folder of Hugging Face checkpoints: ``step*``, as ``saetrack pretrain`` writes them, or ``checkpoint-*``.
+
+    Args:
+        path: The folder that holds ``step0``, ``step1``, ... or ``checkpoint-500``, ``checkpoint-1000``, ...
+        tokenizer: Folder or repository of the tokenizer. By default that of the last checkpoint that has one, or the
+            one in ``path`` itself.
+    """
+
+    def __init__(self, path: str | Path, tokenizer: str | None = None) -> None:
+        self.path = Path(path)
+        self._tokenizer = tokenizer
+
+    def checkpoints(self) -> list[LLMCheckpoint]:
+        """The folders, sorted by the number in their names.
+
+        Raises:
+            FileNotFoundError: If the folder does not exist or holds no checkpoints.
+            ValueError: If two checkpoints are of one step.
+        """
+        if not self.path.is_dir():
+            raise FileNotFoundError(
+                f"{self.path} is not a folder. Give the one that holds the LLM checkpoints step0, step1, ... as `path`."
+            )
+        folders = {path.name: path for path in sorted(self.path.iterdir()) if path.is_dir()}
+        steps = _steps(folders)
+        if not steps:
+            one = (self.path / "config.json").is_file()
+            found = ", ".join(list(folders)[:6]) or "no folders"
+            raise FileNotFoundError(
+                f"{self.path} holds no LLM checkpoints: expected folders named step{{N}} or checkpoint-{{N}}, found "
+                + ("one model; give the folder above it." if one else f"{found}. Check `path`, or use a ListSource.")
+            )
+        _refuse_duplicates(steps, str(self.path), "Move one of them elsewhere.")
+        return [LLMCheckpoint(str(folders[name]), None, step, _tokens_seen(folders[name])) for step, name in steps]
+
+    @property
+    def tokenizer_name(self) -> tuple[str, str | None]:
+        """The tokenizer that was given, or that of the last checkpoint that has one."""
+        if self._tokenizer:
+            return self._tokenizer, None
+        if (pinned := _pinned_tokenizer(self.checkpoints())) is not None:
+            return pinned
+        if files.has_tokenizer(str(self.path), None):
+            return str(self.path), None
+        raise FileNotFoundError(
+            f"None of the LLM checkpoints in {self.path} has a tokenizer. Save one there, or name a folder or a "
+            f"repository as the source's `tokenizer`."
+        )
+
+
+class HubSource(CheckpointSource):
+    """A repository on the Hub with a branch for every checkpoint, such as Pythia's ``step1000``.
+
+    CRFM's ``checkpoint-1000`` is read as well. Branches with other names, ``main`` among them, are skipped. Without a
+    network the revisions in the Hub's cache are the series.
+
+    Args:
+        repo: The repository, such as ``EleutherAI/pythia-160m-deduped``.
+        revisions: Names of the branches to take; by default every one that names a step.
+        steps: The LLM's training steps to take; by default all.
+        tokenizer_revision: Revision of the tokenizer. By default that of the last checkpoint that has one, or ``main``.
+        cache_dir: The Hub's cache, where it is not the one that ``HF_HOME`` names. Reading a track later needs
+            ``HF_HUB_CACHE`` set to it.
+        tokens_per_step: Tokens in a batch of the LLM's training (2_097_152 for Pythia), which gives every checkpoint
+            its number of tokens.
+    """
+
+    def __init__(
+        self,
+        repo: str,
+        revisions: list[str] | None = None,
+        steps: list[int] | None = None,
+        tokenizer_revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        tokens_per_step: int | None = None,
+    ) -> None:
+        self.repo = repo
+        self._revisions = revisions
+        self._chosen = steps
+        self._tokenizer_revision = tokenizer_revision
+        self._cache_dir = None if cache_dir is None else str(cache_dir)
+        self._tokens_per_step = tokens_per_step
+
+    def checkpoints(self) -> list[LLMCheckpoint]:
+        """The revisions, sorted by the number in their names.
+
+        Raises:
+            FileNotFoundError: If neither the Hub nor its cache has the repository.
+            ValueError: If no revision names a step, two name the same one, or a chosen step has none.
+        """
+        names = self._revisions if self._revisions is not None else files.hub_branches(self.repo, self._cache_dir)
+        steps = _steps(names)
+        if self._revisions is not None and len(steps) < len(names):
+            odd = next(name for name in names if not _STEP_NAME.fullmatch(name))
+            raise ValueError(
+                f"Revision {odd!r} of {self.repo} does not say its step: expected step{{N}} or checkpoint-{{N}} in "
+                f"`revisions`. Name it with its step in a ListSource instead."
+            )
+        if not steps:
+            raise ValueError(
+                f"{self.repo} has no revision named step{{N}} or checkpoint-{{N}}, only {', '.join(names[:6])}. "
+                f"Name its checkpoints with their steps in a ListSource instead."
+            )
+        _refuse_duplicates(steps, self.repo, "Name the ones to take as `revisions`.")
+        if self._chosen is not None:
+            missing = sorted(set(self._chosen) - {step for step, _ in steps})
+            if missing:
+                raise ValueError(
+                    f"{self.repo} has no checkpoint of step {missing[0]}, which `steps` asks for ({len(missing)} of "
+                    f"{len(self._chosen)} are missing). `saetrack checkpoints {self.repo}` lists what there is."
+                )
+            steps = [(step, name) for step, name in steps if step in set(self._chosen)]
+        rate = self._tokens_per_step
+        return [
+            LLMCheckpoint(self.repo, name, step, None if rate is None else rate * step, self._cache_dir)
+            for step, name in steps
+        ]
+
+    @property
+    def tokenizer_name(self) -> tuple[str, str | None]:
+        """The repository, and the one revision whose tokenizer serves the whole series."""
+        if self._tokenizer_revision:
+            return self.repo, self._tokenizer_revision
+        return _pinned_tokenizer(self.checkpoints()) or (self.repo, "main")
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer that ``tokenizer_name`` pins."""
+        return self._load_tokenizer(self._cache_dir)
+
+
+class ListSource(CheckpointSource):
+    """Checkpoints named one by one: for runs whose folders or branches do not say their steps.
+
+    Args:
+        checkpoints: Each with its folder or repository, revision and step, in the order of their steps.
+        tokenizer: Folder or repository of the tokenizer. By default that of the last checkpoint that has one.
+        tokenizer_revision: Revision of the tokenizer, where ``tokenizer`` is a repository.
+    """
+
+    def __init__(
+        self, checkpoints: list[LLMCheckpoint], tokenizer: str | None = None, tokenizer_revision: str | None = None
+    ) -> None:
+        if not checkpoints:
+            raise ValueError("ListSource.checkpoints is empty. Name at least one, with model, revision and step.")
+        for position, (before, after) in enumerate(pairwise(checkpoints), start=1):
+            if after.step <= before.step:
+                raise ValueError(
+                    f"ListSource.checkpoints must have strictly increasing steps, but {after} follows {before} at "
+                    f"position {position}. Sort the list by step, and name every step once."
+                )
+        self._checkpoints = list(checkpoints)
+        self._tokenizer = tokenizer
+        self._tokenizer_revision = tokenizer_revision
+
+    def checkpoints(self) -> list[LLMCheckpoint]:
+        """The checkpoints as they were given."""
+        return list(self._checkpoints)
+
+    @property
+    def tokenizer_name(self) -> tuple[str, str | None]:
+        """The tokenizer that was given, or that of the last checkpoint that has one."""
+        if self._tokenizer:
+            return self._tokenizer, self._tokenizer_revision
+        if (pinned := _pinned_tokenizer(self._checkpoints)) is not None:
+            return pinned
+        raise FileNotFoundError(
+            f"None of the {len(self._checkpoints)} LLM checkpoints of the list has a tokenizer, the last is "
+            f"{self._checkpoints[-1]}. Name a folder or a repository as `ListSource.tokenizer`."
+        )
+
+
+class PretrainSource(CheckpointSource):
+    """A folder that a small LLM is pretrained into when it is empty or unfinished; from then on a ``FolderSource``.
+
+    Args:
+        folder: Where the checkpoints are, or will be.
+        pretrain: How the LLM is pretrained; the defaults take minutes on two CPU cores.
+    """
+
+    # jsonargparse resolves this name from the TYPE_CHECKING block; Optional, since a string cannot be or-ed with None.
+    def __init__(self, folder: str | Path, pretrain: Optional["PretrainConfig"] = None) -> None:
+        self.folder = Path(folder)
+        self._pretrain = pretrain
+        self._series = FolderSource(folder)
+
+    def prepare(self) -> None:
+        """Pretrain what is missing; returns at once when the series is complete."""
+        # Lightning is imported only by those who pretrain: reading a track must not need it.
+        from saetrack.lm.pretrain import PretrainConfig, pretrain
+
+        pretrain(self.folder, self._pretrain or PretrainConfig())
+
+    def checkpoints(self) -> list[LLMCheckpoint]:
+        """The checkpoints in the folder; ``prepare`` makes them."""
+        return self._series.checkpoints()
+
+    @property
+    def tokenizer_name(self) -> tuple[str, str | None]:
+        """The tokenizer of the last checkpoint; ``prepare`` makes it."""
+        return self._series.tokenizer_name
+
+
+def source_from_string(text: str) -> CheckpointSource:
+    """The source that a word on the command line means: an existing folder, or a repository on the Hub.
+
+    Raises:
+        ValueError: If it is neither a folder nor of the form ``org/name``.
+    """
+    if text and Path(text).is_dir():
+        return FolderSource(text)
+    if _HUB_NAME.fullmatch(text):
+        return HubSource(text)
+    raise ValueError(
+        f"{text!r} is neither a folder nor a repository on the Hub. Type an existing folder that holds step0, step1, "
+        f"..., or a name like EleutherAI/pythia-160m-deduped."
+    )
+
+
+def _steps(names: Iterable[str]) -> list[tuple[int, str]]:
+    """(step, name) of the names that say a step, by step: ``step10`` comes after ``step2``."""
+    matches = ((_STEP_NAME.fullmatch(name), name) for name in names)
+    return sorted((int(match[1]), name) for match, name in matches if match)
+
+
+def _refuse_duplicates(steps: Sequence[tuple[int, str]], where: str, advice: str) -> None:
+    for (step, name), (after, other) in pairwise(steps):
+        if step == after:
+            raise ValueError(f"{name} and {other} of {where} are both LLM checkpoints of step {step}. {advice}")
+
+
+def _tokens_seen(folder: Path) -> int | None:
+    """Tokens by HF Trainer's own account; it writes 0 unless told to count, which says nothing."""
+    state = folder / "trainer_state.json"
+    if not state.is_file():
+        return None
+    return int(json.loads(state.read_text()).get("num_input_tokens_seen") or 0) or None
+
+
+def _pinned_tokenizer(series: Sequence[LLMCheckpoint]) -> tuple[str, str | None] | None:
+    for checkpoint in reversed(series):
+        if files.has_tokenizer(checkpoint.model, checkpoint.revision, checkpoint.cache_dir):
+            return checkpoint.model, checkpoint.revision
+    return None

@@ -1,0 +1,208 @@
+"""The LLM's forward pass to a hookpoint, with what a module gives there read or replaced.
+
+A hookpoint is the dotted name of any module, such as ``gpt_neox.layers.3`` or ``transformer.h.3.mlp``; the activation
+is that module's output, or the first element where it gives several.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Hook = Callable[[nn.Module, Any, Any], Any]
+
+
+class _AllReadError(Exception):
+    """Ends the forward pass where the last hookpoint has been read."""
+
+
+def resolve_hookpoint(model: nn.Module, name: str) -> nn.Module:
+    """The module that a hookpoint names.
+
+    Raises:
+        ValueError: If there is no such module (the closest names are listed), or if it is only a list of modules.
+    """
+    modules: dict[str, nn.Module] = {
+        n: m
+        for n, m in model.named_modules(remove_duplicate=False)
+        if n and not isinstance(m, nn.ModuleList | nn.ModuleDict)
+    }
+    if name in modules:
+        return modules[name]
+    inside = [n for n in modules if n.startswith(f"{name}.")] if name else []
+    close = inside[:3] or difflib.get_close_matches(name, modules, n=3, cutoff=0.4) or list(modules)[:3]
+    kind = type(model).__name__
+    wrong = f"is a list of modules of {kind}, not one" if inside else f"is no module of {kind}"
+    raise ValueError(f"Hookpoint {name!r} {wrong}. The closest names are {', '.join(close)}.")
+
+
+@torch.inference_mode()
+def read_activations(model: "PreTrainedModel", tokens: Tensor, hookpoints: Sequence[str]) -> dict[str, Tensor]:
+    """Activations of the LLM at each hookpoint; layers after the last of them are not run.
+
+    Args:
+        model: A causal language model of transformers.
+        tokens: Token ids, shape ``[batch, context]``, without padding.
+        hookpoints: Dotted module names, in any order.
+
+    Returns:
+        For each hookpoint, in the order given, its activations, shape ``[batch, context, d_in]``, in the LLM's dtype
+        and on its device. Ordinary tensors, which autograd may save: only the LLM itself runs in inference mode.
+
+    Raises:
+        ValueError: If a hookpoint is unknown, is not run, or does not give one vector for each token.
+    """
+    modules = {name: resolve_hookpoint(model, name) for name in hookpoints}
+    if not modules:
+        raise ValueError("No hookpoint was given. Name at least one module, such as gpt_neox.layers.3.")
+    seen: dict[str, Tensor] = {}
+
+    def reader(name: str) -> Hook:
+        def read(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if name in seen:
+                return
+            # Cloned, since a later module may work in place; outside of inference mode, so that an SAE can train on it.
+            with torch.inference_mode(False):
+                seen[name] = _activation(name, output, tokens).clone()
+            if len(seen) == len(modules):
+                raise _AllReadError
+
+        return read
+
+    with _hooks([(module, reader(name)) for name, module in modules.items()]):
+        try:
+            _run(model, tokens)
+        except _AllReadError:
+            return {name: seen[name] for name in modules}
+    raise ValueError(_not_run([name for name in modules if name not in seen]))
+
+
+@torch.inference_mode()
+def edit_activations(
+    model: "PreTrainedModel", tokens: Tensor, hookpoint: str, edit: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Logits of the LLM when its activations at a hookpoint are replaced.
+
+    With an SAE's reconstruction, zero or the mean activation as ``edit`` this gives the losses that CE loss recovered
+    compares.
+
+    Args:
+        model: A causal language model of transformers.
+        tokens: Token ids, shape ``[batch, context]``, without padding.
+        hookpoint: Dotted module name.
+        edit: Takes the activations, ``[batch, context, d_in]`` in the LLM's dtype, and returns what to put in their
+            place, of the same shape; it is cast back to the LLM's dtype.
+
+    Returns:
+        Logits, shape ``[batch, context, vocabulary]``, in the LLM's dtype.
+
+    Raises:
+        ValueError: If the hookpoint is unknown or is not run, or if ``edit`` changes the shape.
+    """
+    ran = False
+
+    def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        nonlocal ran
+        ran = True
+        activation = _activation(hookpoint, output, tokens)
+        edited = edit(activation)
+        if edited.shape != activation.shape:
+            raise ValueError(
+                f"The edit at {hookpoint} gives shape {tuple(edited.shape)} for activations of shape "
+                f"{tuple(activation.shape)}; they must be equal."
+            )
+        return _with_activation(output, edited.to(activation))
+
+    with _hooks([(resolve_hookpoint(model, hookpoint), replace)]):
+        logits = _run(model, tokens)
+    if not ran:
+        raise ValueError(_not_run([hookpoint]))
+    return logits
+
+
+def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross entropy of each next token, in nats.
+
+    Args:
+        logits: Shape ``[batch, context, vocabulary]``.
+        tokens: Token ids, shape ``[batch, context]``.
+
+    Returns:
+        Float32, shape ``[batch, context - 1]``: at ``[:, t]`` the loss of predicting ``tokens[:, t + 1]``.
+
+    Raises:
+        ValueError: If the shapes do not belong together.
+
+    Example:
+        >>> next_token_losses(torch.zeros(1, 3, 2), torch.tensor([[1, 0, 1]]))
+        tensor([[0.6931, 0.6931]])
+    """
+    if logits.shape[:-1] != tokens.shape:
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)} but tokens {tuple(tokens.shape)}; expected [batch, context, "
+            f"vocabulary] and [batch, context]."
+        )
+    targets = tokens[:, 1:].to(device=logits.device, dtype=torch.long)
+    return cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+
+
+def activation_widths(model: "PreTrainedModel", hookpoints: Sequence[str]) -> dict[str, int]:
+    """Width ``d_in`` of the activations at each hookpoint, found by running two tokens.
+
+    Raises:
+        ValueError: As for ``read_activations``.
+    """
+    activations = read_activations(model, torch.zeros(1, 2, dtype=torch.long), hookpoints)
+    return {name: activation.shape[-1] for name, activation in activations.items()}
+
+
+def _run(model: "PreTrainedModel", tokens: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=tokens.to(device=model.device, dtype=torch.long), use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def _hooks(hooks: Sequence[tuple[nn.Module, Hook]]) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _activation(hookpoint: str, output: Any, tokens: Tensor) -> Tensor:
+    """The tensor in a module's output, which may be a tuple or one of transformers' ordered outputs."""
+    value = output if isinstance(output, Tensor) else output[0]
+    if not isinstance(value, Tensor) or value.shape[:-1] != tokens.shape:
+        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"Hookpoint {hookpoint} gives {got} for tokens of shape {tuple(tokens.shape)}; expected [batch, context, "
+            f"d_in]. Choose a module whose output is one vector for each token, such as a layer or its mlp."
+        )
+    return value
+
+
+def _with_activation(output: Any, value: Tensor) -> Any:
+    """The same output with another first element."""
+    if isinstance(output, Tensor):
+        return value
+    if isinstance(output, tuple | list):
+        return type(output)([value, *output[1:]])
+    fields = dict(output)
+    fields[next(iter(fields))] = value
+    return type(output)(**fields)
+
+
+def _not_run(hookpoints: Sequence[str]) -> str:
+    return (
+        f"Hookpoint {', '.join(hookpoints)} is a module of the LLM, but its forward pass does not call it. Choose a "
+        f"layer, or a module inside one."
+    )

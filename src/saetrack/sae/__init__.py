@@ -1,0 +1,10 @@
+"""Sparse autoencoders: torch only, each class with its own loss."""
+
+from .base import SAE, LossTerms
+from .geometric_median import geometric_median
+from .saelens import save_saelens
+from .saetrack import SAETrackSAE
+from .standard import StandardSAE
+from .topk import TopKSAE
+
+__all__ = ["SAE", "LossTerms", "SAETrackSAE", "StandardSAE", "TopKSAE", "geometric_median", "save_saelens"]

@@ -1,0 +1,252 @@
+"""The contract of every sparse autoencoder."""
+
+import copy
+import inspect
+import math
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import scipy.sparse
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from .auxk import auxiliary_loss
+from .geometric_median import geometric_median
+
+_CHUNK_NUMBERS = 2**21  # 8 MiB of float32: the dense latents that encode_sparse holds at a time
+_INITIAL_ROWS = 4096  # dense latents of these are held while an SAE is initialised
+
+
+class LossTerms(NamedTuple):
+    """What one training batch says.
+
+    Attributes:
+        loss: Scalar to minimise.
+        fired: Which latents were above zero for any activation of the batch, bool ``[d_sae]``.
+        l0: Mean number of latents above zero, scalar, detached.
+        x_hat: Reconstruction, shape ``[batch, d_in]``, detached.
+        terms: Detached scalars for logging: "mse", "sparsity" where there is one, "auxk".
+            Each is unweighted: ``loss = mse + coefficient * sparsity + aux_coefficient * auxk``.
+    """
+
+    loss: Tensor
+    fired: Tensor
+    l0: Tensor
+    x_hat: Tensor
+    terms: dict[str, Tensor]
+
+
+class SAE(nn.Module, ABC):
+    """A sparse autoencoder: latents = activation((x - b_dec) W_enc + b_enc), x_hat = latents W_dec + b_dec.
+
+    Parameters are float32: ``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``.
+    They are zero until :meth:`initialise` or ``load_state_dict`` fills them. The loss expects training units:
+    activations scaled to a mean norm of sqrt(d_in).
+
+    Args:
+        d_in: Width of the activations. Filled in from the LLM by ``saetrack fit``.
+        expansion_factor: Number of latents for each dimension of the activations; d_sae = d_in * expansion_factor.
+        aux_coefficient: Weight of the auxiliary loss that revives dead latents; 0 turns it off.
+        aux_k: How many dead latents reconstruct the error of one activation. None: d_in // 2, as in Gao et al.
+
+    Raises:
+        ValueError: If a size is below 1 or a coefficient negative.
+    """
+
+    def __init__(self, d_in: int, expansion_factor: int, aux_coefficient: float, aux_k: int | None) -> None:
+        super().__init__()
+        if d_in < 1 or expansion_factor < 1:
+            raise ValueError(f"d_in ({d_in}) and sae.expansion_factor ({expansion_factor}) must be at least 1.")
+        if aux_k is not None and aux_k < 1:
+            raise ValueError(f"sae.aux_k must be at least 1, but is {aux_k}; sae.aux_coefficient 0 turns AuxK off.")
+        require_coefficient("aux_coefficient", aux_coefficient)
+        self.d_in = d_in
+        self.expansion_factor = expansion_factor
+        self.d_sae = d_in * expansion_factor
+        self.aux_coefficient = aux_coefficient
+        self.aux_k = max(1, d_in // 2) if aux_k is None else aux_k
+        self.W_enc = nn.Parameter(torch.zeros(d_in, self.d_sae))
+        self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_in))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @abstractmethod
+    def activate(self, pre: Tensor) -> Tensor:
+        """Turn pre-activations into latents, both ``[..., d_sae]``."""
+
+    @abstractmethod
+    def loss(self, x: Tensor, dead: Tensor | None = None) -> LossTerms:
+        """Compute the training loss of one batch.
+
+        Args:
+            x: Activations in training units (mean norm sqrt(d_in)), shape ``[batch, d_in]``.
+            dead: Latents to revive by AuxK, bool ``[d_sae]``; None for none.
+
+        Returns:
+            The loss with its parts.
+
+        Raises:
+            ValueError: If ``x`` or ``dead`` has the wrong width.
+        """
+
+    @abstractmethod
+    def saelens_config(self) -> dict[str, Any]:
+        """Give the part of SAELens's cfg.json that belongs to the architecture."""
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments, json-able: ``type(sae)(**sae.arguments)`` has the same shape and loss."""
+        return {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor, generator: torch.Generator) -> None:
+        """Start from the data: b_dec at their geometric median, random unit decoder rows, W_enc along W_dec^T, b_enc 0.
+
+        W_enc = c W_dec^T with the one factor c that leaves the least error on ``x``. With c = 1, the sum over
+        thousands of ReLU latents overshoots many times (FVU 12 at 8 latents a dimension, 0.2 with c fitted).
+
+        Args:
+            x: Activations in training units, shape ``[n, d_in]``; a few thousand are enough.
+            generator: Source of the decoder's directions; equal generators give equal SAEs.
+
+        Raises:
+            ValueError: If ``x`` has the wrong width, is empty or holds NaN or infinities.
+        """
+        self._check_width(x)
+        x = x.to(self.b_dec)
+        self.b_dec.copy_(geometric_median(x))
+        self.b_enc.zero_()
+        self.W_dec.copy_(torch.randn(self.d_sae, self.d_in, generator=generator, device=generator.device))
+        self.normalise_decoder_()
+        self.W_enc.copy_(self.W_dec.T)
+        sample = x[:_INITIAL_ROWS]
+        centred, guess = sample - self.b_dec, self(sample) - self.b_dec  # [n, d_in]
+        # Latents grow in proportion to W_enc as long as b_enc is 0, so the best factor is a projection.
+        overlap, power = (centred * guess).sum().item(), guess.square().sum().item()
+        if overlap > 0:
+            self.W_enc.mul_(overlap / power)
+
+    def preactivations(self, x: Tensor) -> Tensor:
+        """Give the latents before the activation function.
+
+        Args:
+            x: Activations, shape ``[..., d_in]``.
+
+        Returns:
+            ``(x - b_dec) W_enc + b_enc``, shape ``[..., d_sae]``.
+
+        Raises:
+            ValueError: If the last dimension of ``x`` is not d_in.
+        """
+        self._check_width(x)
+        # (x - b_dec) first, as SAELens does: folding b_dec into b_enc would round differently.
+        return (x - self.b_dec) @ self.W_enc + self.b_enc
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Compute the latents.
+
+        Args:
+            x: Activations, shape ``[..., d_in]``.
+
+        Returns:
+            Latents, never negative, shape ``[..., d_sae]``.
+
+        Raises:
+            ValueError: If the last dimension of ``x`` is not d_in.
+        """
+        return self.activate(self.preactivations(x))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Reconstruct activations, ``[..., d_in]``, from latents, ``[..., d_sae]``."""
+        return latents @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct activations of shape ``[..., d_in]``."""
+        return self.decode(self.encode(x))
+
+    @torch.inference_mode()
+    def encode_sparse(self, x: Tensor) -> scipy.sparse.csr_array:
+        """Compute the latents in sparse form, a few rows at a time, so that many tokens fit into memory.
+
+        Args:
+            x: Activations, shape ``[n, d_in]``, on the SAE's device.
+
+        Returns:
+            The values of :meth:`encode` that are not zero, float32 on the CPU, shape ``[n, d_sae]``.
+
+        Raises:
+            ValueError: If ``x`` is not ``[n, d_in]``.
+        """
+        if x.ndim != 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected [n, {self.d_in}].")
+        rows = max(1, _CHUNK_NUMBERS // self.d_sae)
+        chunks = []
+        for start in range(0, max(1, len(x)), rows):
+            part = x[start : start + rows]
+            latents = self.encode(part)  # [rows, d_sae]
+            row, column = latents.nonzero(as_tuple=True)
+            indptr = torch.zeros(len(part) + 1, dtype=torch.int32)
+            indptr[1:] = torch.bincount(row, minlength=len(part)).cumsum(0)
+            values = latents[row, column].float()
+            arrays = (values.cpu().numpy(), column.to(torch.int32).cpu().numpy(), indptr.numpy())
+            chunks.append(scipy.sparse.csr_array(arrays, shape=(len(part), self.d_sae)))
+        return chunks[0] if len(chunks) == 1 else scipy.sparse.csr_array(scipy.sparse.vstack(chunks, format="csr"))
+
+    @torch.no_grad()
+    def normalise_decoder_(self) -> None:
+        """Bring every decoder row to unit norm, in place. A row of zeros stays one."""
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)  # [d_sae, 1]
+        self.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
+
+    @torch.no_grad()
+    def remove_parallel_gradient_(self) -> None:
+        """Take out of the decoder's gradient what only changes row norms, in place; a no-op without a gradient.
+
+        Normalising the rows undoes a step along them, but Adam would count it in its moments.
+        Bricken et al. 2023, "Towards Monosemanticity", appendix "Advice for training sparse autoencoders".
+        """
+        grad = self.W_dec.grad
+        if grad is None:
+            return
+        squared = self.W_dec.square().sum(dim=1, keepdim=True)  # [d_sae, 1]
+        along = (grad * self.W_dec).sum(dim=1, keepdim=True) / squared.clamp_min(torch.finfo(grad.dtype).tiny)
+        grad.addcmul_(along, self.W_dec, value=-1.0)
+
+    @torch.no_grad()
+    def folded(self, scale: float) -> Self:
+        """Copy the SAE to other units: ``folded(s)(x) == sae(s * x) / s``, with equal latents.
+
+        With the scale of a stage this leads from training units to the LLM's own; with its inverse, back.
+
+        Args:
+            scale: Training units for each unit of the copy's activations, > 0.
+
+        Returns:
+            A copy with W_enc * s, W_dec / s (rows of norm 1/s where they had norm 1) and b_dec / s.
+
+        Raises:
+            ValueError: If ``scale`` is not positive and finite.
+        """
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale must be positive and finite, but is {scale}.")
+        other = copy.deepcopy(self)
+        other.W_enc.mul_(scale)
+        other.W_dec.div_(scale)
+        other.b_dec.div_(scale)
+        return other
+
+    def _auxiliary_loss(self, pre: Tensor, error: Tensor, dead: Tensor | None) -> Tensor:
+        return auxiliary_loss(pre, error, dead if self.aux_coefficient > 0 else None, self.W_dec, self.aux_k)
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1:] != (self.d_in,):
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, but this SAE reads activations of width {self.d_in} (d_in)."
+            )
+
+
+def require_coefficient(name: str, value: float) -> None:
+    """Raise ValueError unless a loss coefficient is finite and not negative."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"sae.{name} must be a finite number of at least 0, but is {value}.")

@@ -1,0 +1,68 @@
+"""ReLU latents with an L1 penalty."""
+
+from typing import Any, final
+
+from torch import Tensor
+
+from .base import SAE, LossTerms, require_coefficient
+
+
+@final
+class StandardSAE(SAE):
+    r"""ReLU autoencoder whose L1 penalty is weighted by the decoder's norms.
+
+    ``f = ReLU((x - b_dec) W_enc + b_enc)``, ``x_hat = f W_dec + b_dec``,
+
+    ``L = mean_b ||x_b - x_hat_b||^2 / d_in + l1_coefficient * mean_b sum_i f_bi ||W_dec,i|| / sqrt(d_in)
+    + aux_coefficient * L_auxk``.
+
+    The loss of Anthropic's "Circuits Updates, April 2024" with lambda = l1_coefficient * sqrt(d_in) (their 5 at
+    width 4096 is 0.08 here), divided by d_in: in training units neither term then depends on the width. Weighting
+    by the norms keeps the penalty from being escaped by small latents with long decoder rows.
+
+    Args:
+        d_in: Width of the activations. Filled in from the LLM by ``saetrack fit``.
+        expansion_factor: Number of latents for each dimension of the activations; d_sae = d_in * expansion_factor.
+        l1_coefficient: Weight of the sparsity penalty, at least 0; larger gives fewer active latents.
+        aux_coefficient: Weight of the auxiliary loss that revives dead latents; 0 turns it off.
+        aux_k: How many dead latents reconstruct the error of one activation. None: d_in // 2.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        expansion_factor: int = 16,
+        l1_coefficient: float = 0.08,
+        aux_coefficient: float = 1 / 32,
+        aux_k: int | None = None,
+    ) -> None:
+        super().__init__(d_in, expansion_factor, aux_coefficient, aux_k)
+        require_coefficient("l1_coefficient", l1_coefficient)
+        self.l1_coefficient = l1_coefficient
+
+    def activate(self, pre: Tensor) -> Tensor:
+        """Apply ReLU."""
+        return pre.relu()
+
+    def loss(self, x: Tensor, dead: Tensor | None = None) -> LossTerms:
+        """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
+        pre = self.preactivations(x)  # [batch, d_sae]
+        latents = self.activate(pre)
+        x_hat = self.decode(latents)
+        mse = (x - x_hat).square().mean()
+        norms = self.W_dec.norm(dim=1)  # [d_sae]
+        sparsity = (latents @ norms).mean() / self.d_in**0.5
+        auxk = self._auxiliary_loss(pre, x - x_hat, dead)
+        loss = mse + self.l1_coefficient * sparsity + self.aux_coefficient * auxk
+        active = latents.detach() > 0
+        return LossTerms(
+            loss=loss,
+            fired=active.any(dim=0),
+            l0=active.sum() / len(x),
+            x_hat=x_hat.detach(),
+            terms={"mse": mse.detach(), "sparsity": sparsity.detach(), "auxk": auxk.detach()},
+        )
+
+    def saelens_config(self) -> dict[str, Any]:
+        """Give the part of SAELens's cfg.json that belongs to the architecture."""
+        return {"architecture": "standard"}

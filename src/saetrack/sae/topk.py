@@ -1,0 +1,76 @@
+"""Latents limited to the k largest."""
+
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from .auxk import decode_sparse
+from .base import SAE, LossTerms
+
+
+@final
+class TopKSAE(SAE):
+    r"""Autoencoder that keeps the k largest latents of each activation.
+
+    ``f = ReLU(TopK((x - b_dec) W_enc + b_enc))``, ``x_hat = f W_dec + b_dec``,
+
+    ``L = sum_b ||x_b - x_hat_b||^2 / sum_b ||x_b - mean(x)||^2 + aux_coefficient * L_auxk``.
+
+    Gao et al. 2024, "Scaling and evaluating sparse autoencoders" (arXiv 2406.04093), sections 2.3-2.4: the
+    normalised mean squared error, with the auxiliary loss of dead latents.
+
+    Args:
+        d_in: Width of the activations. Filled in from the LLM by ``saetrack fit``.
+        expansion_factor: Number of latents for each dimension of the activations; d_sae = d_in * expansion_factor.
+        k: How many latents may be active for one activation, 1 to d_sae.
+        aux_coefficient: Weight of the auxiliary loss that revives dead latents; 0 turns it off.
+        aux_k: How many dead latents reconstruct the error of one activation. None: d_in // 2, as in Gao et al.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        expansion_factor: int = 16,
+        k: int = 32,
+        aux_coefficient: float = 1 / 32,
+        aux_k: int | None = None,
+    ) -> None:
+        super().__init__(d_in, expansion_factor, aux_coefficient, aux_k)
+        if not 1 <= k <= self.d_sae:
+            raise ValueError(
+                f"sae.k must be from 1 to d_sae = {d_in} * {expansion_factor} = {self.d_sae}, but is {k}; "
+                f"lower `sae.k` or raise `sae.expansion_factor`."
+            )
+        self.k = k
+
+    def activate(self, pre: Tensor) -> Tensor:
+        """Keep the k largest, then apply ReLU."""
+        values, indices = pre.topk(self.k, dim=-1, sorted=False)  # [..., k]
+        return torch.zeros_like(pre).scatter(-1, indices, values.relu())
+
+    def loss(self, x: Tensor, dead: Tensor | None = None) -> LossTerms:
+        """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
+        pre = self.preactivations(x)  # [batch, d_sae]
+        chosen, indices = pre.topk(self.k, dim=-1, sorted=False)  # [batch, k]
+        values = chosen.relu()
+        x_hat = decode_sparse(values, indices, self.W_dec) + self.b_dec
+        # A batch of identical activations has no variance; its error is then left as it is instead of becoming NaN.
+        variance = (x - x.mean(dim=0)).square().sum()
+        nmse = (x - x_hat).square().sum() / torch.where(variance > 0, variance, 1.0)
+        auxk = self._auxiliary_loss(pre, x - x_hat, dead)
+        active = values.detach() > 0
+        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=x.device)
+        fired[indices[active]] = True
+        return LossTerms(
+            loss=nmse + self.aux_coefficient * auxk,
+            fired=fired,
+            l0=active.sum() / len(x),
+            x_hat=x_hat.detach(),
+            terms={"mse": nmse.detach(), "auxk": auxk.detach()},
+        )
+
+    def saelens_config(self) -> dict[str, Any]:
+        """Give the part of SAELens's cfg.json that belongs to the architecture."""
+        # Without rescaling, folding (which makes the rows longer or shorter) leaves the choice of the k largest alone.
+        return {"architecture": "topk", "k": self.k, "rescale_acts_by_decoder_norm": False}

@@ -1,0 +1,186 @@
+"""``saetrack fit``: LightningCLI with the parts of saetrack, and what it says at the end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pandas as pd
+import yaml
+from lightning import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import saetrack
+from saetrack.track import Track, tracks_in
+from saetrack.training.callbacks import AnalyzeTrack, ResumeFile, TrackLogger, TrackProgressBar
+from saetrack.training.datamodule import ActivationDataModule
+from saetrack.training.module import SAEModule
+from saetrack.training.scheduler import CheckpointScheduler, select_checkpoints
+
+_SERIES = ("data", "model", "scheduler")
+"""The sections of a configuration that say what the track is; the others say how it is made."""
+
+
+def fit(args: list[str] | None, other_commands: str) -> None:
+    """Parse a command line and train.
+
+    Args:
+        args: What was typed after ``saetrack``, or None for the process's own arguments.
+        other_commands: What ``saetrack --help`` says below Lightning's own command.
+    """
+    FitCLI(
+        SAEModule,
+        ActivationDataModule,
+        args=args,
+        save_config_callback=SaveTrackConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        parser_class=OneLineFitParser,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        parser_kwargs={
+            "prog": "saetrack",
+            "version": saetrack.__version__,
+            "description": "Follow the features of a language model through its training.",
+            "epilog": f"Other commands: {other_commands}",
+        },
+        trainer_defaults={
+            "max_epochs": -1,  # the scheduler sets the real number, one for each stage
+            "reload_dataloaders_every_n_epochs": 1,
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": "runs", "name": "tensorboard", "version": ""},
+            },
+            "enable_model_summary": False,
+            "callbacks": [TrackProgressBar(), TrackLogger()],
+        },
+    )
+
+
+class OneLineFitParser(LightningArgumentParser):
+    """Lightning's parser with errors of one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what was wrong and where the options are listed, and exit with 2."""
+        sys.stderr.write(f"saetrack fit: error: {message}\nOptions: saetrack fit --help\n")
+        sys.exit(2)
+
+
+class SaveTrackConfig(SaveConfigCallback):
+    """Keeps the resolved configuration in the run's folder, ``config.yaml``."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: the scheduler has not looked whether the folder holds another run's track."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it. Lightning runs this callback after the scheduler, which refuses to harm a track."""
+        if trainer.fast_dev_run or not trainer.is_global_zero:
+            return
+        path = Path(self.config.scheduler.track_dir) / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(".config.yaml")
+        partial.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")
+        partial.replace(path)
+
+
+class FitCLI(LightningCLI):
+    """LightningCLI with one command, ``fit``, and saetrack's sections in its configuration."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Only ``fit``: the track is measured at the end of each stage, so there is nothing to validate or test."""
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the scheduler, the resume file and the analyses, and tie what must agree."""
+        parser.add_lightning_class_args(CheckpointScheduler, "scheduler")
+        parser.add_lightning_class_args(ResumeFile, "resume")
+        parser.add_lightning_class_args(AnalyzeTrack, "analyze")
+        parser.link_arguments("scheduler.track_dir", "trainer.default_root_dir", compute_fn=str)
+        parser.link_arguments("scheduler.track_dir", "trainer.logger.init_args.save_dir", compute_fn=str)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def before_fit(self) -> None:
+        """Pretrain the LLM if the source asks for it, and say so when the track is complete already."""
+        data, scheduler = self.datamodule, self._scheduler
+        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
+            self._find_resume_file(scheduler.track_dir)
+            return
+        data.source.prepare()
+        wanted = select_checkpoints(data.source.checkpoints(), scheduler.steps, scheduler.direction)
+        tracks = [Track.open(path) for path in tracks_in(scheduler.track_dir)]
+        complete = bool(tracks) and all(
+            (scheduler.track_dir / h / "track.json").is_file() for h in data.hookpoints
+        ) and all([s.step for s in track] == [c.step for c in wanted] for track in tracks)
+        if complete:
+            self._refuse_other_configuration(scheduler.track_dir)
+            self._say_summary(f"The track in {scheduler.track_dir} is complete; nothing was changed.")
+            sys.exit(0)
+        self._find_resume_file(scheduler.track_dir)
+
+    def after_fit(self) -> None:
+        """Say what was made and where to look."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run and self.trainer.state.finished:
+            self._say_summary("")
+
+    @property
+    def _scheduler(self) -> CheckpointScheduler:
+        return next(c for c in self.trainer.callbacks if isinstance(c, CheckpointScheduler))
+
+    def _find_resume_file(self, track_dir: Path) -> None:
+        """Make ``--ckpt_path last`` the run's resume file; Lightning would look in its own folders."""
+        options = self.config_init[self.subcommand]
+        options.weights_only = True  # a resume file is the one thing here that is unpickled, and so never more than this
+        if options.ckpt_path != "last":
+            return
+        path = ResumeFile.path(track_dir)
+        if not path.is_file() and tracks_in(track_dir):
+            raise FileNotFoundError(
+                f"`--ckpt_path last` needs {path}, which is not there, but the track in {track_dir} has begun. "
+                "Restore the file, or choose another `scheduler.track_dir`."
+            )
+        options.ckpt_path = str(path) if path.is_file() else None
+
+    def _refuse_other_configuration(self, track_dir: Path) -> None:
+        saved = yaml.safe_load((track_dir / "config.yaml").read_text(encoding="utf-8"))
+        now = yaml.safe_load(self._subcommand_parser.dump(self.config[self.subcommand], skip_none=False))
+        for section in _SERIES:
+            changed = [k for k in now[section] if now[section][k] != saved.get(section, {}).get(k)]
+            if changed:
+                key = changed[0]
+                raise FileExistsError(
+                    f"{track_dir} holds a complete track made with {section}.{key} {saved[section].get(key)}, not "
+                    f"{now[section][key]}. Choose another `scheduler.track_dir`."
+                )
+
+    @property
+    def _subcommand_parser(self) -> LightningArgumentParser:
+        return self._parser(self.subcommand)
+
+    def _say_summary(self, headline: str) -> None:
+        lines = [headline] if headline else []
+        for path in tracks_in(self._scheduler.track_dir):
+            track = Track.open(path)
+            lines += ["", f"{path} ({track.facts['hookpoint']})", snapshot_table(track)]
+            found = sorted(p for p in track.analyses_dir.glob("*") if not p.name.startswith("."))
+            lines += [f"  {p}: {', '.join(sorted(f.name for f in p.iterdir()))}" for p in found]
+            if not found:
+                lines += [f"  No analyses yet: saetrack analyze {path}"]
+        board = [log for log in self.trainer.loggers if isinstance(log, TensorBoardLogger)]
+        lines += ["", f"Look at it:  tensorboard --logdir {log.log_dir}"] if (log := next(iter(board), None)) else []
+        sys.stdout.write("\n".join(lines) + "\n")
+
+
+def snapshot_table(track: Track) -> str:
+    """The snapshots of a track as a plain text table, one line each."""
+    metrics = track.metrics()
+    columns = {
+        "LLM step": metrics["step"].map("{:,}".format),
+        "FVU before": metrics["fvu_before"].map("{:.3f}".format),
+        "FVU after": metrics["fvu"].map("{:.3f}".format),
+        "L0": metrics["l0"].map("{:.1f}".format),
+        "dead": metrics["dead_share"].map("{:.1%}".format),
+        "CE recovered": metrics["ce_recovered_zero"].map("{:.1%}".format),
+    }
+    return pd.DataFrame(columns).to_string(index=False)

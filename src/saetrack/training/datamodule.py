@@ -1,0 +1,196 @@
+"""The language model's side of training: checkpoints, token rows, and the activations of the current stage."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from saetrack.lm.checkpoints import CheckpointSource, LLMCheckpoint, load_llm, release_memory
+from saetrack.lm.corpus import Corpus, StdlibCorpus
+from saetrack.lm.forward import activation_widths
+from saetrack.lm.tokens import TokenizedCorpus, TokenRows, tokenize_corpus
+from saetrack.training.stream import ActivationStream, StageOrder, harvest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """How the corpus becomes token rows, and how much of it measures instead of trains."""
+
+    context_size: int = 128
+    """Tokens in a row, BOS included."""
+    max_tokens: int | None = None
+    """Read no more of the corpus than this; null reads all of it."""
+    calibration_tokens: int = 65_536
+    """Tokens of the training split on which every LLM checkpoint's mean, scale and rotation are measured."""
+    selection_tokens: int = 65_536
+    """Tokens of the selection split kept in the track, on which analyses choose."""
+    evaluation_tokens: int = 65_536
+    """Tokens of the evaluation split kept in the track, on which snapshots are measured."""
+    ce_tokens: int = 16_384
+    """Of these, the tokens on which the LLM's cross-entropy is taken (four whole forwards each)."""
+    split_share: float = 0.05
+    """Share of the documents held out for selection, and again for evaluation."""
+    cache_dir: Path = Path("~/.cache/saetrack/tokens")
+    """Where tokenised corpora are kept for every run that uses them."""
+
+
+class ActivationDataModule(LightningDataModule):
+    """Yields the activations of one LLM checkpoint after another, at one hookpoint or several.
+
+    The LLM lives here and never in the LightningModule, where DDP would broadcast it and every resume file
+    would hold it.
+
+    Args:
+        source: Where the LLM checkpoints are.
+        hookpoints: Dotted names of the modules whose output is read, e.g. ``gpt_neox.layers.3``. Each gets its
+            own SAE and its own track; the LLM runs once for all of them.
+        corpus: The text. By default the source code of Python's standard library, which is on every machine.
+        tokens: How the corpus becomes token rows.
+        batch_size: Activations in an optimizer step, over all processes.
+        chunk_tokens: Activations that one process holds and shuffles together; float32, so memory is
+            4 x chunk_tokens x d_in bytes for each hookpoint.
+        llm_dtype: Data type of the LLM's weights and forward, apart from the SAE's, which is float32.
+        seed: Seed of every draw in the run. On the command line it is ``seed_everything``.
+    """
+
+    def __init__(
+        self,
+        source: CheckpointSource,
+        hookpoints: list[str],
+        corpus: Corpus | None = None,
+        tokens: TokenSettings = TokenSettings(),
+        batch_size: int = 4096,
+        chunk_tokens: int = 131_072,
+        llm_dtype: str = "float32",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not hookpoints or len(set(hookpoints)) != len(hookpoints):
+            raise ValueError(f"data.hookpoints is {hookpoints}; name at least one module, and each only once.")
+        self.source = source
+        self.hookpoints = hookpoints
+        self.corpus = corpus or StdlibCorpus()
+        self.tokens = tokens
+        self.batch_size = batch_size
+        self.chunk_tokens = chunk_tokens
+        self.llm_dtype = llm_dtype
+        self.seed = seed
+        self.scales: dict[str, float] = {}
+        """Activation scale of the current LLM checkpoint by hookpoint; set by the scheduler once measured."""
+        self.widths: dict[str, int] = {}
+        """``d_in`` by hookpoint, read from the LLM in ``setup``."""
+        self._llm: tuple[LLMCheckpoint, PreTrainedModel] | None = None
+        self.order: StageOrder | None = None
+        """The current stage's rows and chunks; set by ``begin_stage``."""
+
+    def prepare_data(self) -> None:
+        """Make the checkpoints and the token rows exist; Lightning calls this on one process."""
+        self.source.prepare()
+        self._tokenize()
+
+    def setup(self, stage: str) -> None:
+        """List the LLM checkpoints, open the token rows, and read the widths of the hookpoints."""
+        self.checkpoints = self.source.checkpoints()
+        self.corpus_rows = self._tokenize()
+        if not self.widths:
+            self.widths = activation_widths(self.llm(self.checkpoints[0]), self.hookpoints)
+
+    def _tokenize(self) -> TokenizedCorpus:
+        t = self.tokens
+        return tokenize_corpus(
+            self.corpus,
+            self.source.tokenizer(),
+            self.source.tokenizer_name,
+            t.context_size,
+            t.cache_dir.expanduser(),
+            t.max_tokens,
+            selection_share=t.split_share,
+            evaluation_share=t.split_share,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the LLM runs and the activations are."""
+        return self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
+
+    def llm(self, checkpoint: LLMCheckpoint) -> PreTrainedModel:
+        """The LLM of a checkpoint; only one is in memory, so asking for another frees it."""
+        if self._llm is None or self._llm[0] != checkpoint:
+            self.release_llm()
+            self._llm = (checkpoint, load_llm(checkpoint, self.llm_dtype, self.device))
+        return self._llm[1]
+
+    def release_llm(self) -> None:
+        """Free the LLM in memory."""
+        self._llm = None
+        release_memory()
+
+    def begin_stage(self, checkpoint: LLMCheckpoint, tokens: int) -> None:
+        """Make ``train_dataloader`` yield the activations of ``checkpoint``, ``tokens`` of them over all ranks.
+
+        Raises:
+            ValueError: If the budget does not fill a batch, or the corpus is shorter than the budget.
+        """
+        self.order = StageOrder(
+            rows=self.corpus_rows.train,
+            tokens=tokens,
+            batch_size=self.batch_size,
+            chunk_tokens=self.chunk_tokens,
+            seed=self.seed,
+            step=checkpoint.step,
+            rank=self.trainer.global_rank if self.trainer is not None else 0,
+            world_size=self.trainer.world_size if self.trainer is not None else 1,
+        )
+        self.order.chunk_rows(0)  # holds the budget against the corpus before the LLM is loaded
+        self.checkpoint = checkpoint
+
+    def train_dataloader(self) -> ActivationStream:
+        """The batches of the current stage on this rank."""
+        if self.order is None:
+            raise RuntimeError("No stage has begun: add a CheckpointScheduler to the trainer's callbacks.")
+        return ActivationStream(self.order, self._fill)
+
+    def _fill(self, indices: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Scaled activations of a chunk, harvested into one buffer per hookpoint."""
+        checkpoint = self.checkpoint
+        n = int(self.corpus_rows.train.usable(indices).sum())
+        buffers = {h: torch.empty(n, self.widths[h], device=self.device) for h in self.hookpoints}
+        filled = 0
+        llm = self.llm(checkpoint)
+        for _, activations in harvest(llm, checkpoint, self.corpus_rows.train, self.hookpoints, indices):
+            for hookpoint, x in activations.items():
+                torch.mul(x, self.scales[hookpoint], out=buffers[hookpoint][filled : filled + len(x)])
+            filled += len(x)
+        return buffers
+
+    def calibration_activations(self, checkpoint: LLMCheckpoint) -> dict[str, Tensor]:
+        """Activations of an LLM checkpoint on the calibration rows, in its own units, ``[n, d_in]`` by hookpoint."""
+        rows = self.corpus_rows.train
+        n_rows = min(-(-self.tokens.calibration_tokens // self.tokens.context_size), len(rows.tokens))
+        parts: dict[str, list[Tensor]] = {h: [] for h in self.hookpoints}
+        for _, activations in harvest(self.llm(checkpoint), checkpoint, rows, self.hookpoints, np.arange(n_rows)):
+            for hookpoint, x in activations.items():
+                parts[hookpoint].append(x)
+        return {h: torch.cat(x) for h, x in parts.items()}
+
+    def measuring_rows(self, split: str) -> TokenRows:
+        """The rows of ``selection`` or ``evaluation`` that are kept in the track."""
+        rows: TokenRows = getattr(self.corpus_rows, split)
+        wanted = getattr(self.tokens, f"{split}_tokens")
+        n_rows = -(-wanted // self.tokens.context_size)
+        if len(rows.tokens) < n_rows:
+            raise ValueError(
+                f"data.tokens.{split}_tokens asks for {wanted:,} tokens, but the {split} split of the corpus holds "
+                f"{rows.tokens.size:,}. Lower it, raise `data.tokens.split_share`, or name a larger corpus."
+            )
+        return TokenRows(np.asarray(rows.tokens[:n_rows]), np.asarray(rows.documents[:n_rows]), rows.bos_token_id)

@@ -1,0 +1,192 @@
+"""What a snapshot is worth, measured on the evaluation split, on the LLM checkpoint it belongs to.
+
+Every rank measures its share of the rows; the sums are added, so the numbers do not depend on the number
+of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from saetrack.lm.checkpoints import LLMCheckpoint
+from saetrack.lm.forward import edit_activations, next_token_losses
+from saetrack.lm.tokens import TokenRows
+from saetrack.metrics import FVU, CELossRecovered, ExplainedVariance, FiringStatistics, FunctionalCorrelation
+from saetrack.sae import SAE
+from saetrack.training.stream import ROWS_PER_FORWARD, harvest
+
+Latents = list[scipy.sparse.csr_array]
+"""Latents of an SAE on this rank's evaluation rows, one ``[n, d_sae]`` matrix per forward of the LLM."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One LLM checkpoint with the rows to measure on: what every measurement here needs.
+
+    Args:
+        llm: The LLM, loaded.
+        checkpoint: What it was loaded from.
+        rows: Token rows of the evaluation split.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    llm: PreTrainedModel
+    checkpoint: LLMCheckpoint
+    rows: TokenRows
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def indices(self) -> NDArray[np.int64]:
+        """This rank's rows."""
+        return np.arange(len(self.rows.tokens))[self.rank :: self.world_size]
+
+
+def reconstruction_fvu(site: Site, saes: Mapping[str, Mapping[str, SAE]]) -> dict[str, dict[str, float]]:
+    """FVU of several SAEs on the same activations, in one pass over the LLM.
+
+    Args:
+        site: Where to measure.
+        saes: By hookpoint, SAEs in the LLM's own units by any name.
+
+    Returns:
+        FVU by hookpoint and name.
+    """
+    metrics = {h: {name: FVU(sae.d_in).to(site.llm.device) for name, sae in named.items()} for h, named in saes.items()}
+    for _, activations in harvest(site.llm, site.checkpoint, site.rows, list(saes), site.indices):
+        for hookpoint, x in activations.items():
+            for name, sae in saes[hookpoint].items():
+                with torch.inference_mode():
+                    metrics[hookpoint][name].update(x, sae(x))
+    return {h: {name: metric.compute().item() for name, metric in named.items()} for h, named in metrics.items()}
+
+
+def latents_on(site: Site, saes: Mapping[str, SAE]) -> dict[str, Latents]:
+    """Latents of each hookpoint's SAE on this rank's evaluation rows."""
+    latents: dict[str, Latents] = {h: [] for h in saes}
+    for _, activations in harvest(site.llm, site.checkpoint, site.rows, list(saes), site.indices):
+        for hookpoint, x in activations.items():
+            latents[hookpoint].append(saes[hookpoint].encode_sparse(x))
+    return latents
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured of one SAE at the end of its stage.
+
+    Args:
+        scalars: FVU, explained variance, L0 and the tokens they were taken on.
+        features: Per-feature firing statistics, ``[d_sae]`` each.
+        latents: Kept to be compared with the next snapshot's.
+    """
+
+    scalars: dict[str, Any]
+    features: dict[str, Tensor]
+    latents: Latents
+
+
+def evaluate(site: Site, saes: Mapping[str, SAE]) -> dict[str, Quality]:
+    """Reconstruction and firing statistics of each hookpoint's SAE, in one pass over the LLM.
+
+    Args:
+        site: Where to measure.
+        saes: SAEs in the LLM's own units, by hookpoint.
+    """
+    device = site.llm.device
+    fvu = {h: FVU(sae.d_in).to(device) for h, sae in saes.items()}
+    explained = {h: ExplainedVariance(sae.d_in).to(device) for h, sae in saes.items()}
+    firing = {h: FiringStatistics(sae.d_sae).to(device) for h, sae in saes.items()}
+    latents: dict[str, Latents] = {h: [] for h in saes}
+    for _, activations in harvest(site.llm, site.checkpoint, site.rows, list(saes), site.indices):
+        for hookpoint, x in activations.items():
+            sae = saes[hookpoint]
+            with torch.inference_mode():
+                dense = sae.encode(x)
+                x_hat = sae.decode(dense)
+                fvu[hookpoint].update(x, x_hat)
+                explained[hookpoint].update(x, x_hat)
+                firing[hookpoint].update(dense)
+            latents[hookpoint].append(scipy.sparse.csr_array(dense.cpu().numpy()))
+    qualities = {}
+    for hookpoint in saes:
+        statistics = firing[hookpoint].compute()
+        scalars = {
+            "fvu": fvu[hookpoint].compute().item(),
+            "explained_variance": explained[hookpoint].compute().item(),
+            "l0": float(statistics.pop("l0")),
+            "evaluation_tokens": int(statistics.pop("tokens")),
+        }
+        qualities[hookpoint] = Quality(scalars, statistics, latents[hookpoint])
+    return qualities
+
+
+def functional_correlation(before: Latents, after: Latents, d_sae: int, device: torch.device) -> Tensor:
+    """Pearson correlation of each latent with itself in the snapshot before, on the same rows.
+
+    Each SAE reads its own LLM checkpoint. This is what "the same feature" means here (metrics.py says why).
+
+    Returns:
+        ``[d_sae]``, float64, on the CPU; NaN where a latent is constant on the evaluation split.
+    """
+    metric = FunctionalCorrelation(d_sae).to(device)
+    for a, b in zip(before, after, strict=True):
+        metric.update(a, b)
+    correlation: Tensor = metric.compute()
+    return correlation.cpu()
+
+
+def cross_entropy_recovered(site: Site, saes: Mapping[str, SAE], means: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """How much of the LLM's loss survives when its activations are replaced by their reconstruction.
+
+    BOS positions are left as they are, for the SAE has never seen them, and predictions made from them are not
+    counted.
+
+    Args:
+        site: Where to measure; ``site.rows`` are the rows of the cross-entropy.
+        saes: SAEs in the LLM's own units, by hookpoint.
+        means: Mean activation ``[d_in]`` by hookpoint, for the mean ablation.
+
+    Returns:
+        By hookpoint: ``ce_clean``, ``ce_sae``, ``ce_zero``, ``ce_mean`` in nats per token, ``ce_recovered_zero``
+        and ``ce_recovered_mean``.
+    """
+    device = site.llm.device
+    metrics = {h: CELossRecovered().to(device) for h in saes}
+    for start in range(0, len(site.indices), ROWS_PER_FORWARD):
+        chosen = site.indices[start : start + ROWS_PER_FORWARD]
+        tokens = torch.from_numpy(site.rows.tokens[chosen].astype(np.int64)).to(device)
+        usable = torch.from_numpy(site.rows.usable(chosen)).to(device)
+        summed_loss = partial(_summed_loss, site.llm, tokens, usable)
+        clean = summed_loss(next(iter(saes)), lambda x: x)
+        for hookpoint, sae in saes.items():
+            metrics[hookpoint].update(
+                clean,
+                summed_loss(hookpoint, sae),
+                summed_loss(hookpoint, torch.zeros_like),
+                summed_loss(hookpoint, means[hookpoint].to(device).expand_as),
+                int(usable[:, :-1].sum()),
+            )
+    return {h: {name: float(value) for name, value in metric.compute().items()} for h, metric in metrics.items()}
+
+
+def _summed_loss(
+    llm: PreTrainedModel, tokens: Tensor, usable: Tensor, hookpoint: str, edit: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Summed cross-entropy of the predictions from usable positions, with ``edit`` applied at those positions."""
+
+    def replace(x: Tensor) -> Tensor:
+        return torch.where(usable[..., None], edit(x.float()).to(x.dtype), x)
+
+    logits = edit_activations(llm, tokens, hookpoint, replace)
+    return next_token_losses(logits, tokens)[usable[:, :-1]].sum()

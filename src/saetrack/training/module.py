@@ -1,0 +1,242 @@
+"""The LightningModule: the SAEs of all hookpoints and their optimizer, nothing of the LLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from saetrack.sae import SAE, LossTerms, TopKSAE
+from saetrack.track import sae_record
+from saetrack.training.datamodule import ActivationDataModule
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Adam, and how its learning rate runs through a stage."""
+
+    lr: float = 1.0e-3
+    """Learning rate of the first stage."""
+    lr_next: float | None = None
+    """Learning rate of every later stage; null takes ``lr``."""
+    warmup_tokens: int = 50_000
+    """Tokens over which the learning rate rises from zero, in the first stage."""
+    warmup_tokens_next: int | None = None
+    """The same in every later stage; null takes ``warmup_tokens``."""
+    decay_share: float = 0.2
+    """Share of a stage, at its end, over which the learning rate falls linearly to zero."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay_share <= 1:
+            raise ValueError(f"model.optimizer.decay_share is {self.decay_share}; it is a share, from 0 to 1.")
+
+
+class FeatureState(nn.Module):
+    """What training knows of each feature, beside its weights. Saved in the resume file.
+
+    Args:
+        d_sae: Number of features.
+    """
+
+    tokens_since_fired: Tensor
+    revived: Tensor
+
+    def __init__(self, d_sae: int) -> None:
+        super().__init__()
+        self.register_buffer("tokens_since_fired", torch.zeros(d_sae, dtype=torch.int64))
+        self.register_buffer("revived", torch.zeros(d_sae, dtype=torch.bool))
+
+    def update(self, fired: Tensor, tokens: int, dead_after: int) -> None:
+        """Count a batch.
+
+        Args:
+            fired: Which features fired on any rank, bool ``[d_sae]``.
+            tokens: Activations in the batch over all ranks.
+            dead_after: Tokens without firing after which a feature is dead; one that fires again is revived.
+        """
+        self.revived |= fired & self.dead(dead_after)
+        self.tokens_since_fired += tokens
+        self.tokens_since_fired[fired] = 0
+
+    def dead(self, dead_after: int) -> Tensor:
+        """Features that have not fired for ``dead_after`` tokens, bool ``[d_sae]``."""
+        return self.tokens_since_fired >= dead_after
+
+    def begin_stage(self, new_features: bool) -> None:
+        """Forget the revivals of the stage before; ``new_features`` marks every feature as re-initialised."""
+        self.revived.fill_(new_features)
+        if new_features:
+            self.tokens_since_fired.zero_()
+
+
+class SAEModule(LightningModule):
+    """Trains one sparse autoencoder per hookpoint on the batches of the activation stream.
+
+    Args:
+        sae: The autoencoder: its class and arguments without ``d_in``, which is read from the LLM.
+        optimizer: Learning rates and their schedule within a stage.
+        dead_after_tokens: A feature that has not fired for this many tokens is dead, and the autoencoder's
+            auxiliary loss tries to revive it.
+        log_every_tokens: Tokens between two points of the training curves.
+    """
+
+    def __init__(
+        self,
+        sae: Callable[[int], SAE] = TopKSAE,
+        optimizer: OptimizerSettings = OptimizerSettings(),
+        dead_after_tokens: int = 500_000,
+        log_every_tokens: int = 100_000,
+    ) -> None:
+        super().__init__()
+        self.build_sae = sae
+        self.settings = optimizer
+        self.dead_after_tokens = dead_after_tokens
+        self.log_every_tokens = log_every_tokens
+        self.first_stage = True
+        """Whether the current stage is the first; set by the scheduler, chooses the learning rate."""
+        self.latest_loss = float("nan")
+        """Loss at the last logging step, for the progress bar."""
+        self.hookpoints: list[str] = []
+        self.saes = nn.ModuleList()
+        self.features = nn.ModuleList()
+
+    @property
+    def data(self) -> ActivationDataModule:
+        """The DataModule that this module is trained with."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, ActivationDataModule):
+            raise RuntimeError(f"SAEModule needs an ActivationDataModule, but the trainer has {data!r}.")
+        return data
+
+    def setup(self, stage: str) -> None:
+        """Build the SAEs, now that the LLM's widths are known."""
+        if self.hookpoints:
+            return
+        for hookpoint, d_in in self.data.widths.items():
+            sae = self.build_sae(d_in)
+            self.hookpoints.append(hookpoint)
+            self.saes.append(sae)
+            self.features.append(FeatureState(sae.d_sae))
+
+    def sae(self, hookpoint: str) -> SAE:
+        """The SAE of one hookpoint, in training units."""
+        sae = self.saes[self.hookpoints.index(hookpoint)]
+        assert isinstance(sae, SAE)
+        return sae
+
+    def feature_state(self, hookpoint: str) -> FeatureState:
+        """What training knows of the features of one hookpoint."""
+        state = self.features[self.hookpoints.index(hookpoint)]
+        assert isinstance(state, FeatureState)
+        return state
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record which SAEs the weights belong to."""
+        checkpoint["saes"] = {hookpoint: sae_record(self.sae(hookpoint)) for hookpoint in self.hookpoints}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the weights of other SAEs, before Lightning meets them with a page of tensor shapes."""
+        now = {hookpoint: sae_record(self.sae(hookpoint)) for hookpoint in self.hookpoints}
+        refuse_changes({"model.sae": checkpoint["saes"]}, {"model.sae": now}, "the resume file")
+
+    def recipe(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with the run it continues."""
+        return {"optimizer": asdict(self.settings), "dead_after_tokens": self.dead_after_tokens}
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Loss of all SAEs on one batch of scaled activations, ``[batch, d_in]`` by hookpoint.
+
+        The SAEs share no weight, so the gradient of the sum is each one's own.
+        """
+        total = torch.zeros((), device=self.device)
+        every = max(1, self.log_every_tokens // self.data.batch_size)
+        self._fired: dict[str, Tensor] = {}
+        for hookpoint, x in batch.items():
+            dead = self.feature_state(hookpoint).dead(self.dead_after_tokens)
+            out = self.sae(hookpoint).loss(x, dead)
+            total = total + out.loss
+            self._fired[hookpoint] = out.fired
+            if batch_idx % every == 0:
+                self._log_step(hookpoint, out, dead)
+        return total
+
+    def _log_step(self, hookpoint: str, out: LossTerms, dead: Tensor) -> None:
+        """Log this rank's batch against the optimizer step.
+
+        Straight to the loggers: ``self.log`` costs half a millisecond a call even on steps that are not written.
+        """
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        values = {"loss": out.loss, "l0": out.l0, "dead_share": dead.float().mean(), "lr": lr, **out.terms}
+        self.latest_loss = out.loss.item()
+        prefix = f"train/{hookpoint}" if len(self.hookpoints) > 1 else "train"
+        numbers = {f"{prefix}/{name}": float(value) for name, value in values.items()}
+        for log in self.loggers:
+            log.log_metrics(numbers, step=self.trainer.global_step)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Drop the part of the decoder's gradient that would only change the norm of its rows."""
+        for hookpoint in self.hookpoints:
+            self.sae(hookpoint).remove_parallel_gradient_()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each SAE by its own norm, so that a hookpoint's training does not depend on its neighbours."""
+        if gradient_clip_val is not None:
+            for hookpoint in self.hookpoints:
+                torch.nn.utils.clip_grad_norm_(self.sae(hookpoint).parameters(), gradient_clip_val)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Bring the decoder rows back to unit norm and count which features fired."""
+        for hookpoint, fired in self._fired.items():
+            self.sae(hookpoint).normalise_decoder_()
+            anywhere = self.trainer.strategy.reduce(fired.int(), reduce_op="sum") > 0
+            self.feature_state(hookpoint).update(anywhere, self.data.batch_size, self.dead_after_tokens)
+
+    def configure_optimizers(self) -> Any:
+        """A fresh Adam with the learning-rate schedule of the current stage."""
+        settings = self.settings
+        lr = settings.lr if self.first_stage or settings.lr_next is None else settings.lr_next
+        optimizer = torch.optim.Adam(self.saes.parameters(), lr=lr, fused=True)
+        schedule = LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _lr_factor(self, step: int) -> float:
+        """Share of the stage's learning rate at one of its optimizer steps: warmup, constant, decay to zero."""
+        settings, batch = self.settings, self.data.batch_size
+        warmup = settings.warmup_tokens
+        if not self.first_stage and settings.warmup_tokens_next is not None:
+            warmup = settings.warmup_tokens_next
+        rising = (step + 1) * batch / warmup if warmup else 1.0
+        order = self.data.order
+        total = order.batches if order is not None else 1  # Lightning builds the optimizer before the first stage
+        falling = (total - step) / (settings.decay_share * total) if settings.decay_share else 1.0
+        return max(0.0, min(1.0, rising, falling))
+
+
+def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Raise if a resumed run differs from the run it continues.
+
+    Args:
+        saved: Facts of the run that is continued; keys that ``now`` lacks do not count.
+        now: The same facts of this run.
+        where: What ``saved`` was read from.
+
+    Raises:
+        ValueError: If a value differs; key and both values are named.
+    """
+    for key, value in now.items():
+        if saved.get(key) != value:
+            raise ValueError(
+                f"{key} is {value}, but {where} was written with {saved.get(key)}. A resumed run must keep it; "
+                "set it back, or begin another track with another `scheduler.track_dir`."
+            )

@@ -1,0 +1,290 @@
+"""The callback that leads an SAE through the checkpoints of an LLM: the only code that knows their order."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import Callback, LightningModule, Trainer
+
+import saetrack
+from saetrack.lm.audit import audit, problems
+from saetrack.lm.checkpoints import LLMCheckpoint
+from saetrack.track import Snapshot, Track, sae_record
+from saetrack.training.datamodule import ActivationDataModule
+from saetrack.training.module import SAEModule, refuse_changes
+from saetrack.training.stage import Stage, StageStart, StageWork
+from saetrack.training.warm_start import WarmStart
+
+logger = logging.getLogger(__name__)
+
+
+class SnapshotCallback(Callback):
+    """A callback that is told of every snapshot.
+
+    Lightning calls a user's callbacks before the scheduler at the end of an epoch, when the snapshot is not
+    there yet; so what needs the snapshot hangs on this hook and not on Lightning's.
+    """
+
+    def on_snapshot(self, trainer: Trainer, module: SAEModule, track: Track, snapshot: Snapshot) -> None:
+        """Called on rank zero when ``snapshot`` is complete on disk, once for each hookpoint."""
+
+
+class CheckpointScheduler(Callback):
+    """Trains the SAE on one LLM checkpoint after another; one checkpoint is one stage, and one Lightning epoch.
+
+    At the end of a stage it writes the snapshot; at the beginning of the next it loads the LLM checkpoint,
+    measures its activations, starts the SAE from the one before, and gives it a fresh optimizer.
+
+    Args:
+        track_dir: The run's folder; each hookpoint's track is a folder in it.
+        steps: LLM steps to visit, increasing. By default every checkpoint of the source.
+        direction: ``forward`` through the LLM's training, or ``backward`` from its end.
+        warm_start: How a stage's SAE begins. ``prior`` copies the weights of the SAE before (SAE-Track,
+            arXiv 2412.17626); ``recentred`` also moves ``b_dec`` by the change of the mean activation;
+            ``transported`` turns the whole dictionary by the rotation that best carries the activations of the
+            previous LLM checkpoint onto those of this one; ``scratch`` starts anew.
+        tokens_first: Tokens of the first stage, over all processes.
+        tokens_next: Tokens of every later stage.
+        allow_duplicates: Go on although two LLM checkpoints have equal weights. Without it the run stops before
+            any training and names them: published series often serve one checkpoint under several names.
+    """
+
+    def __init__(
+        self,
+        track_dir: Path,
+        steps: list[int] | None = None,
+        direction: Literal["forward", "backward"] = "forward",
+        warm_start: WarmStart = "transported",
+        tokens_first: int = 10_000_000,
+        tokens_next: int = 2_000_000,
+        allow_duplicates: bool = False,
+    ) -> None:
+        super().__init__()
+        for i, (before, after) in enumerate(zip(steps or [], (steps or [])[1:], strict=False), start=1):
+            if after <= before:
+                raise ValueError(
+                    f"scheduler.steps must increase strictly, but {after} follows {before} at position {i}. "
+                    "To go from the last to the first, set `scheduler.direction: backward`."
+                )
+        self.track_dir = Path(track_dir)
+        self.steps = steps
+        self.direction = direction
+        self.warm_start = warm_start
+        self.tokens_first = tokens_first
+        self.tokens_next = tokens_next
+        self.allow_duplicates = allow_duplicates
+        self.position = 0
+        """Index of the current stage. Saved in the resume file, for Lightning's epoch counter is stale there."""
+        self.checkpoints: list[LLMCheckpoint] = []
+        self.tracks: dict[str, Track] = {}
+        self._start: dict[str, StageStart] = {}
+        self._weight_hashes: dict[int, str | None] = {}
+        self._recipe: dict[str, Any] = {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether every stage is done."""
+        return self.position >= len(self.checkpoints)
+
+    @property
+    def stage(self) -> Stage:
+        """The current stage; when every stage is done, the last one."""
+        position = min(self.position, len(self.checkpoints) - 1)
+        previous = self.checkpoints[position - 1] if position else None
+        return Stage(position, self.checkpoints[position], previous, self.warm_start)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the LLM checkpoints and audit them."""
+        data = _data(trainer)
+        self.checkpoints = select_checkpoints(data.checkpoints, self.steps, self.direction)
+        self._audit()
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
+            raise ValueError(
+                "Every stage has its own activations, so the trainer must ask for a new loader in every epoch; "
+                "give Trainer(reload_dataloaders_every_n_epochs=1)."
+            )
+        trainer.fit_loop.max_epochs = len(self.checkpoints)
+        self._recipe = self._make_recipe(trainer, _module(pl_module), data)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open or create the tracks, and point the data at the current stage."""
+        module, data = _module(pl_module), _data(trainer)
+        self._work = StageWork(trainer, module, data)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            for hookpoint in data.hookpoints:
+                self._open_track(trainer, module, data, hookpoint)
+        self._enter_stage(module, data)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a stage. Lightning does not call this when a stage is resumed in its middle, and rightly so."""
+        module, data = _module(pl_module), _data(trainer)
+        self._start = self._work.begin(self.stage, self._start)
+        self._enter_stage(module, data)
+        trainer.strategy.setup_optimizers(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a stage: write the snapshots, tell the callbacks, move to the next LLM checkpoint."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        module, data = _module(pl_module), _data(trainer)
+        facts = {
+            "llm": {"weight_hash": self._weight_hashes[self.stage.checkpoint.step]},
+            "seed": data.seed,
+            "tokens_trained": len(data.train_dataloader()) * data.batch_size,
+        }
+        self._work.finish(self.stage, self._start, self.tracks, facts)
+        if trainer.is_global_zero:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SnapshotCallback):
+                    for track in self.tracks.values():
+                        callback.on_snapshot(trainer, module, track, track[self.position])
+        self.position += 1
+        self._enter_stage(module, data)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Free the LLM: what comes after training loads its own."""
+        _data(trainer).release_llm()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position, what the current stage began with, and the recipe: for the resume file."""
+        start = {hookpoint: start.state_dict() for hookpoint, start in self._start.items()}
+        return {"position": self.position, "start": start, "recipe": self._recipe}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the resume file was written.
+
+        Raises:
+            ValueError: If a setting has changed that would make the rest of the series another one. Steps may be
+                added after those that are done.
+        """
+        saved, now = state_dict["recipe"], self._recipe
+        done = min(state_dict["position"] + 1, len(saved["steps"]))
+        refuse_changes(
+            {**saved, "steps": saved["steps"][:done]}, {**now, "steps": now["steps"][:done]}, "the resume file"
+        )
+        self.position = state_dict["position"]
+        self._start = {h: StageStart.from_state_dict(state) for h, state in state_dict["start"].items()}
+
+    def _make_recipe(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule) -> dict[str, Any]:
+        """What a resumed run must share with the one it continues, beside the facts of the track."""
+        return {
+            "steps": [checkpoint.step for checkpoint in self.checkpoints],
+            "warm_start": self.warm_start,
+            "tokens_first": self.tokens_first,
+            "tokens_next": self.tokens_next,
+            "batch_size": data.batch_size,
+            "chunk_tokens": data.chunk_tokens,
+            "calibration_tokens": data.tokens.calibration_tokens,
+            "processes": trainer.world_size,
+            "gradient_clip_val": trainer.gradient_clip_val,
+            **module.recipe(),
+        }
+
+    def _audit(self) -> None:
+        rows = audit(self.checkpoints)
+        self._weight_hashes = {row.checkpoint.step: row.weight_hash for row in rows}
+        found = problems(rows)
+        faulty = any(row.fault for row in rows)
+        if found and (faulty or not self.allow_duplicates):
+            more = f" ({len(found) - 1} more; `saetrack checkpoints SOURCE --audit` lists them.)" if found[1:] else ""
+            remedy = "" if faulty else ", or go on all the same with `scheduler.allow_duplicates: true`"
+            raise ValueError(f"{found[0]}{more} Choose the others with `scheduler.steps`{remedy}.")
+        for line in found:
+            logger.warning(line)
+
+    def _open_track(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule, hookpoint: str) -> None:
+        path = self.track_dir / hookpoint
+        facts = _track_facts(module, data, hookpoint)
+        begun = (path / "track.json").is_file()
+        trainer.strategy.barrier()  # every rank has looked before rank zero creates anything
+        if begun and trainer.ckpt_path is None:
+            raise FileExistsError(
+                f"{path} already holds {len(Track.open(path))} of {len(self.checkpoints)} snapshots. Continue it with "
+                "`--ckpt_path last`, or choose another `scheduler.track_dir`."
+            )
+        if trainer.is_global_zero and not begun:
+            rows = {split: data.measuring_rows(split) for split in ("selection", "evaluation")}
+            Track.create(path, {"saetrack": saetrack.__version__, **facts}, rows)
+        trainer.strategy.barrier()
+        track = self.tracks[hookpoint] = Track.open(path)
+        refuse_changes(track.facts, facts, str(path / "track.json"))
+        have = {snapshot.position for snapshot in track}
+        missing = [i for i in range(self.position) if i not in have]
+        if missing:
+            raise FileNotFoundError(
+                f"{path} should hold the snapshots 0 to {self.position - 1}, but {missing} are not there. Restore them "
+                "from a copy, or start again in another `scheduler.track_dir`."
+            )
+
+    def _enter_stage(self, module: SAEModule, data: ActivationDataModule) -> None:
+        first = self.stage.position == 0
+        module.first_stage = first
+        data.scales = {hookpoint: start.calibration.scale for hookpoint, start in self._start.items()}
+        data.begin_stage(self.stage.checkpoint, self.tokens_first if first else self.tokens_next)
+
+
+def select_checkpoints(
+    available: list[LLMCheckpoint], steps: list[int] | None, direction: Literal["forward", "backward"]
+) -> list[LLMCheckpoint]:
+    """The LLM checkpoints to visit, in the order of the track.
+
+    Args:
+        available: What the source has, by increasing step.
+        steps: The steps wanted, or None for all.
+        direction: ``backward`` reverses the order.
+
+    Raises:
+        ValueError: If a wanted step is not there; the message names the nearest ones that are.
+    """
+    by_step = {checkpoint.step: checkpoint for checkpoint in available}
+    for step in steps or []:
+        if step not in by_step:
+            nearest = sorted(sorted(by_step, key=lambda s: abs(s - step))[:3])
+            raise ValueError(
+                f"scheduler.steps asks for LLM step {step}, which the source does not have; the nearest are {nearest}. "
+                "`saetrack checkpoints` lists them all."
+            )
+    chosen = available if steps is None else [by_step[step] for step in steps]
+    return chosen[::-1] if direction == "backward" else list(chosen)
+
+
+def _track_facts(module: SAEModule, data: ActivationDataModule, hookpoint: str) -> dict[str, Any]:
+    """What makes a track this one and no other: the part of ``track.json`` that may not change."""
+    sae = module.sae(hookpoint)
+    return {
+        "model": _series_name(data.checkpoints),
+        "hookpoint": hookpoint,
+        "tokenizer": list(data.source.tokenizer_name),
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "sae": sae_record(sae),
+        "seed": data.seed,
+        "corpus_hash": data.corpus_rows.hash,
+        "context_size": data.tokens.context_size,
+        "bos_token_id": data.corpus_rows.train.bos_token_id,
+        "llm_dtype": data.llm_dtype,
+    }
+
+
+def _series_name(checkpoints: list[LLMCheckpoint]) -> str:
+    """The repository, or the folder that holds all the checkpoints' folders."""
+    models = {checkpoint.model for checkpoint in checkpoints}
+    return models.pop() if len(models) == 1 else os.path.commonpath(models) or ", ".join(sorted(models))
+
+
+def _module(pl_module: LightningModule) -> SAEModule:
+    if not isinstance(pl_module, SAEModule):
+        raise ValueError(f"CheckpointScheduler trains a SAEModule, not a {type(pl_module).__name__}.")
+    return pl_module
+
+
+def _data(trainer: Trainer) -> ActivationDataModule:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, ActivationDataModule):
+        raise ValueError(f"CheckpointScheduler needs an ActivationDataModule, but the trainer has {data!r}.")
+    return data

@@ -1,0 +1,277 @@
+"""The beginning and the end of a stage: what is measured, what is done to the SAEs, and what the snapshot says.
+
+When these happen is the scheduler's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning import Trainer
+from torch import Tensor
+
+from saetrack.lm.checkpoints import LLMCheckpoint, commit_sha
+from saetrack.lm.tokens import TokenRows
+from saetrack.metrics import dead_share, dense_share
+from saetrack.sae import SAE
+from saetrack.track import Snapshot, Track, sae_record
+from saetrack.training import evaluation
+from saetrack.training.datamodule import ActivationDataModule
+from saetrack.training.module import SAEModule
+from saetrack.training.warm_start import Calibration, WarmStart, orthogonal_map, recentre, transport
+
+INITIALISE_ON = 16_384
+"""Activations from which a new SAE takes its ``b_dec``."""
+
+
+@dataclass(frozen=True)
+class StageStart:
+    """What was measured at one hookpoint when the stage began; its snapshot reports it.
+
+    Args:
+        calibration: The LLM checkpoint's mean, covariance and scale.
+        rotation: The map of a ``transported`` start.
+        fvu_before: FVU of the SAE that the stage starts from, before any training.
+        fvu_shift: FVU of the previous snapshot, unchanged, on this LLM checkpoint.
+    """
+
+    calibration: Calibration
+    rotation: Tensor | None
+    fvu_before: float
+    fvu_shift: float | None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, for the resume file."""
+        return {**vars(self), "calibration": dict(vars(self.calibration))}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> StageStart:
+        """The inverse of :meth:`state_dict`."""
+        return cls(**{**state, "calibration": Calibration(**state["calibration"])})
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One LLM checkpoint's turn.
+
+    Args:
+        position: Its place in the track, from 0.
+        checkpoint: The LLM checkpoint.
+        previous: The one before, None in the first stage.
+        warm_start: How the SAE begins.
+    """
+
+    position: int
+    checkpoint: LLMCheckpoint
+    previous: LLMCheckpoint | None
+    warm_start: WarmStart
+
+
+class StageWork:
+    """Does the work at both ends of a stage, and remembers between stages what would cost a second LLM load.
+
+    Everything remembered can be made again from the LLM and the track, and is after a resume; so none of it is
+    saved, and an interrupted run gives the same bytes as an uninterrupted one.
+
+    Args:
+        trainer: The trainer.
+        module: The SAEs, in training units.
+        data: The LLM and its activations.
+    """
+
+    def __init__(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.data = data
+        self._activations: tuple[LLMCheckpoint, dict[str, Tensor]] | None = None
+        self._latents: tuple[LLMCheckpoint, dict[str, evaluation.Latents]] | None = None
+
+    def begin(self, stage: Stage, last: Mapping[str, StageStart]) -> dict[str, StageStart]:
+        """Measure the LLM checkpoint and start the SAEs on it.
+
+        Args:
+            stage: The stage that begins.
+            last: What :meth:`begin` gave for the stage before; empty in the first.
+
+        Returns:
+            What was measured, by hookpoint.
+        """
+        before: dict[str, Tensor] = {}
+        if stage.previous is not None and stage.warm_start == "transported":
+            before = self._calibration_activations(stage.previous)
+        activations = self._calibration_activations(stage.checkpoint)
+        calibrations = {h: Calibration.measure(x) for h, x in activations.items()}
+        rotations: dict[str, Tensor] = {}
+        candidates: dict[str, dict[str, SAE]] = {}
+        for hookpoint, now in calibrations.items():
+            sae = self.module.sae(hookpoint)
+            candidates[hookpoint] = {}
+            if stage.previous is not None:
+                candidates[hookpoint]["shift"] = sae.folded(last[hookpoint].calibration.scale)
+            if stage.previous is None or stage.warm_start == "scratch":
+                generator = torch.Generator().manual_seed(self.data.seed * 1_000_003 + stage.checkpoint.step)
+                sae.initialise(activations[hookpoint][:INITIALISE_ON] * now.scale, generator)
+            elif stage.warm_start == "recentred":
+                recentre(sae, last[hookpoint].calibration, now)
+            elif stage.warm_start == "transported":
+                rotations[hookpoint] = orthogonal_map(before[hookpoint], activations[hookpoint])
+                transport(sae, rotations[hookpoint], last[hookpoint].calibration, now)
+            self._make_equal_on_every_rank(sae)
+            candidates[hookpoint]["before"] = sae.folded(now.scale)
+            new_features = stage.previous is not None and stage.warm_start == "scratch"
+            self.module.feature_state(hookpoint).begin_stage(new_features)
+        fvu = evaluation.reconstruction_fvu(self._site(stage.checkpoint), candidates)
+        return {
+            h: StageStart(now, rotations.get(h), fvu[h]["before"], fvu[h].get("shift"))
+            for h, now in calibrations.items()
+        }
+
+    def finish(self, stage: Stage, start: Mapping[str, StageStart], tracks: Mapping[str, Track], facts: Mapping[str, Any]) -> None:
+        """Measure the SAEs as they are now and write their snapshots.
+
+        Args:
+            stage: The stage that ends.
+            start: What :meth:`begin` gave.
+            tracks: Where to write, by hookpoint.
+            facts: What the metadata says beside the stage and the measurements.
+
+        Raises:
+            ValueError: If an SAE has diverged; nothing is written then.
+        """
+        saes = {h: self.module.sae(h).folded(s.calibration.scale).requires_grad_(False) for h, s in start.items()}
+        qualities = evaluation.evaluate(self._site(stage.checkpoint), saes)
+        for hookpoint, quality in qualities.items():
+            if not pd.notna(quality.scalars["fvu"]):
+                raise ValueError(
+                    f"The SAE of {hookpoint} has diverged on LLM checkpoint step {stage.checkpoint.step}: its FVU is "
+                    f"{quality.scalars['fvu']}. No snapshot was written. Lower `model.optimizer.lr`, or set "
+                    "`trainer.gradient_clip_val: 1.0`."
+                )
+        means = {h: s.calibration.mean.float() for h, s in start.items()}
+        recovered = evaluation.cross_entropy_recovered(
+            self._site(stage.checkpoint, self.data.tokens.ce_tokens), saes, means
+        )
+        latents = {h: quality.latents for h, quality in qualities.items()}
+        correlations = self._correlations(stage, tracks, latents)
+        for hookpoint, sae in saes.items():
+            if self.trainer.is_global_zero:
+                features = _feature_table(
+                    sae,
+                    qualities[hookpoint].features,
+                    self.module.feature_state(hookpoint).tokens_since_fired,
+                    self.module.feature_state(hookpoint).revived,
+                    correlations.get(hookpoint),
+                    tracks[hookpoint][stage.position - 1] if stage.position else None,
+                )
+                metadata = {
+                    "llm": {**asdict(stage.checkpoint), "commit": commit_sha(stage.checkpoint), **facts["llm"]},
+                    "sae": sae_record(sae),
+                    "warm_start": stage.warm_start if stage.previous is not None else "scratch",
+                    **{k: v for k, v in facts.items() if k != "llm"},
+                    **_scalars(start[hookpoint], qualities[hookpoint].scalars, recovered[hookpoint], features),
+                }
+                tracks[hookpoint].write(stage.position, sae, metadata, _statistics(start[hookpoint]), features)
+            self.trainer.strategy.barrier()
+            tracks[hookpoint].refresh()
+        self._latents = (stage.checkpoint, latents)
+
+    def _calibration_activations(self, checkpoint: LLMCheckpoint) -> dict[str, Tensor]:
+        """Activations of a checkpoint on the calibration rows; those of the last one asked for are remembered."""
+        if self._activations is None or self._activations[0] != checkpoint:
+            self._activations = (checkpoint, self.data.calibration_activations(checkpoint))
+        return self._activations[1]
+
+    def _correlations(
+        self, stage: Stage, tracks: Mapping[str, Track], latents: Mapping[str, evaluation.Latents]
+    ) -> dict[str, Tensor]:
+        """Functional correlation with the snapshot before, by hookpoint; empty in the first stage."""
+        if stage.previous is None:
+            return {}
+        if self._latents is None or self._latents[0] != stage.previous:
+            saes = {h: track[stage.position - 1].sae().to(self.data.device) for h, track in tracks.items()}
+            self._latents = (stage.previous, evaluation.latents_on(self._site(stage.previous), saes))
+        before = self._latents[1]
+        return {
+            h: evaluation.functional_correlation(before[h], after, tracks[h].facts["d_sae"], self.data.device)
+            for h, after in latents.items()
+        }
+
+    def _make_equal_on_every_rank(self, sae: SAE) -> None:
+        """The ranks compute the same start; a last bit in which their machines differ must not stay."""
+        if self.trainer.world_size > 1:
+            weights = self.trainer.strategy.broadcast({k: v.cpu() for k, v in sae.state_dict().items()})
+            sae.load_state_dict(weights)
+
+    def _site(self, checkpoint: LLMCheckpoint, n_tokens: int | None = None) -> evaluation.Site:
+        rows = self.data.measuring_rows("evaluation")
+        if n_tokens is not None:
+            n_rows = -(-n_tokens // self.data.tokens.context_size)
+            rows = TokenRows(rows.tokens[:n_rows], rows.documents[:n_rows], rows.bos_token_id)
+        llm = self.data.llm(checkpoint)
+        return evaluation.Site(llm, checkpoint, rows, self.trainer.global_rank, self.trainer.world_size)
+
+
+def _feature_table(
+    sae: SAE,
+    firing: Mapping[str, Tensor],
+    tokens_since_fired: Tensor,
+    revived: Tensor,
+    correlation: Tensor | None,
+    previous: Snapshot | None,
+) -> pd.DataFrame:
+    """One row per feature; the two columns of identity are NaN in the first snapshot."""
+    unknown = torch.full((sae.d_sae,), torch.nan, dtype=torch.float64)
+    cosine = unknown
+    if previous is not None:
+        w_dec = sae.W_dec.detach().cpu()
+        cosine = torch.nn.functional.cosine_similarity(w_dec.double(), previous.tensor("W_dec").double(), dim=1)
+    columns = {
+        "feature": torch.arange(sae.d_sae),
+        "firing_frequency": firing["firing_frequency"],
+        "mean_activation": firing["mean_activation"],
+        "max_activation": firing["max_activation"],
+        "tokens_since_fired": tokens_since_fired,
+        "dead": firing["firing_frequency"] == 0,
+        "revived": revived,
+        "functional_correlation": unknown if correlation is None else correlation,
+        "decoder_cosine_previous": cosine,
+    }
+    return pd.DataFrame({name: column.cpu().numpy() for name, column in columns.items()})
+
+
+def _scalars(
+    start: StageStart, quality: Mapping[str, Any], recovered: Mapping[str, float], features: pd.DataFrame
+) -> dict[str, Any]:
+    """The snapshot's numbers, in the order in which a person reads them."""
+    frequency = torch.from_numpy(features["firing_frequency"].to_numpy())
+    scalars = {
+        "scale": start.calibration.scale,
+        "fvu": quality["fvu"],
+        "fvu_before": start.fvu_before,
+        "fvu_shift": start.fvu_shift,
+        "explained_variance": quality["explained_variance"],
+        "l0": quality["l0"],
+        "dead_share": float(dead_share(frequency)),
+        "dense_share": float(dense_share(frequency)),
+        "revived": int(features["revived"].sum()),
+        "functional_correlation_median": features["functional_correlation"].median(),  # where it is defined
+        "evaluation_tokens": quality["evaluation_tokens"],
+        **recovered,
+    }
+    # JSON has no NaN; null says "not defined here"
+    return {name: None if pd.isna(value) else value for name, value in scalars.items()}
+
+
+def _statistics(start: StageStart) -> dict[str, Tensor]:
+    statistics = {
+        "mean": start.calibration.mean.float(),
+        "covariance": start.calibration.covariance.float(),
+        "scale": torch.tensor([start.calibration.scale]),
+    }
+    if start.rotation is not None:
+        statistics["transport"] = start.rotation.float()
+    return statistics

@@ -1,0 +1,202 @@
+"""The activation stream: batches of one LLM checkpoint's activations, with no hidden state.
+
+Chunk *c* of a stage is a pure function of (the LLM's weights, seed, LLM step, rank, c): which token rows it
+holds and how their activations are shuffled. Any batch can be reached without replaying the ones before it,
+so resuming needs one number and no buffer is ever saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from saetrack.lm.checkpoints import LLMCheckpoint
+from saetrack.lm.forward import read_activations
+from saetrack.lm.tokens import TokenRows, usable_counts
+
+ROWS_PER_FORWARD = 32
+"""Token rows in one forward of the LLM. A constant, not an option: another size changes the last bits of the
+activations, and with them the hashes of the snapshots."""
+
+
+def harvest(
+    llm: PreTrainedModel, checkpoint: LLMCheckpoint, rows: TokenRows, hookpoints: list[str], indices: NDArray[np.int64]
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Activations of token rows, one forward of the LLM at a time, BOS dropped.
+
+    Args:
+        llm: The LLM, on the device where the activations are wanted.
+        checkpoint: What ``llm`` was loaded from; only named in the error.
+        rows: The token rows of a split.
+        hookpoints: Where to read.
+        indices: Which rows, ``[n]``, in the order wanted.
+
+    Yields:
+        The tokens of one forward ``[rows, context_size]`` and, for each hookpoint, the float32 activations of
+        their usable positions ``[n_usable, d_in]``, in reading order.
+
+    Raises:
+        ValueError: If an activation is NaN or infinite.
+    """
+    for start in range(0, len(indices), ROWS_PER_FORWARD):
+        chosen = indices[start : start + ROWS_PER_FORWARD]
+        tokens = torch.from_numpy(rows.tokens[chosen].astype(np.int64)).to(llm.device)
+        usable = torch.from_numpy(rows.usable(chosen)).to(llm.device)
+        activations = {}
+        for hookpoint, x in read_activations(llm, tokens, hookpoints).items():
+            kept = x[usable].float()
+            if not bool(torch.isfinite(kept).all()):
+                raise ValueError(
+                    f"{hookpoint} of LLM checkpoint step {checkpoint.step} ({checkpoint.model}, revision "
+                    f"{checkpoint.revision}) gave NaN or infinite activations in forward batch "
+                    f"{start // ROWS_PER_FORWARD} (token rows {int(chosen[0])} and following). "
+                    "Try `data.llm_dtype: float32`, or leave this checkpoint out of `scheduler.steps`."
+                )
+            activations[hookpoint] = kept
+        yield tokens, activations
+
+
+@dataclass(frozen=True)
+class StageOrder:
+    """Which token rows one process reads in a stage, in which order, and where its chunks begin.
+
+    Every rank gets the same number of batches: a chunk takes as many rows as it needs to fill its batches and
+    drops the few activations left over (fewer than ``context_size``).
+
+    Args:
+        rows: The training split.
+        tokens: Budget of the stage, activations over all ranks.
+        batch_size: Activations in an optimizer step, over all ranks.
+        chunk_tokens: Activations that one rank shuffles together.
+        seed: The run's seed.
+        step: LLM step; each LLM checkpoint sees the same rows in another order.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    rows: TokenRows
+    tokens: int
+    batch_size: int
+    chunk_tokens: int
+    seed: int
+    step: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.world_size:
+            raise ValueError(
+                f"data.batch_size is {self.batch_size} activations over all processes, which {self.world_size} "
+                f"processes cannot share equally; choose a multiple of {self.world_size}."
+            )
+        if self.batches < 1:
+            raise ValueError(
+                f"The stage has a budget of {self.tokens} tokens, less than one batch of {self.batch_size}; raise "
+                "`scheduler.tokens_first` and `scheduler.tokens_next`, or lower `data.batch_size`."
+            )
+
+    @property
+    def local_batch(self) -> int:
+        """Activations of one optimizer step on this rank."""
+        return self.batch_size // self.world_size
+
+    @property
+    def batches(self) -> int:
+        """Optimizer steps in the stage."""
+        return self.tokens // self.batch_size
+
+    @property
+    def batches_per_chunk(self) -> int:
+        """Batches that one chunk fills."""
+        return max(1, self.chunk_tokens // self.local_batch)
+
+    @property
+    def chunks(self) -> int:
+        """Chunks in the stage."""
+        return -(-self.batches // self.batches_per_chunk)
+
+    @cached_property
+    def _bounds(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """This rank's rows in order, and the place in them where each chunk begins."""
+        counts = usable_counts(self.rows)
+        context = self.rows.tokens.shape[1]
+        wanted = self.batches * self.batch_size + self.chunks * self.world_size * context + self.world_size * context
+        cumulative = np.cumsum(counts)
+        available = int(cumulative[-1]) if len(counts) else 0
+        if available < wanted:
+            raise ValueError(
+                f"A stage needs {wanted:,} tokens ({self.tokens:,} and what rounding to whole rows takes), but the "
+                f"training split of the corpus holds {available:,}. Name a larger corpus (`data.corpus`), raise "
+                "`data.tokens.max_tokens`, or lower `scheduler.tokens_first` and `scheduler.tokens_next`."
+            )
+        n_rows = int(np.searchsorted(cumulative, wanted)) + 1
+        order = np.random.default_rng([self.seed, self.step]).permutation(n_rows)[self.rank :: self.world_size]
+        filled = np.cumsum(counts[order])
+        starts = [0]
+        for chunk in range(self.chunks):
+            before = filled[starts[-1] - 1] if starts[-1] else 0
+            batches = min(self.batches_per_chunk, self.batches - chunk * self.batches_per_chunk)
+            need = before + batches * self.local_batch
+            starts.append(min(int(np.searchsorted(filled, need)) + 1, len(order)))
+        return order, np.asarray(starts)
+
+    def chunk_rows(self, chunk: int) -> NDArray[np.int64]:
+        """Indices of the token rows of one chunk on this rank."""
+        order, starts = self._bounds
+        return order[starts[chunk] : starts[chunk + 1]]
+
+    def shuffle(self, chunk: int, n: int) -> Tensor:
+        """The order of a chunk's ``n`` activations."""
+        rng = np.random.default_rng([self.seed, self.step, self.rank, chunk])
+        return torch.from_numpy(rng.permutation(n))
+
+
+class ActivationStream:
+    """The batches of one stage on one rank: what Lightning iterates over in an epoch.
+
+    It has Lightning's ``state_dict`` and ``load_state_dict``, so a run resumed in the middle of a stage goes on
+    with the next batch.
+
+    Args:
+        order: Rows, chunks and shuffles of the stage.
+        fill: Given the row indices of a chunk, returns the activations of its usable positions for every
+            hookpoint, ``[n, d_in]``, already scaled.
+    """
+
+    def __init__(self, order: StageOrder, fill: Callable[[NDArray[np.int64]], dict[str, Tensor]]) -> None:
+        self.order = order
+        self._fill = fill
+        self._position = 0
+
+    def __len__(self) -> int:
+        return self.order.batches
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        per_chunk, batch = self.order.batches_per_chunk, self.order.local_batch
+        while self._position < len(self):
+            chunk, first = divmod(self._position, per_chunk)
+            activations = self._fill(self.order.chunk_rows(chunk))
+            shuffle = self.order.shuffle(chunk, len(next(iter(activations.values()))))
+            for i in range(first, min(per_chunk, len(self) - chunk * per_chunk)):
+                # counted before the batch is handed out: a resume file is written while the batch is in use
+                self._position += 1
+                chosen = shuffle[i * batch : (i + 1) * batch]
+                yield {name: x[chosen.to(x.device)] for name, x in activations.items()}
+            del activations
+        self._position = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches have been handed out."""
+        return {"position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after as many batches as ``state_dict`` said."""
+        self._position = state["position"]

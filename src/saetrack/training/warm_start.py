@@ -1,0 +1,106 @@
+"""How a stage's SAE begins: what is done to the SAE of the stage before when the LLM checkpoint changes.
+
+All of it happens in training units, in which the activations of every LLM checkpoint have mean norm
+sqrt(d_in).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from saetrack.sae import SAE
+
+WarmStart = Literal["prior", "recentred", "transported", "scratch"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is known of one LLM checkpoint's activations at one hookpoint, in the LLM's own units.
+
+    Args:
+        mean: ``[d_in]``, float64.
+        covariance: ``[d_in, d_in]``, float64.
+        scale: Factor that brings the mean norm to sqrt(d_in).
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    scale: float
+
+    @classmethod
+    def measure(cls, x: Tensor) -> Calibration:
+        """Measure the activations ``x`` ``[n, d_in]``.
+
+        Raises:
+            ValueError: If all of them are zero.
+        """
+        norm = x.double().norm(dim=1).mean().item()
+        if norm == 0:
+            raise ValueError(f"All {len(x)} calibration activations are zero, so they have no scale.")
+        mean = x.double().mean(dim=0)
+        centred = x.double() - mean
+        return cls(mean.cpu(), (centred.T @ centred / len(x)).cpu(), x.shape[1] ** 0.5 / norm)
+
+
+def orthogonal_map(before: Tensor, after: Tensor) -> Tensor:
+    """The rotation that best carries one LLM checkpoint's activations onto another's.
+
+    Orthogonal Procrustes: with centred A and B, R = U V^T where U S V^T is the singular value decomposition of
+    A^T B; it minimises ||A R - B||_F (Schoenemann 1966).
+
+    Args:
+        before: ``[n, d_in]``, activations of the earlier checkpoint.
+        after: ``[n, d_in]``, activations of the later one at the same tokens.
+
+    Returns:
+        Orthogonal ``[d_in, d_in]``, float64: ``(before - mean) @ R`` is closest to ``after - mean``.
+
+    Raises:
+        ValueError: If the shapes differ, as when two LLM checkpoints have different widths.
+
+    Example:
+        >>> turn = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+        >>> x = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+        >>> torch.allclose(orthogonal_map(x, x @ turn), turn.double())
+        True
+    """
+    if before.shape != after.shape:
+        raise ValueError(
+            f"The activations before have shape {tuple(before.shape)} and after {tuple(after.shape)}; "
+            "they must be of the same tokens and width."
+        )
+    a = before.double() - before.double().mean(dim=0)
+    b = after.double() - after.double().mean(dim=0)
+    u, _, vt = torch.linalg.svd((a.T @ b).cpu())
+    return u @ vt
+
+
+@torch.no_grad()
+def recentre(sae: SAE, before: Calibration, after: Calibration) -> None:
+    """Move ``b_dec`` by the change of the mean activation."""
+    shift = after.scale * after.mean - before.scale * before.mean
+    sae.b_dec += shift.to(sae.b_dec)
+
+
+@torch.no_grad()
+def transport(sae: SAE, rotation: Tensor, before: Calibration, after: Calibration) -> None:
+    """Move the whole dictionary by a rotation of the activations about their means.
+
+    The SAE then does to ``(x - mean_before) @ rotation + mean_after`` what it did to ``x``: equal latents.
+
+    Args:
+        sae: Changed in place.
+        rotation: Orthogonal, ``[d_in, d_in]``.
+        before: Calibration of the LLM checkpoint that the SAE was trained on.
+        after: Calibration of the next one.
+    """
+    r = rotation.to(sae.W_dec)
+    mean_before = (before.scale * before.mean).to(sae.b_dec)
+    mean_after = (after.scale * after.mean).to(sae.b_dec)
+    sae.W_dec.copy_(sae.W_dec @ r)
+    sae.W_enc.copy_(r.T @ sae.W_enc)
+    sae.b_dec.copy_(mean_after + (sae.b_dec - mean_before) @ r)
