@@ -90,6 +90,6 @@ def examples(table: pd.DataFrame, steps: list[int], features: list[int], seed: i
         xlabel="LLM training step (not to scale)",
     )
     bar = figure.colorbar(image, ax=ax, pad=0.01, fraction=0.03)
-    bar.set_label("share of activation mass", fontsize=8)
+    bar.set_label("share of activation mass (grey: silent)", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return figure

@@ -76,7 +76,7 @@ class StdlibCorpus(Corpus):
         if not found:
             raise FileNotFoundError(
                 f"No *.py files of Python's standard library were found in {self._root}. Name a corpus of your own, "
-                f"for example `--config.corpus TextCorpus --config.corpus.paths '[\"texts/*.txt\"]'`."
+                f"for example `--corpus TextCorpus --corpus.paths '[\"texts/*.txt\"]'`."
             )
         return sorted(found, key=lambda path: path.relative_to(self._root).as_posix())
 

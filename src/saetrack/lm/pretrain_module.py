@@ -231,6 +231,11 @@ class LossBar(TQDMProgressBar):
         super().on_train_start(trainer, pl_module)
         self._started = time.perf_counter()
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Say what runs; "Epoch 0", the only one, would not."""
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description("Pretraining the LLM")
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:

@@ -75,8 +75,11 @@ class SaveTrackConfig(SaveConfigCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it. Lightning runs this callback after the scheduler, which refuses to harm a track."""
-        if trainer.fast_dev_run or not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            self.save_config(trainer, pl_module, "fit")
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write ``config.yaml`` into the run's folder in one step."""
         path = Path(self.config.scheduler.track_dir) / "config.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(".config.yaml")

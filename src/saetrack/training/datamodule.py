@@ -177,14 +177,18 @@ class ActivationDataModule(LightningDataModule):
         """Activations of an LLM checkpoint on the calibration rows, in its own units, ``[n, d_in]`` by hookpoint."""
         rows = self.corpus_rows.train
         n_rows = min(-(-self.tokens.calibration_tokens // self.tokens.context_size), len(rows.tokens))
+        indices = _evenly(n_rows, len(rows.tokens))
         parts: dict[str, list[Tensor]] = {h: [] for h in self.hookpoints}
-        for _, activations in harvest(self.llm(checkpoint), checkpoint, rows, self.hookpoints, np.arange(n_rows)):
+        for _, activations in harvest(self.llm(checkpoint), checkpoint, rows, self.hookpoints, indices):
             for hookpoint, x in activations.items():
                 parts[hookpoint].append(x)
         return {h: torch.cat(x) for h, x in parts.items()}
 
     def measuring_rows(self, split: str) -> TokenRows:
-        """The rows of ``selection`` or ``evaluation`` that are kept in the track."""
+        """The rows of ``selection`` or ``evaluation`` that are kept in the track.
+
+        They are spread evenly over the split: the first ones would be a handful of long documents.
+        """
         rows: TokenRows = getattr(self.corpus_rows, split)
         wanted = getattr(self.tokens, f"{split}_tokens")
         n_rows = -(-wanted // self.tokens.context_size)
@@ -193,4 +197,10 @@ class ActivationDataModule(LightningDataModule):
                 f"data.tokens.{split}_tokens asks for {wanted:,} tokens, but the {split} split of the corpus holds "
                 f"{rows.tokens.size:,}. Lower it, raise `data.tokens.split_share`, or name a larger corpus."
             )
-        return TokenRows(np.asarray(rows.tokens[:n_rows]), np.asarray(rows.documents[:n_rows]), rows.bos_token_id)
+        chosen = _evenly(n_rows, len(rows.tokens))
+        return TokenRows(rows.tokens[chosen], rows.documents[chosen], rows.bos_token_id)
+
+
+def _evenly(n: int, total: int) -> NDArray[np.int64]:
+    """``n`` of ``total`` indices, evenly spaced."""
+    return np.linspace(0, total - 1, n).astype(np.int64)

@@ -195,8 +195,13 @@ class SAEModule(LightningModule):
             for hookpoint in self.hookpoints:
                 torch.nn.utils.clip_grad_norm_(self.sae(hookpoint).parameters(), gradient_clip_val)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Bring the decoder rows back to unit norm and count which features fired."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, bring the decoder rows back to unit norm, and count which features fired.
+
+        Here and not in ``on_train_batch_end``: Lightning calls that on the callbacks first, and a resume file
+        written there would hold the weights from before the norm was restored.
+        """
+        super().optimizer_step(*args, **kwargs)
         for hookpoint, fired in self._fired.items():
             self.sae(hookpoint).normalise_decoder_()
             anywhere = self.trainer.strategy.reduce(fired.int(), reduce_op="sum") > 0

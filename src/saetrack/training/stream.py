@@ -128,17 +128,21 @@ class StageOrder:
         """This rank's rows in order, and the place in them where each chunk begins."""
         counts = usable_counts(self.rows)
         context = self.rows.tokens.shape[1]
-        wanted = self.batches * self.batch_size + self.chunks * self.world_size * context + self.world_size * context
-        cumulative = np.cumsum(counts)
-        available = int(cumulative[-1]) if len(counts) else 0
+        # what cutting rows at chunk boundaries and dealing them to the ranks can cost at most
+        rounding = (self.chunks + 1) * self.world_size * context
+        wanted = self.batches * self.batch_size + rounding
+        available = int(counts.sum())
         if available < wanted:
             raise ValueError(
                 f"A stage needs {wanted:,} tokens ({self.tokens:,} and what rounding to whole rows takes), but the "
                 f"training split of the corpus holds {available:,}. Name a larger corpus (`data.corpus`), raise "
                 "`data.tokens.max_tokens`, or lower `scheduler.tokens_first` and `scheduler.tokens_next`."
             )
-        n_rows = int(np.searchsorted(cumulative, wanted)) + 1
-        order = np.random.default_rng([self.seed, self.step]).permutation(n_rows)[self.rank :: self.world_size]
+        # one seeded sample of the corpus for the whole series: stages of equal budget see the same rows
+        sample = np.random.default_rng([self.seed]).permutation(len(counts))
+        n_rows = int(np.searchsorted(np.cumsum(counts[sample]), wanted)) + 1
+        shuffle = np.random.default_rng([self.seed, self.step]).permutation(n_rows)
+        order = sample[shuffle][self.rank :: self.world_size]
         filled = np.cumsum(counts[order])
         starts = [0]
         for chunk in range(self.chunks):

@@ -127,6 +127,7 @@ class UMAPTrajectories(SweepAnalysis):
             columns=3,
             title="LLM activations at the features' top positions, one UMAP",
             panel_width=2.9,
+            panel_height=2.6,
             sharex=True,
             sharey=True,
         )
