@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 import saetrack
 from saetrack.analysis import Analysis, SweepAnalysis
@@ -38,7 +38,7 @@ def pretrain(args: list[str]) -> None:
     parser = _parser("pretrain", pretrain)
     parser.add_argument("folder", type=Path, help="Where the folders step0, step1, ... are written.")
     parser.add_class_arguments(PretrainConfig, as_group=False)
-    config = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    config = parser.instantiate(parser.parse_args(args)).as_dict()
     config.pop("config")
     folder = config.pop("folder")
     pretrain(folder, PretrainConfig(**config))
@@ -65,7 +65,7 @@ def analyze(args: list[str]) -> None:
         help="Class names; give the first as `--analyses+=Drift` too. All built-in ones by default.",
     )
     parser.add_argument("--device", default="cpu", help="Where the LLM and the SAE run, e.g. cuda.")
-    config = parser.instantiate_classes(parser.parse_args(args))
+    config = parser.instantiate(parser.parse_args(args))
     chosen = name_analyses(config.analyses) if config.analyses else _built_in_analyses()
     track = Track.open(config.track)
     for name, result in run_analyses(track, chosen, device=config.device).items():
@@ -114,13 +114,15 @@ def _raised_by_us(error: BaseException) -> bool:
 
 def _parser(name: str, command: Callable[..., Any]) -> ArgumentParser:
     parser = OneLineParser(prog=f"saetrack {name}", description=_first_line(command))
-    parser.add_argument("--config", action=ActionConfigFile, help="Read options from a file.")
+    parser.add_argument("--config", action="config", help="Read options from a file.")
     return parser
 
 
 def _built_in_analyses() -> dict[str, Analysis | SweepAnalysis]:
     plugins = discover()
-    return {name: p.cls() for name, p in plugins.items() if p.cls is not None and p.cls.__module__.startswith("saetrack.")}
+    return {
+        name: p.cls() for name, p in plugins.items() if p.cls is not None and p.cls.__module__.startswith("saetrack.")
+    }
 
 
 def _first_line(command: Callable[..., Any]) -> str:

@@ -109,7 +109,7 @@ class Snapshot:
     def llm(self) -> LLMCheckpoint:
         """The LLM checkpoint this snapshot was trained on."""
         facts = self.metadata["llm"]
-        return LLMCheckpoint(facts["model"], facts["revision"], facts["step"], facts["tokens"])
+        return LLMCheckpoint(facts["model"], facts["revision"], facts["step"], facts["tokens"], facts["cache_dir"])
 
     def sae(self) -> SAE:
         """The SAE, in the LLM's own units (the activation scale is folded into its weights)."""
@@ -346,8 +346,13 @@ class Track(Sequence[Snapshot]):
             save_file({k: v.contiguous().cpu() for k, v in statistics.items()}, partial / _STATISTICS)
             features.to_parquet(partial / _FEATURES, index=False)
             write_json(partial / _METADATA, {"position": position, **metadata})
-        except BaseException:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, (OSError, SafetensorError)):
+                raise OSError(
+                    f"Snapshot {final} could not be written: {error}. The snapshots before it are whole. Make room, "
+                    "then run `saetrack fit` again with `--ckpt_path last`."
+                ) from error
             raise
         _replace_directory(partial, final)
         self.refresh()

@@ -186,9 +186,7 @@ _SNAPSHOT_SCALARS = (
 )
 
 
-def _add_projector(
-    board: SummaryWriter, prefix: str, track: Track, semantics: AnalysisResult | None
-) -> None:
+def _add_projector(board: SummaryWriter, prefix: str, track: Track, semantics: AnalysisResult | None) -> None:
     """The decoder of the last snapshot in the projector, each feature labelled by its top token."""
     last = track[-1]
     features = last.features

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import pandas as pd
 import yaml
@@ -75,7 +75,7 @@ class SaveTrackConfig(SaveConfigCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it. Lightning runs this callback after the scheduler, which refuses to harm a track."""
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save_config(trainer, pl_module, "fit")
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -107,15 +107,17 @@ class FitCLI(LightningCLI):
     def before_fit(self) -> None:
         """Pretrain the LLM if the source asks for it, and say so when the track is complete already."""
         data, scheduler = self.datamodule, self._scheduler
-        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:
+        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:  # type: ignore[attr-defined]
             self._find_resume_file(scheduler.track_dir)
             return
         data.source.prepare()
         wanted = select_checkpoints(data.source.checkpoints(), scheduler.steps, scheduler.direction)
         tracks = [Track.open(path) for path in tracks_in(scheduler.track_dir)]
-        complete = bool(tracks) and all(
-            (scheduler.track_dir / h / "track.json").is_file() for h in data.hookpoints
-        ) and all([s.step for s in track] == [c.step for c in wanted] for track in tracks)
+        complete = (
+            bool(tracks)
+            and all((scheduler.track_dir / h / "track.json").is_file() for h in data.hookpoints)
+            and all([s.step for s in track] == [c.step for c in wanted] for track in tracks)
+        )
         if complete:
             self._refuse_other_configuration(scheduler.track_dir)
             self._say_summary(f"The track in {scheduler.track_dir} is complete; nothing was changed.")
@@ -124,17 +126,20 @@ class FitCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say what was made and where to look."""
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run and self.trainer.state.finished:
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run and self.trainer.state.finished:  # type: ignore[attr-defined]
             self._say_summary("")
 
     @property
     def _scheduler(self) -> CheckpointScheduler:
-        return next(c for c in self.trainer.callbacks if isinstance(c, CheckpointScheduler))
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        return next(c for c in callbacks if isinstance(c, CheckpointScheduler))
 
     def _find_resume_file(self, track_dir: Path) -> None:
         """Make ``--ckpt_path last`` the run's resume file; Lightning would look in its own folders."""
         options = self.config_init[self.subcommand]
-        options.weights_only = True  # a resume file is the one thing here that is unpickled, and so never more than this
+        options.weights_only = (
+            True  # a resume file is the one thing here that is unpickled, and so never more than this
+        )
         if options.ckpt_path != "last":
             return
         path = ResumeFile.path(track_dir)
@@ -184,6 +189,6 @@ def snapshot_table(track: Track) -> str:
         "FVU after": metrics["fvu"].map("{:.3f}".format),
         "L0": metrics["l0"].map("{:.1f}".format),
         "dead": metrics["dead_share"].map("{:.1%}".format),
-        "CE recovered": metrics["ce_recovered_zero"].map("{:.1%}".format),
+        "CE recovered": metrics["ce_recovered_zero"].map(lambda share: "-" if pd.isna(share) else f"{share:.1%}"),
     }
     return pd.DataFrame(columns).to_string(index=False)

@@ -146,7 +146,9 @@ def functional_correlation(before: Latents, after: Latents, d_sae: int, device: 
     return correlation.cpu()
 
 
-def cross_entropy_recovered(site: Site, saes: Mapping[str, SAE], means: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+def cross_entropy_recovered(
+    site: Site, saes: Mapping[str, SAE], means: Mapping[str, Tensor]
+) -> dict[str, dict[str, float]]:
     """How much of the LLM's loss survives when its activations are replaced by their reconstruction.
 
     BOS positions are left as they are, for the SAE has never seen them, and predictions made from them are not

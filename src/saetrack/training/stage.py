@@ -130,7 +130,9 @@ class StageWork:
             for h, now in calibrations.items()
         }
 
-    def finish(self, stage: Stage, start: Mapping[str, StageStart], tracks: Mapping[str, Track], facts: Mapping[str, Any]) -> None:
+    def finish(
+        self, stage: Stage, start: Mapping[str, StageStart], tracks: Mapping[str, Track], facts: Mapping[str, Any]
+    ) -> None:
         """Measure the SAEs as they are now and write their snapshots.
 
         Args:

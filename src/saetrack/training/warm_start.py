@@ -76,14 +76,15 @@ def orthogonal_map(before: Tensor, after: Tensor) -> Tensor:
     a = before.double() - before.double().mean(dim=0)
     b = after.double() - after.double().mean(dim=0)
     u, _, vt = torch.linalg.svd((a.T @ b).cpu())
-    return u @ vt
+    rotation: Tensor = u @ vt
+    return rotation
 
 
 @torch.no_grad()
 def recentre(sae: SAE, before: Calibration, after: Calibration) -> None:
     """Move ``b_dec`` by the change of the mean activation."""
     shift = after.scale * after.mean - before.scale * before.mean
-    sae.b_dec += shift.to(sae.b_dec)
+    sae.b_dec.add_(shift.to(sae.b_dec))
 
 
 @torch.no_grad()
