@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +25,13 @@ _SERIES = ("data", "model", "scheduler")
 """The sections of a configuration that say what the track is; the others say how it is made."""
 
 
+_EXPECTED_WARNINGS = (
+    ".*does not have many workers.*",  # the stream is a forward of the LLM in this process; workers would each load it
+    ".*LeafSpec.*is deprecated.*",  # lightning's own pytree helper with torch 2.13
+    ".*is smaller than the logging interval.*",  # what is logged, and when, is the module's own business
+)
+
+
 def fit(args: list[str] | None, other_commands: str) -> None:
     """Parse a command line and train.
 
@@ -30,6 +39,11 @@ def fit(args: list[str] | None, other_commands: str) -> None:
         args: What was typed after ``saetrack``, or None for the process's own arguments.
         other_commands: What ``saetrack --help`` says below Lightning's own command.
     """
+    # Lightning's news about hardware, tips, and defaults that are set here would bury what a user must read
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
     FitCLI(
         SAEModule,
         ActivationDataModule,
@@ -53,7 +67,7 @@ def fit(args: list[str] | None, other_commands: str) -> None:
                 "init_args": {"save_dir": "runs", "name": "tensorboard", "version": ""},
             },
             "enable_model_summary": False,
-            "callbacks": [TrackProgressBar(), TrackLogger()],
+            "callbacks": [TrackLogger()],
         },
     )
 
@@ -103,6 +117,12 @@ class FitCLI(LightningCLI):
         parser.link_arguments("scheduler.track_dir", "trainer.default_root_dir", compute_fn=str)
         parser.link_arguments("scheduler.track_dir", "trainer.logger.init_args.save_dir", compute_fn=str)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Lightning's trainer with our progress bar, unless the user wants none."""
+        if self.config_init[self.subcommand].trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"].append(TrackProgressBar())
+        return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
         """Pretrain the LLM if the source asks for it, and say so when the track is complete already."""

@@ -1,0 +1,128 @@
+"""``saetrack fit`` from a configuration file to files on disk."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from saetrack import Track
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+FEATURE_COLUMNS = [
+    "feature",
+    "firing_frequency",
+    "mean_activation",
+    "max_activation",
+    "tokens_since_fired",
+    "dead",
+    "revived",
+    "functional_correlation",
+    "decoder_cosine_previous",
+]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def analysed(config: dict[str, Any]) -> dict[str, Any]:
+    config["analyze"] = {"analyses": ["Quality", "Semantics", "Formation", "Drift"]}
+    return config
+
+
+def test_fit_writes_the_documented_track_and_a_second_run_changes_nothing(analysed: dict[str, Any], run: Run) -> None:
+    done = run(analysed)
+    assert done.returncode == 0, done.stderr
+    folder = Path(analysed["scheduler"]["track_dir"])
+    track = Track.open(folder)
+    assert track.steps == [0, 2, 10]
+    for snapshot in track:
+        assert {p.name for p in snapshot.path.iterdir()} == {
+            "cfg.json",
+            "sae_weights.safetensors",
+            "statistics.safetensors",
+            "features.parquet",
+            "metadata.json",
+        }
+        assert list(snapshot.features.columns) == FEATURE_COLUMNS
+        assert snapshot.features["functional_correlation"].isna().all() == (snapshot.position == 0)
+        assert snapshot.metadata["llm"]["step"] == snapshot.step
+        assert snapshot.metadata["llm"]["weight_hash"].startswith("sha256:")
+        assert snapshot.metadata["fvu"] < snapshot.metadata["fvu_before"]
+    assert [s.metadata["tokens_trained"] for s in track] == [46 * 128, 23 * 128, 23 * 128]
+    assert track[0].metadata["fvu_shift"] is None
+    assert track[1].metadata["fvu_shift"] is not None
+    assert {p.name for p in track.analyses_dir.iterdir()} == {"quality", "semantics", "formation", "drift"}
+    for words in ("LLM step", "FVU before", "CE recovered", "analyses/drift", "tensorboard --logdir"):
+        assert words in done.stdout
+    assert yaml.safe_load((folder / "config.yaml").read_text())["scheduler"]["tokens_first"] == 6_000
+
+    before = tree(folder)
+    again = run(analysed)
+    assert again.returncode == 0, again.stderr
+    assert "complete; nothing was changed" in again.stdout
+    assert tree(folder) == before
+
+    analysed["model"]["sae"]["init_args"]["k"] = 5
+    other = run(analysed)
+    assert other.returncode == 1
+    assert "Choose another `scheduler.track_dir`" in other.stderr
+    assert tree(folder) == before
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "histograms": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert [e.step for e in events.Scalars("track/fvu")] == [0, 2, 10]
+    assert [e.value for e in events.Scalars("track/fvu")] == pytest.approx([s.metadata["fvu"] for s in track])
+    assert {"train/loss", "train/l0", "train/lr", "track/l0", "track/dead_share"} <= set(tags["scalars"])
+    assert {e.step for e in events.Scalars("track/drift/drift")} == {2, 10}
+    assert "track/decoder_cosine_to_previous_snapshot" in tags["histograms"]
+    assert any(tag.startswith("track/quality/") for tag in tags["images"])
+    assert list((folder / "tensorboard").rglob("projector_config.pbtxt"))
+    assert list((folder / "tensorboard").rglob("metadata.tsv"))
+
+
+def test_a_dry_run_writes_nothing(config: dict[str, Any], run: Run) -> None:
+    folder = Path(config["scheduler"]["track_dir"])
+    done = run(config, "--trainer.fast_dev_run", "true")
+    assert done.returncode == 0, done.stderr
+    assert not folder.exists()
+    config["scheduler"]["steps"] = [0, 2]
+    assert run(config).returncode == 0
+    before = tree(folder)
+    assert run(config, "--trainer.fast_dev_run", "true").returncode == 0
+    assert tree(folder) == before
+
+
+def test_two_hookpoints_give_two_tracks_from_one_forward(config: dict[str, Any], run: Run) -> None:
+    config["data"]["hookpoints"] = ["gpt_neox.layers.1", "gpt_neox.layers.0"]
+    config["scheduler"] |= {"steps": [0, 10], "direction": "backward"}
+    done = run(config)
+    assert done.returncode == 0, done.stderr
+    folder = Path(config["scheduler"]["track_dir"])
+    first, second = (Track.open(folder / h) for h in config["data"]["hookpoints"])
+    assert first.steps == second.steps == [10, 0]
+    assert first.facts["hookpoint"] == "gpt_neox.layers.1"
+    assert first[0].metadata["fvu"] != second[0].metadata["fvu"]
+    with pytest.raises(ValueError, match="holds 2 tracks; open one of"):
+        Track.open(folder)
+
+
+@pytest.mark.parametrize("warm_start", ["prior", "recentred", "scratch"])
+def test_every_warm_start_is_what_the_snapshot_says(warm_start: str, config: dict[str, Any], run: Run) -> None:
+    config["scheduler"] |= {"warm_start": warm_start, "steps": [0, 10]}
+    done = run(config)
+    assert done.returncode == 0, done.stderr
+    track = Track.open(config["scheduler"]["track_dir"])
+    assert [s.metadata["warm_start"] for s in track] == ["scratch", warm_start]
+    assert bool(track[1].features["revived"].all()) == (warm_start == "scratch")
+    cosine = track[1].features["decoder_cosine_previous"].median()
+    assert (cosine < 0.5) == (warm_start == "scratch")
+    assert json.loads((track.path / "track.json").read_text())["schema"] == 1

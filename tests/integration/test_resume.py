@@ -1,0 +1,79 @@
+"""Stopping anywhere and going on gives the bytes of a run that was never stopped."""
+
+import hashlib
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saetrack import Track
+
+KILLER = '''
+import os, signal
+from lightning import Callback
+
+class KillAt(Callback):
+    """Ends the process as a power cut would, after so many optimizer steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+'''
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of the tracks in a run's folder."""
+    files = [p for p in folder.glob("gpt_neox*/**/*") if p.is_file()]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture
+def killable(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    (tmp_path / "killer.py").write_text(KILLER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return config
+
+
+@pytest.mark.parametrize("warm_start", ["transported", "prior"])
+def test_killed_and_continued_equals_uninterrupted(
+    warm_start: str, killable: dict[str, Any], run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    killable["scheduler"]["warm_start"] = warm_start
+    assert run(killable).returncode == 0
+    expected = hashes(tmp_path / "run")
+    killable["scheduler"]["track_dir"] = str(tmp_path / "killed")
+    # stages have 46, 23 and 23 steps: in the first, just after its snapshot, in the second, in the last
+    for step in (20, 47, 60, 85):
+        killer = {"class_path": "killer.KillAt", "init_args": {"step": step}}
+        dying = run({**killable, "trainer": {**killable["trainer"], "callbacks": [killer]}}, "--ckpt_path", "last")
+        assert dying.returncode == -9, dying.stderr
+    done = run(killable, "--ckpt_path", "last")
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "killed") == expected
+
+
+def test_a_finished_track_takes_more_steps_and_refuses_changes(
+    config: dict[str, Any], run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    config["scheduler"]["steps"] = [0, 2]
+    assert run(config).returncode == 0
+    config["scheduler"]["steps"] = [0, 2, 10]
+    fresh = run(config)
+    assert fresh.returncode == 1
+    assert fresh.stderr.startswith("saetrack: error: ")
+    assert "already holds 2 of 3 snapshots" in fresh.stderr
+    refused = run(config, "--ckpt_path", "last", "--model.sae.init_args.k", "3")
+    assert refused.returncode == 1
+    assert "model.sae is" in refused.stderr
+    assert len(refused.stderr.strip().splitlines()) == 1
+    refused = run(config, "--ckpt_path", "last", "--model.optimizer.lr", "0.5")
+    assert "optimizer" in refused.stderr
+    assert "0.5" in refused.stderr
+    done = run(config, "--ckpt_path", "last")
+    assert done.returncode == 0, done.stderr
+    assert Track.open(tmp_path / "run").steps == [0, 2, 10]
