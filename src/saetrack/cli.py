@@ -27,7 +27,8 @@ class OneLineParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what was wrong and where the options are listed, and exit with 2."""
-        sys.stderr.write(f"{self.prog}: error: {message}\nOptions: {self.prog} --help\n")
+        one_line = " ".join(message.split())
+        sys.stderr.write(f"{self.prog}: error: {one_line}\nOptions: {self.prog} --help\n")
         sys.exit(2)
 
 

@@ -11,31 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "dog",
-    "ran",
-    "home",
-    "while",
-    "birds",
-    "sang",
-    "over",
-    "hills",
-    "near",
-    "river",
-    "bank",
-    "at",
-    "dawn",
-    "def",
-    "return",
-    "print",
-]
+WORDS = "the cat sat on a mat and dog ran home while birds sang over hills near river bank at dawn def return print"
 
 Config = dict[str, Any]
 
@@ -46,7 +22,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("text")
     draw = random.Random(0)
     for i in range(200):
-        (folder / f"{i:03d}.txt").write_text(" ".join(draw.choices(WORDS, k=150)))
+        (folder / f"{i:03d}.txt").write_text(" ".join(draw.choices(WORDS.split(), k=150)))
     return str(folder / "*.txt")
 
 

@@ -1,6 +1,7 @@
 """Whatever is wrong with the input, the user reads one line and loses nothing."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from saetrack import Track
 from saetrack.cli import main
 
 Config = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningCLI warns when it is given arguments while the process has others, here pytest's."""
+    monkeypatch.setattr(sys, "argv", ["saetrack"])
 
 
 @pytest.fixture
@@ -63,7 +70,7 @@ def test_equal_weights_are_refused_before_training(
     line = fails(config)
     assert "same weights" in line
     assert "scheduler.allow_duplicates" in line
-    assert not Path(config["scheduler"]["track_dir"]).exists()
+    assert not list(Path(config["scheduler"]["track_dir"]).rglob("track.json"))
 
 
 def test_steps_out_of_order(config: Config, fails: Callable[..., str]) -> None:

@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pandas as pd
 import yaml
@@ -77,7 +77,8 @@ class OneLineFitParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what was wrong and where the options are listed, and exit with 2."""
-        sys.stderr.write(f"saetrack fit: error: {message}\nOptions: saetrack fit --help\n")
+        one_line = " ".join(message.split())
+        sys.stderr.write(f"saetrack fit: error: {one_line}\nOptions: saetrack fit --help\n")
         sys.exit(2)
 
 

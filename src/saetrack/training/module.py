@@ -172,7 +172,7 @@ class SAEModule(LightningModule):
         Straight to the loggers: ``self.log`` costs half a millisecond a call even on steps that are not written.
         """
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        values = {"loss": out.loss, "l0": out.l0, "dead_share": dead.float().mean(), "lr": lr, **out.terms}
+        values = {"loss": out.loss.detach(), "l0": out.l0, "dead_share": dead.float().mean(), "lr": lr, **out.terms}
         self.latest_loss = out.loss.item()
         prefix = f"train/{hookpoint}" if len(self.hookpoints) > 1 else "train"
         numbers = {f"{prefix}/{name}": float(value) for name, value in values.items()}

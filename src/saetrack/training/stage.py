@@ -249,7 +249,7 @@ def _scalars(
     start: StageStart, quality: Mapping[str, Any], recovered: Mapping[str, float], features: pd.DataFrame
 ) -> dict[str, Any]:
     """The snapshot's numbers, in the order in which a person reads them."""
-    frequency = torch.from_numpy(features["firing_frequency"].to_numpy())
+    frequency = torch.tensor(features["firing_frequency"].to_numpy())
     scalars = {
         "scale": start.calibration.scale,
         "fvu": quality["fvu"],
