@@ -1,6 +1,6 @@
 """A single-file analysis: put a file like this into ./plugins and name its class.
 
-saetrack analyze --track runs/quickstart --analyses+=firing_entropy.FiringEntropy
+saetrack analyze runs/quickstart --analyses+=firing_entropy.FiringEntropy
 """
 
 import numpy as np

@@ -109,8 +109,7 @@ class Snapshot:
     def llm(self) -> LLMCheckpoint:
         """The LLM checkpoint this snapshot was trained on."""
         facts = self.metadata["llm"]
-        names = ("model", "revision", "step", "tokens", "cache_dir")
-        return LLMCheckpoint(**{name: facts[name] for name in names if name in facts})
+        return LLMCheckpoint(facts["model"], facts["revision"], facts["step"], facts["tokens"], facts.get("cache_dir"))
 
     def sae(self) -> SAE:
         """The SAE, in the LLM's own units (the activation scale is folded into its weights)."""

@@ -47,8 +47,9 @@ def test_killed_and_continued_equals_uninterrupted(
     assert run(killable).returncode == 0
     expected = hashes(tmp_path / "run")
     killable["scheduler"]["track_dir"] = str(tmp_path / "killed")
-    # stages have 46, 23 and 23 steps: in the first, just after its snapshot, in the second, in the last
-    for step in (20, 47, 60, 85):
+    # stages have 46, 23 and 23 steps, and a resume file is written every 11: before the first of them, just after
+    # a snapshot, and in the last stage
+    for step in (5, 47, 85):
         killer = {"class_path": "killer.KillAt", "init_args": {"step": step}}
         dying = run({**killable, "trainer": {**killable["trainer"], "callbacks": [killer]}}, "--ckpt_path", "last")
         assert dying.returncode == -9, dying.stderr

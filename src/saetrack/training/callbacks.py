@@ -198,7 +198,7 @@ def _add_projector(board: SummaryWriter, prefix: str, track: Track, semantics: A
         table = semantics.tables["features"]
         top = table[table["step"] == last.step].set_index("feature")["top_token"].to_dict()
         labels = [f"{feature} {top[feature]!r}" if feature in top else str(feature) for feature in alive]
-    directions = torch.nn.functional.normalize(last.tensor("W_dec")[torch.from_numpy(alive)], dim=1)
+    directions = torch.nn.functional.normalize(last.tensor("W_dec")[torch.tensor(alive)], dim=1)
     board.add_embedding(directions, metadata=labels, global_step=last.step, tag=f"{prefix}/decoder".replace("/", "_"))
 
 

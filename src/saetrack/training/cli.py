@@ -158,13 +158,11 @@ class FitCLI(LightningCLI):
     def _find_resume_file(self, track_dir: Path) -> None:
         """Make ``--ckpt_path last`` the run's resume file; Lightning would look in its own folders."""
         options = self.config_init[self.subcommand]
-        options.weights_only = (
-            True  # a resume file is the one thing here that is unpickled, and so never more than this
-        )
+        options.weights_only = True  # the one file here that is unpickled may hold tensors and plain values only
         if options.ckpt_path != "last":
             return
         path = ResumeFile.path(track_dir)
-        if not path.is_file() and tracks_in(track_dir):
+        if not path.is_file() and any(len(Track.open(track)) for track in tracks_in(track_dir)):
             raise FileNotFoundError(
                 f"`--ckpt_path last` needs {path}, which is not there, but the track in {track_dir} has begun. "
                 "Restore the file, or choose another `scheduler.track_dir`."

@@ -200,14 +200,17 @@ class CheckpointScheduler(Callback):
     def _open_track(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule, hookpoint: str) -> None:
         path = self.track_dir / hookpoint
         facts = _track_facts(module, data, hookpoint)
-        begun = (path / "track.json").is_file()
+        exists = (path / "track.json").is_file()
+        snapshots = len(Track.open(path)) if exists else 0
         trainer.strategy.barrier()  # every rank has looked before rank zero creates anything
-        if begun and trainer.ckpt_path is None:
+        if snapshots and trainer.ckpt_path is None:
             raise FileExistsError(
-                f"{path} already holds {len(Track.open(path))} of {len(self.checkpoints)} snapshots. Continue it with "
+                f"{path} already holds {snapshots} of {len(self.checkpoints)} snapshots. Continue it with "
                 "`--ckpt_path last`, or choose another `scheduler.track_dir`."
             )
-        if trainer.is_global_zero and not begun:
+        if trainer.is_global_zero and (not exists or trainer.ckpt_path is None):
+            # killed before its first resume file, a run leaves a track without snapshots: begin it again
+            (path / "track.json").unlink(missing_ok=True)
             rows = {split: data.measuring_rows(split) for split in ("selection", "evaluation")}
             Track.create(path, {"saetrack": saetrack.__version__, **facts}, rows)
         trainer.strategy.barrier()

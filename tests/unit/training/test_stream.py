@@ -1,0 +1,213 @@
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPTNeoXForCausalLM
+
+from saetrack.lm import LLMCheckpoint, TokenRows, read_activations
+from saetrack.training.stream import ROWS_PER_FORWARD, ActivationStream, StageOrder, harvest
+
+HOOKPOINT = "gpt_neox.layers.0"
+CONTEXT = 16
+BATCH = 64
+
+
+def rows_with_bos(n: int, seed: int = 0) -> TokenRows:
+    """BOS (id 0) begins every row and, here and there, another document in it."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, 60, size=(n, CONTEXT)).astype(np.uint16)
+    tokens[rng.random(tokens.shape) < 0.1] = 0
+    tokens[:, 0] = 0
+    return TokenRows(tokens, np.zeros(tokens.shape, dtype=np.int32), bos_token_id=0)
+
+
+ROWS = rows_with_bos(400)
+ORDER = StageOrder(ROWS, tokens=1600, batch_size=BATCH, chunk_tokens=300, seed=3, step=8)
+
+
+def positions(indices: np.ndarray) -> torch.Tensor:
+    """In place of an activation its place in the corpus, so that each can be told from all others."""
+    places = indices[:, None] * CONTEXT + np.arange(CONTEXT)
+    return torch.from_numpy(places[ROWS.usable(indices)])[:, None]
+
+
+def stream(order: StageOrder) -> ActivationStream:
+    return ActivationStream(order, lambda indices: {HOOKPOINT: positions(indices), "other": -positions(indices)})
+
+
+def batches(order: StageOrder) -> list[torch.Tensor]:
+    return [batch[HOOKPOINT].squeeze(1) for batch in stream(order)]
+
+
+def rows_used(order: StageOrder) -> np.ndarray:
+    return np.concatenate([order.chunk_rows(c) for c in range(order.chunks)])
+
+
+def test_a_stage_is_a_function_of_its_arguments() -> None:
+    for a, b in zip(batches(ORDER), batches(replace(ORDER)), strict=True):
+        assert torch.equal(a, b)
+    for other in (replace(ORDER, seed=4), replace(ORDER, step=9)):
+        assert not torch.equal(batches(other)[0], batches(ORDER)[0])
+
+
+def test_every_batch_is_full_and_the_budget_is_kept() -> None:
+    got = batches(ORDER)
+    assert len(stream(ORDER)) == len(got) == 1600 // BATCH
+    assert {len(batch) for batch in got} == {BATCH}
+    assert ORDER.batches_per_chunk == 4
+    assert ORDER.chunks == 7  # 25 batches, four in each chunk but the last
+
+
+def test_no_activation_is_seen_twice_and_none_is_of_bos() -> None:
+    seen = torch.cat(batches(ORDER)).numpy()
+    assert len(np.unique(seen)) == len(seen) == 1600
+    assert (ROWS.tokens.reshape(-1)[seen] != 0).all()
+
+
+def test_hookpoints_are_shuffled_alike() -> None:
+    for batch in stream(ORDER):
+        assert torch.equal(batch[HOOKPOINT], -batch["other"])
+
+
+def test_a_chunk_is_shuffled() -> None:
+    first = batches(ORDER)[0].numpy() // CONTEXT
+    assert len(np.unique(first)) > BATCH // 4  # from many rows, where reading order would take five
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_work_and_no_row(world_size: int) -> None:
+    orders = [replace(ORDER, rank=r, world_size=world_size) for r in range(world_size)]
+    per_rank = [batches(order) for order in orders]
+    assert {len(b) for b in per_rank} == {25}
+    assert {len(batch) for b in per_rank for batch in b} == {BATCH // world_size}
+    used = [set(rows_used(order).tolist()) for order in orders]
+    assert sum(map(len, used)) == len(set.union(*used))
+    assert len(torch.cat([batch for b in per_rank for batch in b]).unique()) == 1600
+
+
+def test_rows_are_used_once_in_a_stage() -> None:
+    used = rows_used(ORDER)
+    assert len(np.unique(used)) == len(used)
+
+
+def test_stages_of_equal_budget_see_the_same_rows_in_another_order() -> None:
+    a, b = rows_used(ORDER), rows_used(replace(ORDER, step=16))
+    assert not np.array_equal(a, b)
+    missing = len(set(a) ^ set(b))
+    # each draws all it needs from one sample; only what rounding leaves at the end differs
+    assert missing <= 2 * (ORDER.chunks + 1)
+    assert missing < 0.2 * len(a)
+    assert len(set(a) ^ set(rows_used(replace(ORDER, seed=4)))) > len(a)
+
+
+def test_a_shorter_stage_sees_a_part_of_the_rows_of_a_longer_one() -> None:
+    short, long = replace(ORDER, tokens=640), replace(ORDER, tokens=3200)
+    assert len(set(rows_used(short)) - set(rows_used(long))) <= 2 * (long.chunks + 1)
+
+
+@pytest.mark.parametrize("position", [0, 1, 3, 4, 5, 24], ids=lambda p: f"batch {p}")
+def test_a_batch_reached_directly_is_the_batch_reached_by_reading(position: int) -> None:
+    direct = stream(ORDER)
+    direct.load_state_dict({"position": position})
+    rest = [batch[HOOKPOINT].squeeze(1) for batch in direct]
+    expected = batches(ORDER)[position:]
+    assert len(rest) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(rest, expected, strict=True))
+
+
+def test_a_resumed_stream_fills_no_chunk_that_is_done() -> None:
+    filled: list[np.ndarray] = []
+
+    def fill(indices: np.ndarray) -> dict[str, torch.Tensor]:
+        filled.append(indices)
+        return {HOOKPOINT: positions(indices)}
+
+    resumed = ActivationStream(ORDER, fill)
+    resumed.load_state_dict({"position": 9})
+    next(iter(resumed))
+    assert len(filled) == 1
+    np.testing.assert_array_equal(filled[0], ORDER.chunk_rows(2))
+
+
+def test_the_position_counts_the_batch_in_use_and_starts_over_at_the_end() -> None:
+    reading = stream(ORDER)
+    assert reading.state_dict() == {"position": 0}
+    for i, _ in enumerate(reading, start=1):
+        assert reading.state_dict() == {"position": i}
+    assert reading.state_dict() == {"position": 0}
+
+
+@pytest.mark.parametrize("world_size", [1, 2], ids=["one process", "two processes"])
+def test_a_corpus_that_is_just_long_enough_fills_every_batch(world_size: int) -> None:
+    """At the least corpus that is accepted, no chunk may come out short."""
+    for n in range(60, 140):
+        rows = rows_with_bos(n, seed=n)
+        orders = [
+            StageOrder(rows, 640, BATCH, 100, seed=n, step=1, rank=r, world_size=world_size) for r in range(world_size)
+        ]
+        try:
+            orders[0].chunk_rows(0)
+        except ValueError:
+            continue
+        for order in orders:
+            for chunk in range(order.chunks):
+                need = min(order.batches_per_chunk, order.batches - chunk * order.batches_per_chunk) * order.local_batch
+                assert rows.usable(order.chunk_rows(chunk)).sum() >= need
+        return
+    pytest.fail("no corpus was long enough")
+
+
+def test_a_corpus_shorter_than_the_budget_says_so() -> None:
+    order = replace(ORDER, tokens=64_000)
+    with pytest.raises(ValueError, match=r"A stage needs [\d,]+ tokens \(64,000 .*holds \d,\d+\. ") as raised:
+        order.chunk_rows(0)
+    assert f"{int(ROWS.usable().sum()):,}" in str(raised.value)
+    for key in ("data.corpus", "data.tokens.max_tokens", "scheduler.tokens_first", "scheduler.tokens_next"):
+        assert f"`{key}`" in str(raised.value)
+
+
+def test_a_batch_that_processes_cannot_share_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data.batch_size is 64 .*3 processes.*multiple of 3"):
+        replace(ORDER, world_size=3)
+
+
+def test_a_budget_below_one_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"budget of 63 tokens, less than one batch of 64; raise `scheduler.tokens"):
+        replace(ORDER, tokens=63)
+
+
+@pytest.mark.parametrize("n", [1, ROWS_PER_FORWARD, 2 * ROWS_PER_FORWARD + 3])
+def test_harvest_gives_the_usable_activations_in_reading_order(
+    make_llm: Callable[..., GPTNeoXForCausalLM], n: int
+) -> None:
+    llm, indices = make_llm(0), np.random.default_rng(1).permutation(len(ROWS.tokens))[:n]
+    got = list(harvest(llm, LLMCheckpoint("m", None, 0), ROWS, [HOOKPOINT], indices))
+    tokens = torch.from_numpy(ROWS.tokens[indices].astype(np.int64))
+    assert torch.equal(torch.cat([t for t, _ in got]), tokens)
+    x = read_activations(llm, tokens, [HOOKPOINT])[HOOKPOINT]
+    by_hand = [x[r, c] for r in range(n) for c in range(CONTEXT) if tokens[r, c] != 0]
+    torch.testing.assert_close(torch.cat([a[HOOKPOINT] for _, a in got]), torch.stack(by_hand), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=["NaN", "infinite"])
+def test_activations_that_are_not_finite_name_the_llm_checkpoint_and_the_batch(
+    make_llm: Callable[..., GPTNeoXForCausalLM], poison: float
+) -> None:
+    """Only token 60 is poisoned; it occurs in row 70 alone, which is in the third forward."""
+    llm = make_llm(0)
+    with torch.no_grad():
+        llm.gpt_neox.embed_in.weight[60] = poison
+    tokens = ROWS.tokens.copy()
+    tokens[70, 5] = 60
+    rows = replace(ROWS, tokens=tokens)
+    checkpoint = LLMCheckpoint("the/llm", "step512", 512)
+    reading = harvest(llm, checkpoint, rows, [HOOKPOINT], np.arange(100))
+    next(reading)
+    next(reading)
+    with pytest.raises(ValueError, match="NaN or infinite activations in forward batch 2 ") as raised:
+        next(reading)
+    for part in (HOOKPOINT, "step 512", "the/llm", "step512", "token rows 64", "`data.llm_dtype: float32`"):
+        assert part in str(raised.value)
+    assert "\n" not in str(raised.value)
