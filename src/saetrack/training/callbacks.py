@@ -70,16 +70,15 @@ class TrackProgressBar(TQDMProgressBar):
     """Lightning's progress bar, saying which LLM checkpoint of how many, and tokens per second."""
 
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        """Start the clock; a stage that is resumed in its middle has no epoch start."""
+        """Begin a bar here too; a stage that is resumed in its middle has no epoch start."""
         super().on_train_start(trainer)
-        self._restart_clock()
+        self.train_progress_bar.reset(trainer.num_training_batches)
+        self._describe_stage(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Begin a bar for the stage."""
         super().on_train_epoch_start(trainer)
-        stage, n = _scheduler(trainer).stage, len(_scheduler(trainer).checkpoints)
-        self.train_progress_bar.set_description(f"LLM step {stage.checkpoint.step} ({stage.position + 1} of {n})")
-        self._restart_clock()
+        self._describe_stage(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Count the batch, then refresh as Lightning does."""
@@ -96,7 +95,9 @@ class TrackProgressBar(TQDMProgressBar):
         speed = tokens / max(time.monotonic() - self._began, 1e-9)
         return {**metrics, "loss": f"{pl_module.latest_loss:.3g}", "tokens/s": f"{speed:,.0f}"}
 
-    def _restart_clock(self) -> None:
+    def _describe_stage(self, trainer: Trainer) -> None:
+        stage, n = _scheduler(trainer).stage, len(_scheduler(trainer).checkpoints)
+        self.train_progress_bar.set_description(f"LLM step {stage.checkpoint.step} ({stage.position + 1} of {n})")
         self._began, self._batches = time.monotonic(), 0
 
 

@@ -88,7 +88,7 @@ class ActivationDataModule(LightningDataModule):
         self.scales: dict[str, float] = {}
         """Activation scale of the current LLM checkpoint by hookpoint; set by the scheduler once measured."""
         self.widths: dict[str, int] = {}
-        """``d_in`` by hookpoint, read from the LLM in ``setup``."""
+        """``d_in`` by hookpoint; set by ``read_widths``."""
         self._llm: tuple[LLMCheckpoint, PreTrainedModel] | None = None
         self.order: StageOrder | None = None
         """The current stage's rows and chunks; set by ``begin_stage``."""
@@ -99,11 +99,9 @@ class ActivationDataModule(LightningDataModule):
         self._tokenize()
 
     def setup(self, stage: str) -> None:
-        """List the LLM checkpoints, open the token rows, and read the widths of the hookpoints."""
+        """List the LLM checkpoints and open the token rows."""
         self.checkpoints = self.source.checkpoints()
         self.corpus_rows = self._tokenize()
-        if not self.widths:
-            self.widths = activation_widths(self.llm(self.checkpoints[0]), self.hookpoints)
 
     def _tokenize(self) -> TokenizedCorpus:
         t = self.tokens
@@ -134,6 +132,14 @@ class ActivationDataModule(LightningDataModule):
         """Free the LLM in memory."""
         self._llm = None
         release_memory()
+
+    def read_widths(self, checkpoint: LLMCheckpoint) -> None:
+        """Read the widths of the hookpoints from the first LLM checkpoint that is visited.
+
+        Raises:
+            ValueError: If there is no module of a hookpoint's name; the closest ones are listed.
+        """
+        self.widths = activation_widths(self.llm(checkpoint), self.hookpoints)
 
     def begin_stage(self, checkpoint: LLMCheckpoint, tokens: int) -> None:
         """Make ``train_dataloader`` yield the activations of ``checkpoint``, ``tokens`` of them over all ranks.
@@ -181,6 +187,12 @@ class ActivationDataModule(LightningDataModule):
         parts: dict[str, list[Tensor]] = {h: [] for h in self.hookpoints}
         for _, activations in harvest(self.llm(checkpoint), checkpoint, rows, self.hookpoints, indices):
             for hookpoint, x in activations.items():
+                if x.shape[1] != self.widths[hookpoint]:
+                    raise ValueError(
+                        f"{hookpoint} of LLM checkpoint step {checkpoint.step} ({checkpoint.model}) is {x.shape[1]} "
+                        f"wide, but that of the first is {self.widths[hookpoint]}; all must be checkpoints of one LLM. "
+                        "Take it out of `data.source`, or choose the others with `scheduler.steps`."
+                    )
                 parts[hookpoint].append(x)
         return {h: torch.cat(x) for h, x in parts.items()}
 

@@ -143,11 +143,14 @@ class SAEModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of other SAEs, before Lightning meets them with a page of tensor shapes."""
         now = {hookpoint: sae_record(self.sae(hookpoint)) for hookpoint in self.hookpoints}
-        refuse_changes({"model.sae": checkpoint["saes"]}, {"model.sae": now}, "the resume file")
+        saved = checkpoint["saes"]
+        refuse_changes({"data.hookpoints": list(saved)}, {"data.hookpoints": list(now)}, "the resume file")
+        for hookpoint in self.hookpoints:
+            refuse_changes({"model.sae": saved[hookpoint]}, {"model.sae": now[hookpoint]}, "the resume file")
 
     def recipe(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run it continues."""
-        return {"optimizer": asdict(self.settings), "dead_after_tokens": self.dead_after_tokens}
+        return {"model.optimizer": asdict(self.settings), "model.dead_after_tokens": self.dead_after_tokens}
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Loss of all SAEs on one batch of scaled activations, ``[batch, d_in]`` by hookpoint.
@@ -232,16 +235,26 @@ def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], where: str)
     """Raise if a resumed run differs from the run it continues.
 
     Args:
-        saved: Facts of the run that is continued; keys that ``now`` lacks do not count.
+        saved: Facts of the run that is continued, possibly nested; keys that ``now`` lacks do not count.
         now: The same facts of this run.
         where: What ``saved`` was read from.
 
     Raises:
-        ValueError: If a value differs; key and both values are named.
+        ValueError: If a value differs; its dotted key and both values are named.
     """
     for key, value in now.items():
-        if saved.get(key) != value:
+        before = saved.get(key)
+        if before == value:
+            continue
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            refuse_changes(_with_prefix(key, before), _with_prefix(key, value), where)
+        else:
             raise ValueError(
-                f"{key} is {value}, but {where} was written with {saved.get(key)}. A resumed run must keep it; "
+                f"{key} is {value}, but {where} was written with {before}. A resumed run must keep it; "
                 "set it back, or begin another track with another `scheduler.track_dir`."
             )
+
+
+def _with_prefix(prefix: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts by the names that a configuration gives them; ``arguments`` is what a metadata file calls init_args."""
+    return {f"{prefix}.{'init_args' if key == 'arguments' else key}": value for key, value in facts.items()}

@@ -20,6 +20,9 @@ from saetrack.training.warm_start import WarmStart
 
 logger = logging.getLogger(__name__)
 
+_STEPS = "scheduler.steps"
+"""Key of the LLM steps in a recipe; the others too are named as a configuration names them."""
+
 
 class SnapshotCallback(Callback):
     """A callback that is told of every snapshot.
@@ -101,6 +104,7 @@ class CheckpointScheduler(Callback):
         data = _data(trainer)
         self.checkpoints = select_checkpoints(data.checkpoints, self.steps, self.direction)
         self._audit()
+        data.read_widths(self.checkpoints[0])
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
@@ -163,25 +167,23 @@ class CheckpointScheduler(Callback):
                 added after those that are done.
         """
         saved, now = state_dict["recipe"], self._recipe
-        done = min(state_dict["position"] + 1, len(saved["steps"]))
-        refuse_changes(
-            {**saved, "steps": saved["steps"][:done]}, {**now, "steps": now["steps"][:done]}, "the resume file"
-        )
+        done = min(state_dict["position"] + 1, len(saved[_STEPS]))
+        refuse_changes({**saved, _STEPS: saved[_STEPS][:done]}, {**now, _STEPS: now[_STEPS][:done]}, "the resume file")
         self.position = state_dict["position"]
         self._start = {h: StageStart.from_state_dict(state) for h, state in state_dict["start"].items()}
 
     def _make_recipe(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule) -> dict[str, Any]:
         """What a resumed run must share with the one it continues, beside the facts of the track."""
         return {
-            "steps": [checkpoint.step for checkpoint in self.checkpoints],
-            "warm_start": self.warm_start,
-            "tokens_first": self.tokens_first,
-            "tokens_next": self.tokens_next,
-            "batch_size": data.batch_size,
-            "chunk_tokens": data.chunk_tokens,
-            "calibration_tokens": data.tokens.calibration_tokens,
-            "processes": trainer.world_size,
-            "gradient_clip_val": trainer.gradient_clip_val,
+            _STEPS: [checkpoint.step for checkpoint in self.checkpoints],
+            "scheduler.warm_start": self.warm_start,
+            "scheduler.tokens_first": self.tokens_first,
+            "scheduler.tokens_next": self.tokens_next,
+            "data.batch_size": data.batch_size,
+            "data.chunk_tokens": data.chunk_tokens,
+            "data.tokens.calibration_tokens": data.tokens.calibration_tokens,
+            "number of processes": trainer.world_size,
+            "trainer.gradient_clip_val": trainer.gradient_clip_val,
             **module.recipe(),
         }
 

@@ -22,9 +22,7 @@ from saetrack.training import (
 )
 
 HOOKPOINT = "gpt_neox.layers.0"
-WORDS = (
-    "the cat sat on a mat and dog ran home while birds sang over hills near river bank at dawn def return print".split()
-)
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "ran", "home", "while", "birds", "sang", "def", "return"]
 BATCH = 128
 
 
@@ -98,7 +96,7 @@ def tiny_fit(tiny_data: Callable[..., ActivationDataModule]) -> Callable[..., Fi
         made = Trainer(
             accelerator="cpu",
             logger=logger,
-            callbacks=[CheckpointScheduler(run, **options), ResumeFile(), *(callbacks or [])],
+            callbacks=[CheckpointScheduler(run, **options), ResumeFile(every_tokens=512), *(callbacks or [])],
             max_epochs=-1,
             reload_dataloaders_every_n_epochs=1,
             enable_model_summary=False,

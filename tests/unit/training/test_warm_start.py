@@ -76,7 +76,7 @@ def test_unequal_shapes_are_refused() -> None:
     "sae", [TopKSAE(D, 4, k=5), StandardSAE(D, 4), SAETrackSAE(D, 4)], ids=lambda s: type(s).__name__
 )
 def test_a_transported_sae_does_to_turned_activations_what_it_did_before(sae: SAE) -> None:
-    """x -> (x - mean) R + another mean, in training units: equal latents, and the reconstruction is turned too."""
+    """After x -> (x - mean) R + another mean: equal latents, and a reconstruction turned like x."""
     x = activations(0) * 3
     before = Calibration.measure(x)
     sae = started(sae, x * before.scale)
