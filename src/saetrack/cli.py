@@ -94,7 +94,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         load_plugins()  # before any parser exists: short class names resolve among imported classes only
-        if not argv or not argv[0].startswith("-") and argv[0] not in ("fit", *COMMANDS):
+        if not argv or (not argv[0].startswith("-") and argv[0] not in ("fit", *COMMANDS)):
             typed = f"there is no command {argv[0]!r}" if argv else "no command was given"
             sys.stderr.write(f"saetrack: error: {typed}; expected fit, {', '.join(COMMANDS)}. Try `saetrack --help`.\n")
             sys.exit(2)
