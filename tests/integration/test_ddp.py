@@ -1,4 +1,4 @@
-"""Two processes give one track: the same tokens, the same files on a repeat, the same quality as one process."""
+"""Two processes give one track: the tokens and quality of one process, and the same bytes when killed and continued."""
 
 import hashlib
 import subprocess
@@ -13,24 +13,44 @@ from saetrack import Track
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 
 
+KILL_RANK_ZERO = """
+import os, signal
+from lightning import Callback
+
+class KillRankZero(Callback):
+    def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+        if trainer.global_step == 120 and trainer.is_global_zero:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def hashes(folder: Path) -> dict[str, str]:
     files = [p for p in folder.glob("gpt_neox*/**/*") if p.is_file()]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
-def test_two_processes(
-    config: dict[str, Any], run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+def test_two_processes_agree_with_one_and_a_killed_pair_continues_to_the_same_bytes(
+    config: dict[str, Any],
+    run: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config["scheduler"] |= {"steps": [0, 10], "tokens_first": 12_000, "tokens_next": 8_000}
     config["model"]["optimizer"]["lr"] = 5.0e-3
     tracks = []
-    for name, options in (("one", ()), ("two", TWO), ("again", TWO)):
+    (tmp_path / "killer.py").write_text(KILL_RANK_ZERO)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    for name, options in (("one", ()), ("two", TWO), ("killed", (*TWO, "--ckpt_path", "last"))):
         config["scheduler"]["track_dir"] = str(tmp_path / name)
+        if name == "killed":  # in the second stage
+            dying = {**config, "trainer": {**config["trainer"], "callbacks": [{"class_path": "killer.KillRankZero"}]}}
+            assert run(dying, *TWO).returncode == -9
+            assert Track.open(tmp_path / name).steps == [0]
         done = run(config, *options)
         assert done.returncode == 0, done.stderr
         tracks.append(Track.open(tmp_path / name))
     one, two, _ = tracks
-    assert hashes(tmp_path / "two") == hashes(tmp_path / "again")
+    assert hashes(tmp_path / "two") == hashes(tmp_path / "killed")
     assert set(hashes(tmp_path / "one")) == set(hashes(tmp_path / "two"))
     for a, b in zip(one, two, strict=True):
         assert a.metadata["tokens_trained"] == b.metadata["tokens_trained"]

@@ -256,5 +256,6 @@ def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], where: str)
 
 
 def _with_prefix(prefix: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts by the names that a configuration gives them; ``arguments`` is what a metadata file calls init_args."""
-    return {f"{prefix}.{'init_args' if key == 'arguments' else key}": value for key, value in facts.items()}
+    """The facts by the names that a configuration gives them; an SAE's record has names of its own for two."""
+    names = {"class": "class_path", "arguments": "init_args"}
+    return {f"{prefix}.{names.get(key, key)}": value for key, value in facts.items()}
