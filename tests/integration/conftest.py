@@ -16,6 +16,12 @@ WORDS = "the cat sat on a mat and dog ran home while birds sang over hills near 
 Config = dict[str, Any]
 
 
+@pytest.fixture(autouse=True)
+def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningCLI warns when it is given arguments while the process has others, here pytest's."""
+    monkeypatch.setattr(sys, "argv", ["saetrack"])
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A glob of 200 documents of 150 words."""

@@ -1,26 +1,18 @@
 """Whatever is wrong with the input, the user reads one line and loses nothing."""
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 
 from saetrack import Track
 from saetrack.cli import main
 
 Config = dict[str, Any]
-
-
-@pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LightningCLI warns when it is given arguments while the process has others, here pytest's."""
-    monkeypatch.setattr(sys, "argv", ["saetrack"])
 
 
 @pytest.fixture
@@ -134,12 +126,3 @@ def test_analyze_names_what_it_cannot_open(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         main(["analyze", str(tmp_path / "nothing")])
     assert capsys.readouterr().err.startswith(f"saetrack: error: {tmp_path / 'nothing'} holds no track")
-
-
-@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_shipped_config_parses(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["fit", "--config", str(path), "--print_config"])
-    assert stopped.value.code == 0
-    assert yaml.safe_load(capsys.readouterr().out)["data"]["hookpoints"]
-    assert path.read_text().startswith(f"# saetrack fit --config {path.as_posix()}")
