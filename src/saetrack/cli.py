@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -15,6 +15,7 @@ import saetrack
 from saetrack.analysis import Analysis, SweepAnalysis
 from saetrack.analysis.plugins import discover, list_analyses, load_plugins, name_analyses
 from saetrack.analysis.sweep import run_analyses
+from saetrack.errors import OneLineErrors
 from saetrack.lm import describe_checkpoints, source_from_string
 from saetrack.track import Track
 
@@ -22,14 +23,8 @@ PACKAGE = Path(saetrack.__file__).parent
 TRACEBACK_VARIABLE = "SAETRACK_TRACEBACK"
 
 
-class OneLineParser(ArgumentParser):
-    """A parser whose errors are one line: the usage of ``fit`` alone is sixty."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what was wrong and where the options are listed, and exit with 2."""
-        one_line = " ".join(message.split())
-        sys.stderr.write(f"{self.prog}: error: {one_line}\nOptions: {self.prog} --help\n")
-        sys.exit(2)
+class CommandParser(OneLineErrors, ArgumentParser):
+    """The parser of every command but ``fit``, with errors of one line."""
 
 
 def pretrain(args: list[str]) -> None:
@@ -118,7 +113,7 @@ def _raised_by_us(error: BaseException) -> bool:
 
 
 def _parser(name: str, command: Callable[..., Any]) -> ArgumentParser:
-    parser = OneLineParser(prog=f"saetrack {name}", description=_first_line(command))
+    parser = CommandParser(prog=f"saetrack {name}", description=_first_line(command))
     parser.add_argument("--config", action="config", help="Read options from a file.")
     return parser
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.lm.tokens import TokenRows
 from saetrack.sae import SAE, save_saelens
+from saetrack.storage import whole_folder, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,13 +40,6 @@ _WEIGHTS = "sae_weights.safetensors"
 _STATISTICS = "statistics.safetensors"
 _FEATURES = "features.parquet"
 _METADATA = "metadata.json"
-
-
-def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    """Write ``facts`` to ``path`` in one step: a reader sees the old file or the new one, never half of one."""
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def sae_record(sae: SAE) -> dict[str, Any]:
@@ -338,23 +331,17 @@ class Track(Sequence[Snapshot]):
         """
         step = metadata["llm"]["step"]
         final = self.path / "snapshots" / f"{position:04d}-step{step}"
-        partial = final.with_name(f".{final.name}")
-        shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir(parents=True)
-            save_saelens(sae, partial, self._saelens_metadata(metadata))
-            save_file({k: v.contiguous().cpu() for k, v in statistics.items()}, partial / _STATISTICS)
-            features.to_parquet(partial / _FEATURES, index=False)
-            write_json(partial / _METADATA, {"position": position, **metadata})
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, (OSError, SafetensorError)):
-                raise OSError(
-                    f"Snapshot {final} could not be written: {error}. The snapshots before it are whole. Make room, "
-                    "then run `saetrack fit` again with `--ckpt_path last`."
-                ) from error
-            raise
-        _replace_directory(partial, final)
+            with whole_folder(final) as folder:
+                save_saelens(sae, folder, self._saelens_metadata(metadata))
+                save_file({k: v.contiguous().cpu() for k, v in statistics.items()}, folder / _STATISTICS)
+                features.to_parquet(folder / _FEATURES, index=False)
+                write_json(folder / _METADATA, {"position": position, **metadata})
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"Snapshot {final} could not be written: {error}. The snapshots before it are whole. Make room, "
+                "then run `saetrack fit` again with `--ckpt_path last`."
+            ) from error
         self.refresh()
         return Snapshot(final)
 
@@ -367,16 +354,6 @@ class Track(Sequence[Snapshot]):
             "prepend_bos": self.facts["bos_token_id"] is not None,
             "model_from_pretrained_kwargs": {} if revision is None else {"revision": revision},
         }
-
-
-def _replace_directory(new: Path, final: Path) -> None:
-    """Rename ``new`` to ``final``; what was there is moved aside first and removed last."""
-    old = final.with_name(f".{final.name}.old")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    new.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def tracks_in(run: str | Path) -> list[Path]:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from saetrack.cli import main
+
 WORDS = "the cat sat on a mat and dog ran home while birds sang over hills near river bank at dawn def return print"
 
 Config = dict[str, Any]
@@ -88,6 +90,26 @@ def run(write: Callable[[Config], Path]) -> Callable[..., subprocess.CompletedPr
 
     def fit(config: Config, *options: str) -> subprocess.CompletedProcess[str]:
         return saetrack("fit", "--config", str(write(config)), *options)
+
+    return fit
+
+
+@pytest.fixture
+def fit_here(
+    write: Callable[[Config], Path], capfd: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``saetrack fit`` in this process, which saves the seconds that a start takes."""
+
+    def fit(config: Config, *options: str) -> subprocess.CompletedProcess[str]:
+        capfd.readouterr()
+        command = ["fit", "--config", str(write(config)), *options]
+        try:
+            main(command)
+            code = 0
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        said = capfd.readouterr()
+        return subprocess.CompletedProcess(command, code, said.out, said.err)
 
     return fit
 

@@ -25,8 +25,8 @@ def fails(write: Callable[[Config], Path], capsys: pytest.CaptureFixture[str]) -
             main(["fit", "--config", str(write(config)), *options])
         assert stopped.value.code in (1, 2)
         lines = [line for line in capsys.readouterr().err.splitlines() if line]
-        assert lines[0].startswith(("saetrack: error: ", "saetrack fit: error: ")), lines
-        assert len(lines) == 1 or lines[1].startswith("Options: ")
+        assert len(lines) == 1, lines
+        assert lines[0].startswith(("saetrack: error: ", "saetrack fit: error: "))
         return lines[0]
 
     return fit
@@ -80,6 +80,20 @@ def test_corpus_shorter_than_the_budget(config: Config, fails: Callable[..., str
     line = fails(config)
     assert "10,000,000" in line
     assert "scheduler.tokens_first" in line
+
+
+def test_context_longer_than_the_llm_reads(config: Config, fails: Callable[..., str]) -> None:
+    config["data"]["tokens"]["context_size"] = 128
+    line = fails(config)
+    assert "data.tokens.context_size is 128" in line
+    assert "at most 64" in line
+
+
+def test_a_mistyped_analysis_points_to_the_list(config: Config, fails: Callable[..., str]) -> None:
+    config["analyze"] = {"analyses": ["Drft"]}
+    line = fails(config)
+    assert "Drft" in line
+    assert "`saetrack analyses`" in line
 
 
 def test_unknown_option(config: Config, fails: Callable[..., str]) -> None:

@@ -37,7 +37,9 @@ def analysed(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def test_fit_writes_the_documented_track_and_a_second_run_changes_nothing(analysed: dict[str, Any], run: Run) -> None:
+def test_fit_writes_the_documented_track_and_a_second_run_changes_nothing(
+    analysed: dict[str, Any], run: Run, fit_here: Run
+) -> None:
     done = run(analysed)
     assert done.returncode == 0, done.stderr
     folder = Path(analysed["scheduler"]["track_dir"])
@@ -65,13 +67,13 @@ def test_fit_writes_the_documented_track_and_a_second_run_changes_nothing(analys
     assert yaml.safe_load((folder / "config.yaml").read_text())["scheduler"]["tokens_first"] == 6_000
 
     before = tree(folder)
-    again = run(analysed)
+    again = fit_here(analysed)
     assert again.returncode == 0, again.stderr
     assert "complete; nothing was changed" in again.stdout
     assert tree(folder) == before
 
     analysed["model"]["sae"]["init_args"]["k"] = 5
-    other = run(analysed)
+    other = fit_here(analysed)
     assert other.returncode == 1
     assert "Choose another `scheduler.track_dir`" in other.stderr
     assert tree(folder) == before
@@ -89,22 +91,22 @@ def test_fit_writes_the_documented_track_and_a_second_run_changes_nothing(analys
     assert list((folder / "tensorboard").rglob("metadata.tsv"))
 
 
-def test_a_dry_run_writes_nothing(config: dict[str, Any], run: Run) -> None:
+def test_a_dry_run_writes_nothing(config: dict[str, Any], fit_here: Run) -> None:
     folder = Path(config["scheduler"]["track_dir"])
-    done = run(config, "--trainer.fast_dev_run", "true")
+    done = fit_here(config, "--trainer.fast_dev_run", "true")
     assert done.returncode == 0, done.stderr
     assert not folder.exists()
     config["scheduler"]["steps"] = [0, 2]
-    assert run(config).returncode == 0
+    assert fit_here(config).returncode == 0
     before = tree(folder)
-    assert run(config, "--trainer.fast_dev_run", "true").returncode == 0
+    assert fit_here(config, "--trainer.fast_dev_run", "true").returncode == 0
     assert tree(folder) == before
 
 
-def test_two_hookpoints_give_two_tracks_from_one_forward(config: dict[str, Any], run: Run) -> None:
+def test_two_hookpoints_give_two_tracks_from_one_forward(config: dict[str, Any], fit_here: Run) -> None:
     config["data"]["hookpoints"] = ["gpt_neox.layers.1", "gpt_neox.layers.0"]
     config["scheduler"] |= {"steps": [0, 10], "direction": "backward"}
-    done = run(config)
+    done = fit_here(config)
     assert done.returncode == 0, done.stderr
     folder = Path(config["scheduler"]["track_dir"])
     first, second = (Track.open(folder / h) for h in config["data"]["hookpoints"])
@@ -116,9 +118,9 @@ def test_two_hookpoints_give_two_tracks_from_one_forward(config: dict[str, Any],
 
 
 @pytest.mark.parametrize("warm_start", ["prior", "recentred", "scratch"])
-def test_every_warm_start_is_what_the_snapshot_says(warm_start: str, config: dict[str, Any], run: Run) -> None:
+def test_every_warm_start_is_what_the_snapshot_says(warm_start: str, config: dict[str, Any], fit_here: Run) -> None:
     config["scheduler"] |= {"warm_start": warm_start, "steps": [0, 10]}
-    done = run(config)
+    done = fit_here(config)
     assert done.returncode == 0, done.stderr
     track = Track.open(config["scheduler"]["track_dir"])
     assert [s.metadata["warm_start"] for s in track] == ["scratch", warm_start]

@@ -59,21 +59,21 @@ def test_killed_and_continued_equals_uninterrupted(
 
 
 def test_a_finished_track_takes_more_steps_and_refuses_changes(
-    config: dict[str, Any], run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+    config: dict[str, Any], fit_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     config["scheduler"]["steps"] = [0, 2]
-    assert run(config).returncode == 0
+    assert fit_here(config).returncode == 0
     config["scheduler"]["steps"] = [0, 2, 10]
-    fresh = run(config)
+    fresh = fit_here(config)
     assert fresh.returncode == 1
     assert fresh.stderr.startswith("saetrack: error: ")
     assert "already holds 2 of 3 snapshots" in fresh.stderr
-    refused = run(config, "--ckpt_path", "last", "--model.sae.init_args.k", "3")
+    refused = fit_here(config, "--ckpt_path", "last", "--model.sae.init_args.k", "3")
     assert refused.returncode == 1
     assert "model.sae.init_args.k is 3, but the resume file was written with 4" in refused.stderr
     assert len(refused.stderr.strip().splitlines()) == 1
-    refused = run(config, "--ckpt_path", "last", "--model.optimizer.lr", "0.5")
+    refused = fit_here(config, "--ckpt_path", "last", "--model.optimizer.lr", "0.5")
     assert "model.optimizer.lr is 0.5, but the resume file was written with 0.001" in refused.stderr
-    done = run(config, "--ckpt_path", "last")
+    done = fit_here(config, "--ckpt_path", "last")
     assert done.returncode == 0, done.stderr
     assert Track.open(tmp_path / "run").steps == [0, 2, 10]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import shutil
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -17,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+
+from saetrack.storage import whole_folder, write_json
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -66,20 +66,8 @@ class AnalysisResult:
                         f"The {kind} name {name!r} cannot be a file name. "
                         "Use letters, digits, '_', '-' and '.', beginning with a letter or digit."
                     )
-        folder = Path(folder)
-        new, old = (folder.parent / f".{folder.name}.{suffix}" for suffix in ("new", "old"))
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        new.mkdir(parents=True)
-        try:
+        with whole_folder(Path(folder)) as new:
             self._write(new)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
 
     def _write(self, folder: Path) -> None:
         for name, table in self.tables.items():
@@ -96,8 +84,7 @@ class AnalysisResult:
             "tables": list(self.tables),
             "figures": list(self.figures),
         }
-        text = json.dumps(_plain(facts), indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / RESULT_FILE).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / RESULT_FILE, _plain(facts))
 
     @classmethod
     def load(cls, folder: Path) -> AnalysisResult:

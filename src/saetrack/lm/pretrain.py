@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from saetrack.lm.corpus import Corpus
 from saetrack.lm.pretrain_config import END_OF_TEXT, PretrainConfig
-from saetrack.lm.pretrain_module import LossBar, PretrainData, PretrainModule, SeriesWriter, whole_folder, write_json
+from saetrack.lm.pretrain_module import LossBar, PretrainData, PretrainModule, SeriesWriter
 from saetrack.lm.tokens import tokenize_corpus
+from saetrack.storage import whole_folder, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,5 @@
 """The Lightning side of pretraining: batches, model and loss, and the callbacks that write the series."""
 
-import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from saetrack.lm.pretrain_config import PretrainConfig, learning_rate_factor, rows_of_step
 from saetrack.lm.tokens import TokenRows
+from saetrack.storage import whole_folder, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,23 +26,6 @@ _RESUME_EVERY = 100  # steps
 _LOSS_ROWS = 4
 _EAGER_UP_TO = 256  # tokens of context
 _BAR_EVERY = 10  # steps
-
-
-def write_json(path: Path, facts: dict[str, Any]) -> None:
-    """Write a small file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}")
-    unfinished.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-
-
-@contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder under a hidden name, which takes its real name when all is written into it."""
-    unfinished = folder.with_name(f".{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    yield unfinished
-    unfinished.rename(folder)
 
 
 class TokenBatches:

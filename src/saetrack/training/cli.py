@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -15,6 +15,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import saetrack
+from saetrack.errors import OneLineErrors
+from saetrack.storage import write_text
 from saetrack.track import Track, tracks_in
 from saetrack.training.callbacks import AnalyzeTrack, ResumeFile, TrackLogger, TrackProgressBar
 from saetrack.training.datamodule import ActivationDataModule
@@ -50,7 +52,7 @@ def fit(args: list[str] | None, other_commands: str) -> None:
         args=args,
         save_config_callback=SaveTrackConfig,
         save_config_kwargs={"save_to_log_dir": False},
-        parser_class=OneLineFitParser,
+        parser_class=FitParser,
         seed_everything_default=0,
         auto_configure_optimizers=False,
         parser_kwargs={
@@ -72,14 +74,8 @@ def fit(args: list[str] | None, other_commands: str) -> None:
     )
 
 
-class OneLineFitParser(LightningArgumentParser):
+class FitParser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser with errors of one line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what was wrong and where the options are listed, and exit with 2."""
-        one_line = " ".join(message.split())
-        sys.stderr.write(f"saetrack fit: error: {one_line}\nOptions: saetrack fit --help\n")
-        sys.exit(2)
 
 
 class SaveTrackConfig(SaveConfigCallback):
@@ -96,10 +92,7 @@ class SaveTrackConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write ``config.yaml`` into the run's folder in one step."""
         path = Path(self.config.scheduler.track_dir) / "config.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(".config.yaml")
-        partial.write_text(self.parser.dump(self.config, skip_none=False), encoding="utf-8")
-        partial.replace(path)
+        write_text(path, self.parser.dump(self.config, skip_none=False))
 
 
 class FitCLI(LightningCLI):

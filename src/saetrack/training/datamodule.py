@@ -137,9 +137,17 @@ class ActivationDataModule(LightningDataModule):
         """Read the widths of the hookpoints from the first LLM checkpoint that is visited.
 
         Raises:
-            ValueError: If there is no module of a hookpoint's name; the closest ones are listed.
+            ValueError: If there is no module of a hookpoint's name (the closest ones are listed), or the LLM cannot
+                read rows as long as ``data.tokens.context_size``.
         """
-        self.widths = activation_widths(self.llm(checkpoint), self.hookpoints)
+        llm = self.llm(checkpoint)
+        longest = getattr(llm.config, "max_position_embeddings", None)
+        if longest and 0 < longest < self.tokens.context_size:
+            raise ValueError(
+                f"data.tokens.context_size is {self.tokens.context_size}, but the LLM reads at most {longest} tokens "
+                f"(max_position_embeddings in its config.json); set it to {longest} or less."
+            )
+        self.widths = activation_widths(llm, self.hookpoints)
 
     def begin_stage(self, checkpoint: LLMCheckpoint, tokens: int) -> None:
         """Make ``train_dataloader`` yield the activations of ``checkpoint``, ``tokens`` of them over all ranks.

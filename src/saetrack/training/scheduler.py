@@ -103,7 +103,7 @@ class CheckpointScheduler(Callback):
         """Choose the LLM checkpoints and audit them."""
         data = _data(trainer)
         self.checkpoints = select_checkpoints(data.checkpoints, self.steps, self.direction)
-        self._audit()
+        self._audit(trainer)
         data.read_widths(self.checkpoints[0])
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -187,8 +187,9 @@ class CheckpointScheduler(Callback):
             **module.recipe(),
         }
 
-    def _audit(self) -> None:
-        rows = audit(self.checkpoints)
+    def _audit(self, trainer: Trainer) -> None:
+        # one rank reads the weights of the whole series for all
+        rows = trainer.strategy.broadcast(audit(self.checkpoints) if trainer.is_global_zero else [])
         self._weight_hashes = {row.checkpoint.step: row.weight_hash for row in rows}
         found = problems(rows)
         faulty = any(row.fault for row in rows)

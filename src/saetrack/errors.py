@@ -1,0 +1,30 @@
+"""How a command says that something was typed wrong: in one line, where argparse prints a page of usage."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import NoReturn
+
+_NO_CLASS = re.compile(r'(?:Parser )?key "([^"]*)".*?Expected a dot import path string: (\S+)')
+
+
+class OneLineErrors:
+    """Mixin for an argument parser."""
+
+    prog: str
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what was wrong and where to read on, and exit with 2.
+
+        Args:
+            message: What the parser found; its line breaks are dropped.
+            ex: The error that it comes from, which the message contains.
+        """
+        found = " ".join(message.split()).rstrip(".")
+        if (no_class := _NO_CLASS.search(found)) is not None:
+            found = f"{no_class[1]}: there is no class {no_class[2]!r}"
+        program = self.prog.replace(" [options]", "")
+        listing = "saetrack analyses" if "analyses" in found else f"{program} --help"
+        sys.stderr.write(f"{program}: error: {found}. `{listing}` lists what there is.\n")
+        sys.exit(2)
