@@ -90,6 +90,25 @@ class SAE(nn.Module, ABC):
             ValueError: If ``x`` or ``dead`` has the wrong width.
         """
 
+    def continuity(self, x: Tensor, before: Tensor) -> Tensor:
+        """How far the latents are from those that the previous SAE had at the same tokens.
+
+        ``sum (pre - before)^2 / sum before^2`` over the entries where either latent is active: a latent that was
+        active is drawn back to what it was, also from below its threshold, and one that has become active is drawn
+        down.
+
+        Args:
+            x: Activations in training units, shape ``[batch, d_in]``.
+            before: Latents of the previous SAE on the previous LLM checkpoint, shape ``[batch, d_sae]``.
+
+        Returns:
+            Dimensionless scalar; 0 where no latent was active before.
+        """
+        pre = self.preactivations(x)
+        either = (self.activate(pre.detach()) > 0) | (before > 0)
+        power = before.square().sum()
+        return ((pre - before).square() * either).sum() / torch.where(power > 0, power, 1.0)
+
     @abstractmethod
     def saelens_config(self) -> dict[str, Any]:
         """Give the part of SAELens's cfg.json that belongs to the architecture."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from saetrack.lm.checkpoints import CheckpointSource, LLMCheckpoint, load_llm, r
 from saetrack.lm.corpus import Corpus, StdlibCorpus
 from saetrack.lm.forward import activation_widths
 from saetrack.lm.tokens import TokenizedCorpus, TokenRows, tokenize_corpus
-from saetrack.training.stream import ActivationStream, StageOrder, harvest
+from saetrack.training.stream import ActivationStream, Batch, StageOrder, harvest
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,8 @@ class TokenSettings:
     """Tokens of the selection split kept in the track, on which analyses choose."""
     evaluation_tokens: int = 65_536
     """Tokens of the evaluation split kept in the track, on which snapshots are measured."""
+    held_out_tokens: int = 8_192
+    """Tokens of the selection split on which a stage's convergence is seen."""
     ce_tokens: int = 16_384
     """Of these, the tokens on which the LLM's cross-entropy is taken (four whole forwards each)."""
     split_share: float = 0.05
@@ -89,9 +93,11 @@ class ActivationDataModule(LightningDataModule):
         """Activation scale of the current LLM checkpoint by hookpoint; set by the scheduler once measured."""
         self.widths: dict[str, int] = {}
         """``d_in`` by hookpoint; set by ``read_widths``."""
-        self._llm: tuple[LLMCheckpoint, PreTrainedModel] | None = None
-        self.order: StageOrder | None = None
-        """The current stage's rows and chunks; set by ``begin_stage``."""
+        self._llms: dict[LLMCheckpoint, PreTrainedModel] = {}
+        self.stream: ActivationStream | None = None
+        """The batches of the current stage; set by ``begin_stage``."""
+        self.before: LLMCheckpoint | None = None
+        """The LLM checkpoint whose activations come beside the current one's; set by ``begin_stage``."""
 
     def prepare_data(self) -> None:
         """Make the checkpoints and the token rows exist; Lightning calls this on one process."""
@@ -122,15 +128,17 @@ class ActivationDataModule(LightningDataModule):
         return self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
 
     def llm(self, checkpoint: LLMCheckpoint) -> PreTrainedModel:
-        """The LLM of a checkpoint; only one is in memory, so asking for another frees it."""
-        if self._llm is None or self._llm[0] != checkpoint:
-            self.release_llm()
-            self._llm = (checkpoint, load_llm(checkpoint, self.llm_dtype, self.device))
-        return self._llm[1]
+        """The LLM of a checkpoint. Asking for another frees it, unless the stage reads both."""
+        if checkpoint not in self._llms:
+            kept = (self.checkpoint, self.before) if self.before is not None else ()
+            self.release_llms(*kept)
+            self._llms[checkpoint] = load_llm(checkpoint, self.llm_dtype, self.device)
+        return self._llms[checkpoint]
 
-    def release_llm(self) -> None:
-        """Free the LLM in memory."""
-        self._llm = None
+    def release_llms(self, *kept: LLMCheckpoint | None) -> None:
+        """Free the LLMs in memory, but for those of the checkpoints ``kept``."""
+        for checkpoint in self._llms.keys() - set(kept):
+            del self._llms[checkpoint]
         release_memory()
 
     def read_widths(self, checkpoint: LLMCheckpoint) -> None:
@@ -149,13 +157,22 @@ class ActivationDataModule(LightningDataModule):
             )
         self.widths = activation_widths(llm, self.hookpoints)
 
-    def begin_stage(self, checkpoint: LLMCheckpoint, tokens: int) -> None:
+    def begin_stage(
+        self, checkpoint: LLMCheckpoint, tokens: int, before: LLMCheckpoint | None = None, before_share: float = 0.0
+    ) -> None:
         """Make ``train_dataloader`` yield the activations of ``checkpoint``, ``tokens`` of them over all ranks.
+
+        Args:
+            checkpoint: The LLM checkpoint of the stage.
+            tokens: Its budget.
+            before: The LLM checkpoint of the stage before, whose activations at the same positions come with the
+                batches in the first ``before_share`` of the stage; None for none.
+            before_share: Share of the budget, 0 to 1.
 
         Raises:
             ValueError: If the budget does not fill a batch, or the corpus is shorter than the budget.
         """
-        self.order = StageOrder(
+        order = StageOrder(
             rows=self.corpus_rows.train,
             tokens=tokens,
             batch_size=self.batch_size,
@@ -165,27 +182,56 @@ class ActivationDataModule(LightningDataModule):
             rank=self.trainer.global_rank if self.trainer is not None else 0,
             world_size=self.trainer.world_size if self.trainer is not None else 1,
         )
-        self.order.chunk_rows(0)  # holds the budget against the corpus before the LLM is loaded
-        self.checkpoint = checkpoint
+        order.chunk_rows(0)  # holds the budget against the corpus before the LLM is loaded
+        self.checkpoint, self.before = checkpoint, before if before_share else None
+        self._before_batches = math.ceil(before_share * order.batches)
+        self.stream = ActivationStream(order, self._fill)
 
     def train_dataloader(self) -> ActivationStream:
         """The batches of the current stage on this rank."""
-        if self.order is None:
+        if self.stream is None:
             raise RuntimeError("No stage has begun: add a CheckpointScheduler to the trainer's callbacks.")
-        return ActivationStream(self.order, self._fill)
+        return self.stream
 
-    def _fill(self, indices: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Scaled activations of a chunk, harvested into one buffer per hookpoint."""
-        checkpoint = self.checkpoint
+    def _fill(self, chunk: int) -> Batch:
+        """The activations of a chunk."""
+        assert self.stream is not None
+        order = self.stream.order
+        if self.before is not None and chunk * order.batches_per_chunk >= self._before_batches:
+            self.before = None
+            self.release_llms(self.checkpoint)
+        rows = order.chunk_rows(chunk)
+        before = {} if self.before is None else self._harvested(self.before, rows, {})
+        return Batch(self._harvested(self.checkpoint, rows, self.scales), before)
+
+    def _harvested(
+        self, checkpoint: LLMCheckpoint, indices: NDArray[np.int64], scales: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """Activations of token rows, times their scale (1 where none is given), in one buffer per hookpoint."""
         n = int(self.corpus_rows.train.usable(indices).sum())
         buffers = {h: torch.empty(n, self.widths[h], device=self.device) for h in self.hookpoints}
         filled = 0
-        llm = self.llm(checkpoint)
-        for _, activations in harvest(llm, checkpoint, self.corpus_rows.train, self.hookpoints, indices):
+        for _, activations in harvest(
+            self.llm(checkpoint), checkpoint, self.corpus_rows.train, self.hookpoints, indices
+        ):
             for hookpoint, x in activations.items():
-                torch.mul(x, self.scales[hookpoint], out=buffers[hookpoint][filled : filled + len(x)])
+                torch.mul(x, scales.get(hookpoint, 1.0), out=buffers[hookpoint][filled : filled + len(x)])
             filled += len(x)
         return buffers
+
+    def held_out_activations(self) -> dict[str, Tensor]:
+        """Scaled activations of the stage's LLM checkpoint that no SAE is trained on, ``[n, d_in]`` by hookpoint.
+
+        They are of the selection split: when a stage has converged is a choice, not a measurement.
+        """
+        rows = self.measuring_rows("selection")
+        n_rows = min(-(-self.tokens.held_out_tokens // self.tokens.context_size), len(rows.tokens))
+        parts: dict[str, list[Tensor]] = {h: [] for h in self.hookpoints}
+        llm = self.llm(self.checkpoint)
+        for _, activations in harvest(llm, self.checkpoint, rows, self.hookpoints, _evenly(n_rows, len(rows.tokens))):
+            for hookpoint, x in activations.items():
+                parts[hookpoint].append(x * self.scales[hookpoint])
+        return {h: torch.cat(x) for h, x in parts.items()}
 
     def calibration_activations(self, checkpoint: LLMCheckpoint) -> dict[str, Tensor]:
         """Activations of an LLM checkpoint on the calibration rows, in its own units, ``[n, d_in]`` by hookpoint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,9 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from saetrack.metrics import fraction_variance_unexplained
 from saetrack.sae import SAE, LossTerms, TopKSAE
 from saetrack.track import sae_record
+from saetrack.training.continuity import Continuity
+from saetrack.training.convergence import Curve, check_points, has_converged
 from saetrack.training.datamodule import ActivationDataModule
+from saetrack.training.stream import ActivationStream, Batch
+
+_HELD_OUT_ROWS = 1024  # dense latents of these are held at a time
 
 
 @dataclass(frozen=True)
@@ -31,10 +38,19 @@ class OptimizerSettings:
     """The same in every later stage; null takes ``warmup_tokens``."""
     decay_share: float = 0.2
     """Share of a stage, at its end, over which the learning rate falls linearly to zero."""
+    tolerance: float | None = 0.02
+    """The decay begins early, and the stage ends with it, once a doubling of the stage's tokens has lowered the
+    held-out FVU by less than this share of it; null always spends the whole budget."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay_share <= 1:
-            raise ValueError(f"model.optimizer.decay_share is {self.decay_share}; it is a share, from 0 to 1.")
+        if not 0 <= self.decay_share < 1:
+            raise ValueError(
+                f"model.optimizer.decay_share is {self.decay_share}; it is a share of a stage, from 0 to below 1."
+            )
+        if self.tolerance is not None and not 0 <= self.tolerance < 1:
+            raise ValueError(
+                f"model.optimizer.tolerance is {self.tolerance}; it is a share of FVU, from 0 to below 1, or null."
+            )
 
 
 class FeatureState(nn.Module):
@@ -80,7 +96,8 @@ class SAEModule(LightningModule):
 
     Args:
         sae: The autoencoder: its class and arguments without ``d_in``, which is read from the LLM.
-        optimizer: Learning rates and their schedule within a stage.
+        optimizer: Learning rates and their schedule within a stage, and when it has converged.
+        continuity: How features are held to what they were at the LLM checkpoint before.
         dead_after_tokens: A feature that has not fired for this many tokens is dead, and the autoencoder's
             auxiliary loss tries to revive it.
         log_every_tokens: Tokens between two points of the training curves.
@@ -90,18 +107,26 @@ class SAEModule(LightningModule):
         self,
         sae: Callable[[int], SAE] = TopKSAE,
         optimizer: OptimizerSettings = OptimizerSettings(),
+        continuity: Continuity = Continuity(),
         dead_after_tokens: int = 500_000,
         log_every_tokens: int = 100_000,
     ) -> None:
         super().__init__()
         self.build_sae = sae
         self.settings = optimizer
+        self.continuity = continuity
         self.dead_after_tokens = dead_after_tokens
         self.log_every_tokens = log_every_tokens
         self.first_stage = True
         """Whether the current stage is the first; set by the scheduler, chooses the learning rate."""
         self.latest_loss = float("nan")
         """Loss at the last logging step, for the progress bar."""
+        self.previous: dict[str, SAE] = {}
+        """Snapshots of the stage before, in the LLM's own units; set by the scheduler where continuity needs them."""
+        self.held_out: dict[str, Tensor] = {}
+        """Scaled activations on which convergence is seen; set by the scheduler."""
+        self.curves: dict[str, Curve] = {}
+        """FVU on them through the current stage, by hookpoint. Saved in the resume file."""
         self.hookpoints: list[str] = []
         self.saes = nn.ModuleList()
         self.features = nn.ModuleList()
@@ -113,6 +138,13 @@ class SAEModule(LightningModule):
         if not isinstance(data, ActivationDataModule):
             raise RuntimeError(f"SAEModule needs an ActivationDataModule, but the trainer has {data!r}.")
         return data
+
+    @property
+    def stream(self) -> ActivationStream:
+        """The batches of the current stage."""
+        if self.data.stream is None:
+            raise RuntimeError("No stage has begun: add a CheckpointScheduler to the trainer's callbacks.")
+        return self.data.stream
 
     def setup(self, stage: str) -> None:
         """Build the SAEs, now that the LLM's widths are known."""
@@ -137,8 +169,9 @@ class SAEModule(LightningModule):
         return state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Record which SAEs the weights belong to."""
+        """Record which SAEs the weights belong to, and what the current stage has seen."""
         checkpoint["saes"] = {hookpoint: sae_record(self.sae(hookpoint)) for hookpoint in self.hookpoints}
+        checkpoint["curves"] = self.curves
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the weights of other SAEs, before Lightning meets them with a page of tensor shapes."""
@@ -147,40 +180,53 @@ class SAEModule(LightningModule):
         refuse_changes({"data.hookpoints": list(saved)}, {"data.hookpoints": list(now)}, "the resume file")
         for hookpoint in self.hookpoints:
             refuse_changes({"model.sae": saved[hookpoint]}, {"model.sae": now[hookpoint]}, "the resume file")
+        self.curves = checkpoint["curves"]
 
     def recipe(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run it continues."""
-        return {"model.optimizer": asdict(self.settings), "model.dead_after_tokens": self.dead_after_tokens}
+        return {
+            "model.optimizer": asdict(self.settings),
+            "model.continuity": asdict(self.continuity),
+            "model.dead_after_tokens": self.dead_after_tokens,
+        }
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Loss of all SAEs on one batch of scaled activations, ``[batch, d_in]`` by hookpoint.
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Loss of all SAEs on one batch.
 
         The SAEs share no weight, so the gradient of the sum is each one's own.
         """
         total = torch.zeros((), device=self.device)
         every = max(1, self.log_every_tokens // self.data.batch_size)
+        weight = self.continuity.weight_at(batch_idx / len(self.stream))
         self._fired: dict[str, Tensor] = {}
-        for hookpoint, x in batch.items():
+        for hookpoint, x in batch.now.items():
             dead = self.feature_state(hookpoint).dead(self.dead_after_tokens)
             out = self.sae(hookpoint).loss(x, dead)
             total = total + out.loss
+            if weight and hookpoint in batch.before:
+                with torch.no_grad():
+                    latents_before = self.previous[hookpoint].encode(batch.before[hookpoint])
+                moved = self.sae(hookpoint).continuity(x, latents_before)
+                total = total + weight * moved
+                out.terms["continuity"] = moved.detach()
             self._fired[hookpoint] = out.fired
             if batch_idx % every == 0:
                 self._log_step(hookpoint, out, dead)
         return total
 
     def _log_step(self, hookpoint: str, out: LossTerms, dead: Tensor) -> None:
-        """Log this rank's batch against the optimizer step.
-
-        Straight to the loggers: ``self.log`` costs half a millisecond a call even on steps that are not written.
-        """
+        """Log this rank's batch against the optimizer step."""
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         values = {"loss": out.loss.detach(), "l0": out.l0, "dead_share": dead.float().mean(), "lr": lr, **out.terms}
         self.latest_loss = out.loss.item()
+        self._log(hookpoint, {name: float(value) for name, value in values.items()})
+
+    def _log(self, hookpoint: str, numbers: Mapping[str, float]) -> None:
+        """Straight to the loggers: ``self.log`` costs half a millisecond a call even on steps that are not written."""
         prefix = f"train/{hookpoint}" if len(self.hookpoints) > 1 else "train"
-        numbers = {f"{prefix}/{name}": float(value) for name, value in values.items()}
         for log in self.loggers:
-            log.log_metrics(numbers, step=self.trainer.global_step)
+            named = {f"{prefix}/{name}": number for name, number in numbers.items()}
+            log.log_metrics(named, step=self.trainer.global_step)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Drop the part of the decoder's gradient that would only change the norm of its rows."""
@@ -198,17 +244,34 @@ class SAEModule(LightningModule):
             for hookpoint in self.hookpoints:
                 torch.nn.utils.clip_grad_norm_(self.sae(hookpoint).parameters(), gradient_clip_val)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, bring the decoder rows back to unit norm, and count which features fired.
+    def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
+        """Step, bring the decoder rows back to unit norm, count which features fired, and see how far the stage is.
 
         Here and not in ``on_train_batch_end``: Lightning calls that on the callbacks first, and a resume file
         written there would hold the weights from before the norm was restored.
         """
-        super().optimizer_step(*args, **kwargs)
+        super().optimizer_step(epoch, batch_idx, *args, **kwargs)
         for hookpoint, fired in self._fired.items():
             self.sae(hookpoint).normalise_decoder_()
             anywhere = self.trainer.strategy.reduce(fired.int(), reduce_op="sum") > 0
             self.feature_state(hookpoint).update(anywhere, self.data.batch_size, self.dead_after_tokens)
+        if batch_idx + 1 in check_points(len(self.stream)):
+            self._see_convergence(batch_idx + 1)
+
+    def _see_convergence(self, batches: int) -> None:
+        """Take the held-out FVU after so many batches of the stage, and let a converged stage end."""
+        for hookpoint, x in self.held_out.items():
+            with torch.inference_mode():
+                x_hat = torch.cat([self.sae(hookpoint)(part) for part in torch.split(x, _HELD_OUT_ROWS)])
+                fvu = float(fraction_variance_unexplained(x, x_hat))
+            self.curves.setdefault(hookpoint, []).append((batches * self.data.batch_size, fvu))
+            self._log(hookpoint, {"fvu_held_out": fvu})
+        tolerance = self.settings.tolerance
+        if tolerance is None or self.stream.end < len(self.stream) or not self.curves:
+            return
+        converged = all(has_converged(curve, tolerance, self._warmup_tokens) for curve in self.curves.values())
+        if self.trainer.strategy.broadcast(converged):  # the ranks' last bits may differ, their stages may not
+            self.stream.end = min(len(self.stream), math.ceil(batches / (1 - self.settings.decay_share)))
 
     def configure_optimizers(self) -> Any:
         """A fresh Adam with the learning-rate schedule of the current stage."""
@@ -220,15 +283,18 @@ class SAEModule(LightningModule):
 
     def _lr_factor(self, step: int) -> float:
         """Share of the stage's learning rate at one of its optimizer steps: warmup, constant, decay to zero."""
-        settings, batch = self.settings, self.data.batch_size
-        warmup = settings.warmup_tokens
-        if not self.first_stage and settings.warmup_tokens_next is not None:
-            warmup = settings.warmup_tokens_next
-        rising = (step + 1) * batch / warmup if warmup else 1.0
-        order = self.data.order
-        total = order.batches if order is not None else 1  # Lightning builds the optimizer before the first stage
-        falling = (total - step) / (settings.decay_share * total) if settings.decay_share else 1.0
+        share, warmup = self.settings.decay_share, self._warmup_tokens
+        rising = (step + 1) * self.data.batch_size / warmup if warmup else 1.0
+        stream = self.data.stream
+        total = stream.end if stream is not None else 1  # Lightning builds an optimizer before the first stage
+        falling = (total - step) / (share * total) if share else 1.0
         return max(0.0, min(1.0, rising, falling))
+
+    @property
+    def _warmup_tokens(self) -> int:
+        """Tokens over which the learning rate rises in the current stage."""
+        later = self.settings.warmup_tokens_next
+        return self.settings.warmup_tokens if self.first_stage or later is None else later
 
 
 def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:

@@ -84,6 +84,7 @@ class CheckpointScheduler(Callback):
         self.checkpoints: list[LLMCheckpoint] = []
         self.tracks: dict[str, Track] = {}
         self._start: dict[str, StageStart] = {}
+        self._equipped: int | None = None
         self._weight_hashes: dict[int, str | None] = {}
         self._recipe: dict[str, Any] = {}
 
@@ -128,8 +129,15 @@ class CheckpointScheduler(Callback):
         """Begin a stage. Lightning does not call this when a stage is resumed in its middle, and rightly so."""
         module, data = _module(pl_module), _data(trainer)
         self._start = self._work.begin(self.stage, self._start)
-        self._enter_stage(module, data)
+        data.scales = {hookpoint: start.calibration.scale for hookpoint, start in self._start.items()}
+        module.curves = {}
         trainer.strategy.setup_optimizers(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Give the module what it needs beside the batches, once a stage; here, for a stage may begin in its middle."""
+        if self._equipped != self.position:
+            self._work.equip(self.stage, self.tracks)
+            self._equipped = self.position
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End a stage: write the snapshots, tell the callbacks, move to the next LLM checkpoint."""
@@ -139,7 +147,7 @@ class CheckpointScheduler(Callback):
         facts = {
             "llm": {"weight_hash": self._weight_hashes[self.stage.checkpoint.step]},
             "seed": data.seed,
-            "tokens_trained": len(data.train_dataloader()) * data.batch_size,
+            "tokens_trained": module.stream.end * data.batch_size,
         }
         self._work.finish(self.stage, self._start, self.tracks, facts)
         if trainer.is_global_zero:
@@ -152,7 +160,7 @@ class CheckpointScheduler(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Free the LLM: what comes after training loads its own."""
-        _data(trainer).release_llm()
+        _data(trainer).release_llms()
 
     def state_dict(self) -> dict[str, Any]:
         """Position, what the current stage began with, and the recipe: for the resume file."""
@@ -182,6 +190,7 @@ class CheckpointScheduler(Callback):
             "data.batch_size": data.batch_size,
             "data.chunk_tokens": data.chunk_tokens,
             "data.tokens.calibration_tokens": data.tokens.calibration_tokens,
+            "data.tokens.held_out_tokens": data.tokens.held_out_tokens,
             "number of processes": trainer.world_size,
             "trainer.gradient_clip_val": trainer.gradient_clip_val,
             **module.recipe(),
@@ -228,10 +237,12 @@ class CheckpointScheduler(Callback):
             )
 
     def _enter_stage(self, module: SAEModule, data: ActivationDataModule) -> None:
-        first = self.stage.position == 0
-        module.first_stage = first
+        stage = self.stage
+        module.first_stage = stage.position == 0
         data.scales = {hookpoint: start.calibration.scale for hookpoint, start in self._start.items()}
-        data.begin_stage(self.stage.checkpoint, self.tokens_first if first else self.tokens_next)
+        tokens = self.tokens_first if module.first_stage else self.tokens_next
+        before = None if stage.warm_start == "scratch" or not module.continuity.weight else stage.previous
+        data.begin_stage(stage.checkpoint, tokens, before, module.continuity.end)
 
 
 def select_checkpoints(

@@ -130,6 +130,17 @@ class StageWork:
             for h, now in calibrations.items()
         }
 
+    def equip(self, stage: Stage, tracks: Mapping[str, Track]) -> None:
+        """Give the module the held-out activations of the stage, and the snapshots that continuity compares with.
+
+        The snapshots are read from disk, so a stage that is resumed in its middle meets the same bits.
+        """
+        self.module.held_out = self.data.held_out_activations()
+        self.module.previous = {}
+        if self.data.before is not None:
+            saes = {h: track[stage.position - 1].sae() for h, track in tracks.items()}
+            self.module.previous = {h: sae.to(self.data.device) for h, sae in saes.items()}
+
     def finish(
         self, stage: Stage, start: Mapping[str, StageStart], tracks: Mapping[str, Track], facts: Mapping[str, Any]
     ) -> None:
@@ -174,6 +185,7 @@ class StageWork:
                     "sae": sae_record(sae),
                     "warm_start": stage.warm_start if stage.previous is not None else "scratch",
                     **{k: v for k, v in facts.items() if k != "llm"},
+                    "held_out_curve": [list(point) for point in self.module.curves.get(hookpoint, [])],
                     **_scalars(start[hookpoint], qualities[hookpoint].scalars, recovered[hookpoint], features),
                 }
                 tracks[hookpoint].write(stage.position, sae, metadata, _statistics(start[hookpoint]), features)

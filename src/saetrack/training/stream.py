@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -163,6 +163,22 @@ class StageOrder:
         return torch.from_numpy(rng.permutation(n))
 
 
+class Batch(NamedTuple):
+    """Activations by hookpoint, ``[n, d_in]``, all at the same positions of the corpus.
+
+    Attributes:
+        now: Of the stage's LLM checkpoint, scaled.
+        before: Of the LLM checkpoint of the stage before, in its own units; empty where they are not wanted.
+    """
+
+    now: dict[str, Tensor]
+    before: dict[str, Tensor]
+
+    def at(self, positions: Tensor) -> Batch:
+        """The activations at some of the positions."""
+        return Batch(*({name: x[positions.to(x.device)] for name, x in part.items()} for part in self))
+
+
 class ActivationStream:
     """The batches of one stage on one rank: what Lightning iterates over in an epoch.
 
@@ -171,36 +187,38 @@ class ActivationStream:
 
     Args:
         order: Rows, chunks and shuffles of the stage.
-        fill: Given the row indices of a chunk, returns the activations of its usable positions for every
-            hookpoint, ``[n, d_in]``, already scaled.
+        fill: Given the number of a chunk, returns the activations of its usable positions.
     """
 
-    def __init__(self, order: StageOrder, fill: Callable[[NDArray[np.int64]], dict[str, Tensor]]) -> None:
+    def __init__(self, order: StageOrder, fill: Callable[[int], Batch]) -> None:
         self.order = order
+        self.end = order.batches
+        """Batches after which iteration stops; a stage that has converged lowers it, ``len`` stays the budget."""
         self._fill = fill
         self._position = 0
 
     def __len__(self) -> int:
         return self.order.batches
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         per_chunk, batch = self.order.batches_per_chunk, self.order.local_batch
-        while self._position < len(self):
+        while self._position < self.end:
             chunk, first = divmod(self._position, per_chunk)
-            activations = self._fill(self.order.chunk_rows(chunk))
-            shuffle = self.order.shuffle(chunk, len(next(iter(activations.values()))))
-            for i in range(first, min(per_chunk, len(self) - chunk * per_chunk)):
+            activations = self._fill(chunk)
+            shuffle = self.order.shuffle(chunk, len(next(iter(activations.now.values()))))
+            for i in range(first, per_chunk):
+                if self._position >= self.end:
+                    break
                 # counted before the batch is handed out: a resume file is written while the batch is in use
                 self._position += 1
-                chosen = shuffle[i * batch : (i + 1) * batch]
-                yield {name: x[chosen.to(x.device)] for name, x in activations.items()}
+                yield activations.at(shuffle[i * batch : (i + 1) * batch])
             del activations
         self._position = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches have been handed out."""
-        return {"position": self._position}
+        """How many batches have been handed out, and of how many."""
+        return {"position": self._position, "end": self.end}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after as many batches as ``state_dict`` said."""
-        self._position = state["position"]
+        self._position, self.end = state["position"], state["end"]

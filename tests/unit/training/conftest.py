@@ -76,7 +76,7 @@ def tiny_data(tiny_series: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 def tiny_fit(tiny_data: Callable[..., ActivationDataModule]) -> Callable[..., Fitted]:
     """Fit SAEs to LLM steps 0, 2 and 10 of the tiny series.
 
-    ``tiny_fit(run, callbacks=[], logger=False, hookpoints=None, ckpt_path=None, trainer={}, **scheduler)``
+    ``tiny_fit(run, callbacks=[], logger=False, hookpoints=None, ckpt_path=None, trainer={}, module={}, **scheduler)``
     """
 
     def fit(
@@ -86,12 +86,13 @@ def tiny_fit(tiny_data: Callable[..., ActivationDataModule]) -> Callable[..., Fi
         hookpoints: list[str] | None = None,
         ckpt_path: Path | None = None,
         trainer: dict[str, Any] | None = None,
+        module: dict[str, Any] | None = None,
         **scheduler: Any,
     ) -> Fitted:
         seed_everything(0, verbose=False)
         data = tiny_data(hookpoints)
-        settings = OptimizerSettings(warmup_tokens=500)
-        module = SAEModule(lambda d: TopKSAE(d, 4, k=4), settings, dead_after_tokens=1000, log_every_tokens=256)
+        settings = {"optimizer": OptimizerSettings(warmup_tokens=500), "dead_after_tokens": 1000, **(module or {})}
+        trained = SAEModule(lambda d: TopKSAE(d, 4, k=4), log_every_tokens=256, **settings)
         options = {"steps": [0, 2, 10], "tokens_first": 2000, "tokens_next": 1000, **scheduler}
         made = Trainer(
             accelerator="cpu",
@@ -103,7 +104,7 @@ def tiny_fit(tiny_data: Callable[..., ActivationDataModule]) -> Callable[..., Fi
             default_root_dir=run,
             **{"enable_progress_bar": False, **(trainer or {})},
         )
-        made.fit(module, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
-        return Fitted(run, made, module, data)
+        made.fit(trained, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+        return Fitted(run, made, trained, data)
 
     return fit

@@ -7,7 +7,6 @@ import pytest
 import torch
 from lightning import Callback
 
-from saetrack.lm import TokenRows
 from saetrack.sae import TopKSAE
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.module import FeatureState, OptimizerSettings, SAEModule, refuse_changes
@@ -21,16 +20,18 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 class Stage100:
-    """A stage of 100 optimizer steps."""
+    """The stream of a stage of 100 optimizer steps."""
 
-    batches = 100
-    rows: TokenRows
+    end = 100
+
+    def __len__(self) -> int:
+        return 100
 
 
 def a_module(data: ActivationDataModule, settings: OptimizerSettings = OptimizerSettings()) -> SAEModule:
     """A module with its SAEs built and filled, as if in the first stage of a fit."""
     data.widths = dict.fromkeys(data.hookpoints, 16)
-    data.order = Stage100()  # type: ignore[assignment]
+    data.stream = Stage100()  # type: ignore[assignment]
     module = SAEModule(lambda d: TopKSAE(d, 2, k=4), settings)
     module.trainer = SimpleNamespace(datamodule=data)  # type: ignore[assignment]
     module.setup("fit")

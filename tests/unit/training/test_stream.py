@@ -7,7 +7,7 @@ import torch
 from transformers import GPTNeoXForCausalLM
 
 from saetrack.lm import LLMCheckpoint, TokenRows, read_activations
-from saetrack.training.stream import ROWS_PER_FORWARD, ActivationStream, StageOrder, harvest
+from saetrack.training.stream import ROWS_PER_FORWARD, ActivationStream, Batch, StageOrder, harvest
 
 HOOKPOINT = "gpt_neox.layers.0"
 CONTEXT = 16
@@ -34,11 +34,15 @@ def positions(indices: np.ndarray) -> torch.Tensor:
 
 
 def stream(order: StageOrder) -> ActivationStream:
-    return ActivationStream(order, lambda indices: {HOOKPOINT: positions(indices), "other": -positions(indices)})
+    def fill(chunk: int) -> Batch:
+        x = positions(order.chunk_rows(chunk))
+        return Batch({HOOKPOINT: x, "other": -x}, {HOOKPOINT: 2 * x})
+
+    return ActivationStream(order, fill)
 
 
 def batches(order: StageOrder) -> list[torch.Tensor]:
-    return [batch[HOOKPOINT].squeeze(1) for batch in stream(order)]
+    return [batch.now[HOOKPOINT].squeeze(1) for batch in stream(order)]
 
 
 def rows_used(order: StageOrder) -> np.ndarray:
@@ -68,7 +72,7 @@ def test_no_activation_is_seen_twice_and_none_is_of_bos() -> None:
 
 def test_hookpoints_are_shuffled_alike() -> None:
     for batch in stream(ORDER):
-        assert torch.equal(batch[HOOKPOINT], -batch["other"])
+        assert torch.equal(batch.now[HOOKPOINT], -batch.now["other"])
 
 
 def test_a_chunk_is_shuffled() -> None:
@@ -110,33 +114,46 @@ def test_a_shorter_stage_sees_a_part_of_the_rows_of_a_longer_one() -> None:
 @pytest.mark.parametrize("position", [0, 1, 3, 4, 5, 24], ids=lambda p: f"batch {p}")
 def test_a_batch_reached_directly_is_the_batch_reached_by_reading(position: int) -> None:
     direct = stream(ORDER)
-    direct.load_state_dict({"position": position})
-    rest = [batch[HOOKPOINT].squeeze(1) for batch in direct]
+    direct.load_state_dict({"position": position, "end": 25})
+    rest = [batch.now[HOOKPOINT].squeeze(1) for batch in direct]
     expected = batches(ORDER)[position:]
     assert len(rest) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(rest, expected, strict=True))
 
 
 def test_a_resumed_stream_fills_no_chunk_that_is_done() -> None:
-    filled: list[np.ndarray] = []
+    filled: list[int] = []
 
-    def fill(indices: np.ndarray) -> dict[str, torch.Tensor]:
-        filled.append(indices)
-        return {HOOKPOINT: positions(indices)}
+    def fill(chunk: int) -> Batch:
+        filled.append(chunk)
+        return Batch({HOOKPOINT: positions(ORDER.chunk_rows(chunk))}, {})
 
     resumed = ActivationStream(ORDER, fill)
-    resumed.load_state_dict({"position": 9})
+    resumed.load_state_dict({"position": 9, "end": 25})
     next(iter(resumed))
-    assert len(filled) == 1
-    np.testing.assert_array_equal(filled[0], ORDER.chunk_rows(2))
+    assert filled == [2]
+
+
+def test_a_stage_that_ends_early_serves_the_same_batches_up_to_there() -> None:
+    short = stream(ORDER)
+    short.load_state_dict({"position": 3, "end": 9})
+    rest = [batch.now[HOOKPOINT].squeeze(1) for batch in short]
+    assert len(short) == 25
+    assert len(rest) == 6
+    assert all(torch.equal(a, b) for a, b in zip(rest, batches(ORDER)[3:9], strict=True))
+
+
+def test_what_was_before_is_at_the_same_positions() -> None:
+    for batch in stream(ORDER):
+        assert torch.equal(batch.before[HOOKPOINT], 2 * batch.now[HOOKPOINT])
 
 
 def test_the_position_counts_the_batch_in_use_and_starts_over_at_the_end() -> None:
     reading = stream(ORDER)
-    assert reading.state_dict() == {"position": 0}
+    assert reading.state_dict() == {"position": 0, "end": 25}
     for i, _ in enumerate(reading, start=1):
-        assert reading.state_dict() == {"position": i}
-    assert reading.state_dict() == {"position": 0}
+        assert reading.state_dict() == {"position": i, "end": 25}
+    assert reading.state_dict() == {"position": 0, "end": 25}
 
 
 @pytest.mark.parametrize("world_size", [1, 2], ids=["one process", "two processes"])
