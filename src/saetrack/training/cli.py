@@ -20,8 +20,9 @@ from saetrack.storage import write_text
 from saetrack.track import Track, tracks_in
 from saetrack.training.callbacks import AnalyzeTrack, ResumeFile, TrackLogger, TrackProgressBar
 from saetrack.training.datamodule import ActivationDataModule
+from saetrack.training.grid import select_checkpoints
 from saetrack.training.module import SAEModule
-from saetrack.training.scheduler import CheckpointScheduler, select_checkpoints
+from saetrack.training.scheduler import CheckpointScheduler
 
 _SERIES = ("data", "model", "scheduler")
 """The sections of a configuration that say what the track is; the others say how it is made."""
@@ -130,7 +131,7 @@ class FitCLI(LightningCLI):
         complete = (
             bool(tracks)
             and all((scheduler.track_dir / h / "track.json").is_file() for h in data.hookpoints)
-            and all([s.step for s in track] == [c.step for c in wanted] for track in tracks)
+            and all(_covers(track.steps, [c.step for c in wanted], scheduler.max_rise is not None) for track in tracks)
         )
         if complete:
             self._refuse_other_configuration(scheduler.track_dir)
@@ -190,6 +191,11 @@ class FitCLI(LightningCLI):
         board = [log for log in self.trainer.loggers if isinstance(log, TensorBoardLogger)]
         lines += ["", f"Look at it:  tensorboard --logdir {log.log_dir}"] if (log := next(iter(board), None)) else []
         sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _covers(have: list[int], wanted: list[int], may_skip: bool) -> bool:
+    """Whether a track has all the LLM steps that are wanted, or all that its grid has chosen of them."""
+    return have[-1:] == wanted[-1:] and set(have) <= set(wanted) if may_skip else have == wanted
 
 
 def snapshot_table(track: Track) -> str:

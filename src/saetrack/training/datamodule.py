@@ -201,37 +201,31 @@ class ActivationDataModule(LightningDataModule):
             self.before = None
             self.release_llms(self.checkpoint)
         rows = order.chunk_rows(chunk)
-        before = {} if self.before is None else self._harvested(self.before, rows, {})
-        return Batch(self._harvested(self.checkpoint, rows, self.scales), before)
+        train = self.corpus_rows.train
+        before = {} if self.before is None else self._harvested(self.before, train, rows, {})
+        return Batch(self._harvested(self.checkpoint, train, rows, self.scales), before)
 
     def _harvested(
-        self, checkpoint: LLMCheckpoint, indices: NDArray[np.int64], scales: Mapping[str, float]
+        self, checkpoint: LLMCheckpoint, rows: TokenRows, indices: NDArray[np.int64], scales: Mapping[str, float]
     ) -> dict[str, Tensor]:
         """Activations of token rows, times their scale (1 where none is given), in one buffer per hookpoint."""
-        n = int(self.corpus_rows.train.usable(indices).sum())
+        n = int(rows.usable(indices).sum())
         buffers = {h: torch.empty(n, self.widths[h], device=self.device) for h in self.hookpoints}
         filled = 0
-        for _, activations in harvest(
-            self.llm(checkpoint), checkpoint, self.corpus_rows.train, self.hookpoints, indices
-        ):
+        for _, activations in harvest(self.llm(checkpoint), checkpoint, rows, self.hookpoints, indices):
             for hookpoint, x in activations.items():
                 torch.mul(x, scales.get(hookpoint, 1.0), out=buffers[hookpoint][filled : filled + len(x)])
             filled += len(x)
         return buffers
 
-    def held_out_activations(self) -> dict[str, Tensor]:
-        """Scaled activations of the stage's LLM checkpoint that no SAE is trained on, ``[n, d_in]`` by hookpoint.
+    def held_out_activations(self, checkpoint: LLMCheckpoint) -> dict[str, Tensor]:
+        """Activations of an LLM checkpoint that no SAE is trained on, in its own units, ``[n, d_in]`` by hookpoint.
 
         They are of the selection split: when a stage has converged is a choice, not a measurement.
         """
         rows = self.measuring_rows("selection")
         n_rows = min(-(-self.tokens.held_out_tokens // self.tokens.context_size), len(rows.tokens))
-        parts: dict[str, list[Tensor]] = {h: [] for h in self.hookpoints}
-        llm = self.llm(self.checkpoint)
-        for _, activations in harvest(llm, self.checkpoint, rows, self.hookpoints, _evenly(n_rows, len(rows.tokens))):
-            for hookpoint, x in activations.items():
-                parts[hookpoint].append(x * self.scales[hookpoint])
-        return {h: torch.cat(x) for h, x in parts.items()}
+        return self._harvested(checkpoint, rows, _evenly(n_rows, len(rows.tokens)), {})
 
     def calibration_activations(self, checkpoint: LLMCheckpoint) -> dict[str, Tensor]:
         """Activations of an LLM checkpoint on the calibration rows, in its own units, ``[n, d_in]`` by hookpoint."""

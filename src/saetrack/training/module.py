@@ -261,9 +261,7 @@ class SAEModule(LightningModule):
     def _see_convergence(self, batches: int) -> None:
         """Take the held-out FVU after so many batches of the stage, and let a converged stage end."""
         for hookpoint, x in self.held_out.items():
-            with torch.inference_mode():
-                x_hat = torch.cat([self.sae(hookpoint)(part) for part in torch.split(x, _HELD_OUT_ROWS)])
-                fvu = float(fraction_variance_unexplained(x, x_hat))
+            fvu = float(fraction_variance_unexplained(x, reconstruct(self.sae(hookpoint), x)))
             self.curves.setdefault(hookpoint, []).append((batches * self.data.batch_size, fvu))
             self._log(hookpoint, {"fvu_held_out": fvu})
         tolerance = self.settings.tolerance
@@ -295,6 +293,12 @@ class SAEModule(LightningModule):
         """Tokens over which the learning rate rises in the current stage."""
         later = self.settings.warmup_tokens_next
         return self.settings.warmup_tokens if self.first_stage or later is None else later
+
+
+@torch.inference_mode()
+def reconstruct(sae: SAE, x: Tensor) -> Tensor:
+    """Reconstruction of ``x`` ``[n, d_in]``, a few rows at a time, so that their dense latents fit into memory."""
+    return torch.cat([sae(part) for part in torch.split(x, _HELD_OUT_ROWS)])
 
 
 def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:

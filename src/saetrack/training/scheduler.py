@@ -14,6 +14,7 @@ from saetrack.lm.audit import audit, problems
 from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.track import Snapshot, Track, sae_record
 from saetrack.training.datamodule import ActivationDataModule
+from saetrack.training.grid import Choice, farthest_within, select_checkpoints
 from saetrack.training.module import SAEModule, refuse_changes
 from saetrack.training.stage import Stage, StageStart, StageWork
 from saetrack.training.warm_start import WarmStart
@@ -53,6 +54,9 @@ class CheckpointScheduler(Callback):
         tokens_next: Tokens of every later stage.
         allow_duplicates: Go on although two LLM checkpoints have equal weights. Without it the run stops before
             any training and names them: published series often serve one checkpoint under several names.
+        max_rise: A grid that follows the LLM: from each stage go to the farthest LLM checkpoint on which the FVU of
+            the SAE, as it is, has risen by no more than this share (0.5 is half as much again), at least to the
+            next one. The last is always visited, and each snapshot says why it is there. Null visits all.
     """
 
     def __init__(
@@ -64,8 +68,13 @@ class CheckpointScheduler(Callback):
         tokens_first: int = 10_000_000,
         tokens_next: int = 2_000_000,
         allow_duplicates: bool = False,
+        max_rise: float | None = None,
     ) -> None:
         super().__init__()
+        if max_rise is not None and max_rise <= 0:
+            raise ValueError(
+                f"scheduler.max_rise is {max_rise}; it must be above 0, or null to visit every checkpoint."
+            )
         for i, (before, after) in enumerate(zip(steps or [], (steps or [])[1:], strict=False), start=1):
             if after <= before:
                 raise ValueError(
@@ -79,9 +88,12 @@ class CheckpointScheduler(Callback):
         self.tokens_first = tokens_first
         self.tokens_next = tokens_next
         self.allow_duplicates = allow_duplicates
+        self.max_rise = max_rise
         self.position = 0
         """Index of the current stage. Saved in the resume file, for Lightning's epoch counter is stale there."""
         self.checkpoints: list[LLMCheckpoint] = []
+        """Those visited and those ahead, in the order of the track; with ``max_rise``, the skipped are taken out."""
+        self._choice: Choice | None = None
         self.tracks: dict[str, Track] = {}
         self._start: dict[str, StageStart] = {}
         self._equipped: int | None = None
@@ -120,6 +132,7 @@ class CheckpointScheduler(Callback):
         """Open or create the tracks, and point the data at the current stage."""
         module, data = _module(pl_module), _data(trainer)
         self._work = StageWork(trainer, module, data)
+        trainer.fit_loop.max_epochs = len(self.checkpoints)  # less those that a resumed run had skipped
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             for hookpoint in data.hookpoints:
                 self._open_track(trainer, module, data, hookpoint)
@@ -146,6 +159,7 @@ class CheckpointScheduler(Callback):
         module, data = _module(pl_module), _data(trainer)
         facts = {
             "llm": {"weight_hash": self._weight_hashes[self.stage.checkpoint.step]},
+            **({} if self._choice is None else {"choice": self._choice.facts}),
             "seed": data.seed,
             "tokens_trained": module.stream.end * data.batch_size,
         }
@@ -155,6 +169,8 @@ class CheckpointScheduler(Callback):
                 if isinstance(callback, SnapshotCallback):
                     for track in self.tracks.values():
                         callback.on_snapshot(trainer, module, track, track[self.position])
+        if self.max_rise is not None:
+            self._skip_ahead(trainer, module)
         self.position += 1
         self._enter_stage(module, data)
 
@@ -163,9 +179,12 @@ class CheckpointScheduler(Callback):
         _data(trainer).release_llms()
 
     def state_dict(self) -> dict[str, Any]:
-        """Position, what the current stage began with, and the recipe: for the resume file."""
+        """Position, what the current stage began with, what was skipped, and the recipe: for the resume file."""
         start = {hookpoint: start.state_dict() for hookpoint, start in self._start.items()}
-        return {"position": self.position, "start": start, "recipe": self._recipe}
+        left = {checkpoint.step for checkpoint in self.checkpoints}
+        skipped = [step for step in self._recipe.get(_STEPS, []) if step not in left]
+        choice = None if self._choice is None else self._choice.facts
+        return {"position": self.position, "start": start, "skipped": skipped, "choice": choice, "recipe": self._recipe}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the resume file was written.
@@ -175,9 +194,12 @@ class CheckpointScheduler(Callback):
                 added after those that are done.
         """
         saved, now = state_dict["recipe"], self._recipe
-        done = min(state_dict["position"] + 1, len(saved[_STEPS]))
+        skipped = set(state_dict["skipped"])
+        done = min(state_dict["position"] + len(skipped) + 1, len(saved[_STEPS]))
         refuse_changes({**saved, _STEPS: saved[_STEPS][:done]}, {**now, _STEPS: now[_STEPS][:done]}, "the resume file")
         self.position = state_dict["position"]
+        self.checkpoints = [checkpoint for checkpoint in self.checkpoints if checkpoint.step not in skipped]
+        self._choice = None if state_dict["choice"] is None else Choice(**state_dict["choice"])
         self._start = {h: StageStart.from_state_dict(state) for h, state in state_dict["start"].items()}
 
     def _make_recipe(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule) -> dict[str, Any]:
@@ -187,6 +209,7 @@ class CheckpointScheduler(Callback):
             "scheduler.warm_start": self.warm_start,
             "scheduler.tokens_first": self.tokens_first,
             "scheduler.tokens_next": self.tokens_next,
+            "scheduler.max_rise": self.max_rise,
             "data.batch_size": data.batch_size,
             "data.chunk_tokens": data.chunk_tokens,
             "data.tokens.calibration_tokens": data.tokens.calibration_tokens,
@@ -208,6 +231,27 @@ class CheckpointScheduler(Callback):
             raise ValueError(f"{found[0]}{more} Choose the others with `scheduler.steps`{remedy}.")
         for line in found:
             logger.warning(line)
+
+    def _skip_ahead(self, trainer: Trainer, module: SAEModule) -> None:
+        """Take out of the series the LLM checkpoints that the SAE, as it is, still describes well enough."""
+        ahead = self.checkpoints[self.position + 1 :]
+        if not ahead:
+            return
+        assert self.max_rise is not None
+        max_rise, fvu_here = self.max_rise, self._work.held_out_fvu(self.stage.checkpoint, self.tracks)
+
+        def rise_on(checkpoint: LLMCheckpoint) -> float:
+            there = self._work.held_out_fvu(checkpoint, self.tracks)
+            return max(there[hookpoint] / fvu_here[hookpoint] - 1 for hookpoint in there)
+
+        # the ranks' last bits may differ, their series may not
+        self._choice = trainer.strategy.broadcast(
+            farthest_within(ahead, rise_on, max_rise) if trainer.is_global_zero else None
+        )
+        assert self._choice is not None
+        taken = self._choice.index
+        self.checkpoints = self.checkpoints[: self.position + 1] + ahead[taken:]
+        trainer.fit_loop.max_epochs = len(self.checkpoints)
 
     def _open_track(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule, hookpoint: str) -> None:
         path = self.track_dir / hookpoint
@@ -243,31 +287,6 @@ class CheckpointScheduler(Callback):
         tokens = self.tokens_first if module.first_stage else self.tokens_next
         before = None if stage.warm_start == "scratch" or not module.continuity.weight else stage.previous
         data.begin_stage(stage.checkpoint, tokens, before, module.continuity.end)
-
-
-def select_checkpoints(
-    available: list[LLMCheckpoint], steps: list[int] | None, direction: Literal["forward", "backward"]
-) -> list[LLMCheckpoint]:
-    """The LLM checkpoints to visit, in the order of the track.
-
-    Args:
-        available: What the source has, by increasing step.
-        steps: The steps wanted, or None for all.
-        direction: ``backward`` reverses the order.
-
-    Raises:
-        ValueError: If a wanted step is not there; the message names the nearest ones that are.
-    """
-    by_step = {checkpoint.step: checkpoint for checkpoint in available}
-    for step in steps or []:
-        if step not in by_step:
-            nearest = sorted(sorted(by_step, key=lambda s: abs(s - step))[:3])
-            raise ValueError(
-                f"scheduler.steps asks for LLM step {step}, which the source does not have; the nearest are {nearest}. "
-                "`saetrack checkpoints` lists them all."
-            )
-    chosen = available if steps is None else [by_step[step] for step in steps]
-    return chosen[::-1] if direction == "backward" else list(chosen)
 
 
 def _track_facts(module: SAEModule, data: ActivationDataModule, hookpoint: str) -> dict[str, Any]:

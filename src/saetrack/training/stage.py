@@ -16,12 +16,12 @@ from torch import Tensor
 
 from saetrack.lm.checkpoints import LLMCheckpoint, commit_sha
 from saetrack.lm.tokens import TokenRows
-from saetrack.metrics import dead_share, dense_share
+from saetrack.metrics import dead_share, dense_share, fraction_variance_unexplained
 from saetrack.sae import SAE
 from saetrack.track import Snapshot, Track, sae_record
 from saetrack.training import evaluation
 from saetrack.training.datamodule import ActivationDataModule
-from saetrack.training.module import SAEModule
+from saetrack.training.module import SAEModule, reconstruct
 from saetrack.training.warm_start import Calibration, WarmStart, orthogonal_map, recentre, transport
 
 INITIALISE_ON = 16_384
@@ -135,11 +135,21 @@ class StageWork:
 
         The snapshots are read from disk, so a stage that is resumed in its middle meets the same bits.
         """
-        self.module.held_out = self.data.held_out_activations()
+        activations = self.data.held_out_activations(stage.checkpoint)
+        self.module.held_out = {h: x * self.data.scales[h] for h, x in activations.items()}
         self.module.previous = {}
         if self.data.before is not None:
             saes = {h: track[stage.position - 1].sae() for h, track in tracks.items()}
             self.module.previous = {h: sae.to(self.data.device) for h, sae in saes.items()}
+
+    def held_out_fvu(self, checkpoint: LLMCheckpoint, tracks: Mapping[str, Track]) -> dict[str, float]:
+        """FVU of each track's last snapshot, as it is, on the held-out activations of an LLM checkpoint."""
+        activations = self.data.held_out_activations(checkpoint)
+        fvu = {}
+        for hookpoint, x in activations.items():
+            sae = tracks[hookpoint][-1].sae().to(x.device)
+            fvu[hookpoint] = float(fraction_variance_unexplained(x, reconstruct(sae, x)))
+        return fvu
 
     def finish(
         self, stage: Stage, start: Mapping[str, StageStart], tracks: Mapping[str, Track], facts: Mapping[str, Any]

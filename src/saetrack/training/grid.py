@@ -1,0 +1,94 @@
+"""Which LLM checkpoints a track visits: those asked for, or those that the LLM's change makes worth visiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from saetrack.lm.checkpoints import LLMCheckpoint
+
+
+def select_checkpoints(
+    available: list[LLMCheckpoint], steps: list[int] | None, direction: Literal["forward", "backward"]
+) -> list[LLMCheckpoint]:
+    """The LLM checkpoints to visit, in the order of the track.
+
+    Args:
+        available: What the source has, by increasing step.
+        steps: The steps wanted, or None for all.
+        direction: ``backward`` reverses the order.
+
+    Raises:
+        ValueError: If a wanted step is not there; the message names the nearest ones that are.
+    """
+    by_step = {checkpoint.step: checkpoint for checkpoint in available}
+    for step in steps or []:
+        if step not in by_step:
+            nearest = sorted(sorted(by_step, key=lambda s: abs(s - step))[:3])
+            raise ValueError(
+                f"scheduler.steps asks for LLM step {step}, which the source does not have; the nearest are {nearest}. "
+                "`saetrack checkpoints` lists them all."
+            )
+    chosen = available if steps is None else [by_step[step] for step in steps]
+    return chosen[::-1] if direction == "backward" else list(chosen)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Why a stage follows another, as its snapshot records it.
+
+    Args:
+        index: How many LLM checkpoints were skipped.
+        max_rise: The bound.
+        rises: Relative rise of FVU on each LLM checkpoint that was looked at, by its step, in the order of looking.
+        skipped: Steps of those skipped.
+    """
+
+    index: int
+    max_rise: float
+    rises: dict[int, float]
+    skipped: list[int]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Plain values, for json and for the resume file."""
+        return asdict(self)
+
+
+def farthest_within(
+    ahead: Sequence[LLMCheckpoint], rise_on: Callable[[LLMCheckpoint], float], max_rise: float
+) -> Choice:
+    """The farthest LLM checkpoint on which the SAE is still good enough, or the next one where none is.
+
+    Looks 1, 2, 4, ... checkpoints beyond the next, then halves the interval between the last one within the bound
+    and the first beyond it: a look costs the load of an LLM, and what is near is looked at first. It supposes that
+    the FVU rises with distance; where it falls again, it may stop short, never go too far.
+
+    Args:
+        ahead: The LLM checkpoints to come, at least one.
+        rise_on: Relative rise of the SAE's FVU on one of them.
+        max_rise: The bound.
+
+    Example:
+        >>> series = [LLMCheckpoint("llm", None, step) for step in (2, 3, 4, 5, 6, 7)]
+        >>> choice = farthest_within(series, lambda c: c.step / 10, max_rise=0.55)
+        >>> series[choice.index].step, choice.rises
+        (5, {3: 0.3, 5: 0.5, 7: 0.7, 6: 0.6})
+    """
+    rises: dict[int, float] = {}
+
+    def within(index: int) -> bool:
+        rises[ahead[index].step] = rise = rise_on(ahead[index])
+        return rise <= max_rise
+
+    good, bad, stride = 0, len(ahead), 1  # `good` may be taken; nothing from `bad` on is
+    while bad - good > 1:
+        index = min(good + stride, bad - 1)
+        if within(index):
+            good, stride = index, 2 * stride
+        else:
+            bad = index
+        if bad < len(ahead):
+            stride = (bad - good) // 2
+    return Choice(good, max_rise, rises, [checkpoint.step for checkpoint in ahead[:good]])
