@@ -8,6 +8,8 @@ from torch import Tensor
 from .sparse import Selection
 
 _CHUNK_NUMBERS = 2**26  # 128 MiB of bfloat16: the pre-activations that are held at a time
+_GROUP = 8  # 4 to 16 are equally fast
+_SAME_ORDER = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 class Workspace:
@@ -70,5 +72,26 @@ def select_topk(
 
 
 def largest(pre: Tensor, k: int) -> Tensor:
-    """Where the k largest of each row are, ``[rows, k]``, in no particular order."""
-    return pre.topk(k, dim=1, sorted=False).indices
+    """Where the k largest of each row are, ``[rows, k]``, in no particular order.
+
+    Among values below zero the choice is arbitrary.
+    """
+    if pre.device.type != "cpu":
+        return pre.topk(k, dim=1, sorted=False).indices
+    # Read as integers, floats from zero up keep their order and the others stay below; integers compare faster.
+    return _largest_by_groups(pre.view(_SAME_ORDER[pre.dtype]), k)
+
+
+def _largest_by_groups(pre: Tensor, k: int) -> Tensor:
+    """The k largest of a row lie in the k groups with the largest maxima, which are found in the same way.
+
+    ``topk`` walks through all of a row with 12 bytes for each number; a maximum over groups only reads.
+    """
+    rows, d = pre.shape
+    if d % _GROUP or d // _GROUP < 4 * k:
+        return pre.topk(k, dim=1, sorted=False).indices
+    step = d // _GROUP  # a group is every step-th number, so that the maximum runs along memory
+    best = _largest_by_groups(pre.view(rows, _GROUP, step).amax(dim=1), k)  # [rows, k]
+    candidates = best[:, :, None] + torch.arange(0, d, step, device=pre.device)  # [rows, k, _GROUP]
+    candidates = candidates.view(rows, -1)
+    return candidates.gather(1, pre.gather(1, candidates).topk(k, dim=1, sorted=False).indices)

@@ -63,6 +63,11 @@ class Selection:
         """The activations that use each latent, one latent after another, int64 ``[nnz]``."""
         return self.rows[self.order]
 
+    @property
+    def columns_by_latent(self) -> Tensor:
+        """The latents in the same order, so ascending, int64 ``[nnz]``."""
+        return self._sorted[0]
+
     @cached_property
     def latent_offsets(self) -> Tensor:
         """Where each latent's part of :attr:`order` begins, int64 ``[d_sae + 1]``."""
@@ -152,16 +157,19 @@ def row_dots(left: Tensor, right: Tensor, selection: Selection) -> Tensor:
         selection: Which pairs.
     """
     left, right = left.contiguous(), right.contiguous()
+    # One latent after another: its row stays in the cache while those of the activations, which are fewer, go by.
+    rows, columns = selection.rows_by_latent, selection.columns_by_latent
     if _ROW_DOTS is None:
-        return _row_dots(left, right, selection)
-    dots: Tensor = _ROW_DOTS(left, right, selection.columns, selection.offsets[:-1], selection.rows, 0, -1)
-    return dots
+        dots = _row_dots(left, rows, right, columns)
+    else:
+        dots = _ROW_DOTS(right, left, rows, selection.latent_offsets[:-1], columns, 0, -1)
+    return torch.empty_like(dots).index_copy_(0, selection.order, dots)
 
 
-def _row_dots(left: Tensor, right: Tensor, selection: Selection) -> Tensor:
+def _row_dots(left: Tensor, rows: Tensor, right: Tensor, columns: Tensor) -> Tensor:
     entries = max(1, _FALLBACK_NUMBERS // left.shape[1])
-    parts = zip(torch.split(selection.rows, entries), torch.split(selection.columns, entries), strict=True)
-    return torch.cat([torch.linalg.vecdot(left[rows], right[columns]) for rows, columns in parts])
+    parts = zip(torch.split(rows, entries), torch.split(columns, entries), strict=True)
+    return torch.cat([torch.linalg.vecdot(left[n], right[j]) for n, j in parts])
 
 
 def activation_sums(values: Tensor, table: Tensor, selection: Selection) -> Tensor:

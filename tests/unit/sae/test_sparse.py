@@ -132,15 +132,25 @@ def test_gradients_have_the_layout_of_the_parameter_and_are_not_copied() -> None
         assert parameter.grad.data_ptr() == made[name]
 
 
-@pytest.mark.parametrize("k", [1, 5, 40], ids=["one", "some", "all"])
+@pytest.mark.parametrize("d_sae", [40, 512, 1024], ids=["no groups", "groups", "groups of groups"])
+@pytest.mark.parametrize("k", [1, 4, 40], ids=["one", "some", "many"])
 @pytest.mark.parametrize("chunk", [64, 10**9], ids=["in chunks", "at once"])
-def test_selection_takes_the_k_largest(k: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_selection_takes_the_k_largest(d_sae: int, k: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saetrack.sae.select._CHUNK_NUMBERS", chunk)
-    x, W_enc, b_enc = numbers(9, D_IN), numbers(40, D_IN, seed=1).T, numbers(40, seed=2)
+    x, W_enc, b_enc = numbers(9, D_IN), numbers(d_sae, D_IN, seed=1).T, numbers(d_sae, seed=2)
     selection = select_topk(x, W_enc, b_enc, k, torch.float32, Workspace())
-    expected = [sorted(sorted(range(40), key=lambda j: -row[j])[:k]) for row in (x @ W_enc + b_enc).tolist()]
     assert selection.offsets.tolist() == list(range(0, 9 * k + 1, k))
-    assert [sorted(part.tolist()) for part in selection.columns.view(9, k)] == expected
+    for row, taken in zip((x @ W_enc + b_enc).tolist(), selection.columns.view(9, k).tolist(), strict=True):
+        assert len(set(taken)) == k
+        best = sorted(range(d_sae), key=lambda j: -row[j])[:k]
+        assert {j for j in taken if row[j] > 0} == {j for j in best if row[j] > 0}
+
+
+def test_among_negative_pre_activations_the_positive_ones_are_found() -> None:
+    x, W_enc = torch.ones(3, 1), torch.full((512, 1), -1.0).T.clone()
+    W_enc[0, [7, 300, 511]] = torch.tensor([1e-30, 2.0, 0.5])
+    taken = select_topk(x, W_enc, torch.zeros(512), 4, torch.float32, Workspace()).columns.view(3, 4)
+    assert all({7, 300, 511} <= set(row) for row in taken.tolist())
 
 
 def test_selection_in_bfloat16_misses_only_near_ties() -> None:
