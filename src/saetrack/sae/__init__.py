@@ -2,9 +2,20 @@
 
 from .base import SAE, LossTerms
 from .geometric_median import geometric_median
+from .precision import Precision, resolve_precision
 from .saelens import save_saelens
 from .saetrack import SAETrackSAE
 from .standard import StandardSAE
 from .topk import TopKSAE
 
-__all__ = ["SAE", "LossTerms", "SAETrackSAE", "StandardSAE", "TopKSAE", "geometric_median", "save_saelens"]
+__all__ = [
+    "SAE",
+    "LossTerms",
+    "Precision",
+    "SAETrackSAE",
+    "StandardSAE",
+    "TopKSAE",
+    "geometric_median",
+    "resolve_precision",
+    "save_saelens",
+]

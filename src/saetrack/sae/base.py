@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import scipy.sparse
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from typing_extensions import Self
 
 from .auxk import auxiliary_loss
 from .geometric_median import geometric_median
+from .select import Workspace
 
 _CHUNK_NUMBERS = 2**21  # 8 MiB of float32: the dense latents that encode_sparse holds at a time
 _INITIAL_ROWS = 4096  # dense latents of these are held while an SAE is initialised
@@ -66,10 +68,15 @@ class SAE(nn.Module, ABC):
         self.d_sae = d_in * expansion_factor
         self.aux_coefficient = aux_coefficient
         self.aux_k = max(1, d_in // 2) if aux_k is None else aux_k
-        self.W_enc = nn.Parameter(torch.zeros(d_in, self.d_sae))
+        # [d_in, d_sae], but a latent's column lies in one piece, for the step reads and writes few of them
+        self.W_enc = nn.Parameter(torch.zeros(self.d_sae, d_in).T)
         self.b_enc = nn.Parameter(torch.zeros(self.d_sae))
         self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
+        self.precision = torch.float32
+        """Dtype of the large products in :meth:`loss`; parameters, sums and whatever is small are float32 always.
+        Not an argument, for it belongs to the machine and not to the SAE: see :func:`resolve_precision`."""
+        self._workspace = Workspace()
 
     @abstractmethod
     def activate(self, pre: Tensor) -> Tensor:
@@ -255,8 +262,35 @@ class SAE(nn.Module, ABC):
         other.b_dec.div_(scale)
         return other
 
-    def _auxiliary_loss(self, pre: Tensor, error: Tensor, dead: Tensor | None) -> Tensor:
-        return auxiliary_loss(pre, error, dead if self.aux_coefficient > 0 else None, self.W_dec, self.aux_k)
+    def _dense_step(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the loss of a dense SAE starts from, its products in :attr:`precision`.
+
+        Returns:
+            x - b_dec without a gradient ``[batch, d_in]``, the latents ``[batch, d_sae]`` in :attr:`precision`, and
+            the reconstruction ``[batch, d_in]``.
+        """
+        self._check_width(x)
+        with self._full_precision():
+            centred = (x - self.b_dec).detach()
+            # Adds zero, and gives b_dec its gradient -W_enc @ grad(b_enc) by a product of a matrix with a vector;
+            # through `centred` it would cost as much as the encoder itself.
+            bias = self.b_enc + (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
+        with self._low_precision():
+            latents = self.activate(functional.linear(centred, self.W_enc.T, bias))
+            return centred, latents, latents @ self.W_dec + self.b_dec
+
+    def _auxiliary_loss(self, centred: Tensor, error: Tensor, dead: Tensor | None) -> Tensor:
+        parameters = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        return auxiliary_loss(centred, error, dead if self.aux_coefficient > 0 else None, parameters, self.aux_k)
+
+    def _low_precision(self) -> torch.autocast:
+        """Inside, dense products run in :attr:`precision`, whatever autocast is on outside."""
+        low = self.precision != torch.float32
+        return torch.autocast(self.b_dec.device.type, dtype=self.precision if low else None, enabled=low)
+
+    def _full_precision(self) -> torch.autocast:
+        """Inside, everything is float32, whatever autocast is on outside."""
+        return torch.autocast(self.b_dec.device.type, enabled=False)
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1:] != (self.d_in,):

@@ -49,14 +49,14 @@ class SAETrackSAE(SAE):
 
     def loss(self, x: Tensor, dead: Tensor | None = None) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
-        pre = self.preactivations(x)  # [batch, d_sae]
-        latents = self.activate(pre)
-        x_hat = self.decode(latents)
-        spread = torch.linalg.vector_norm(x - x.mean(dim=0), dim=1, keepdim=True)  # [batch, 1]
-        # An activation at the batch mean has no spread; its error is then left as it is instead of becoming NaN.
-        mse = ((x_hat - x).square() / torch.where(spread > 0, spread, 1.0)).mean()
-        sparsity = latents.sum(dim=1).mean()
-        auxk = self._auxiliary_loss(pre, x - x_hat, dead)
+        centred, latents, x_hat = self._dense_step(x)
+        with self._full_precision():
+            spread = torch.linalg.vector_norm(x - x.mean(dim=0), dim=1, keepdim=True)  # [batch, 1]
+            error = x - x_hat
+            # An activation at the batch mean has no spread; its error is then left as it is instead of becoming NaN.
+            mse = (error.square() / torch.where(spread > 0, spread, 1.0)).mean()
+            sparsity = latents.sum(dtype=torch.float32) / len(x)
+            auxk = self._auxiliary_loss(centred, error, dead)
         active = latents.detach() > 0
         return LossTerms(
             loss=mse + self.l1_coefficient * sparsity + self.aux_coefficient * auxk,

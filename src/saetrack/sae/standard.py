@@ -2,6 +2,7 @@
 
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from .base import SAE, LossTerms, require_coefficient
@@ -46,13 +47,13 @@ class StandardSAE(SAE):
 
     def loss(self, x: Tensor, dead: Tensor | None = None) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
-        pre = self.preactivations(x)  # [batch, d_sae]
-        latents = self.activate(pre)
-        x_hat = self.decode(latents)
-        mse = (x - x_hat).square().mean()
-        norms = self.W_dec.norm(dim=1)  # [d_sae]
-        sparsity = (latents @ norms).mean() / self.d_in**0.5
-        auxk = self._auxiliary_loss(pre, x - x_hat, dead)
+        centred, latents, x_hat = self._dense_step(x)
+        with self._full_precision():
+            error = x - x_hat
+            mse = error.square().mean()
+            norms = self.W_dec.norm(dim=1)  # [d_sae]
+            sparsity = latents.sum(dim=0, dtype=torch.float32) @ norms / (len(x) * self.d_in**0.5)
+            auxk = self._auxiliary_loss(centred, error, dead)
         loss = mse + self.l1_coefficient * sparsity + self.aux_coefficient * auxk
         active = latents.detach() > 0
         return LossTerms(

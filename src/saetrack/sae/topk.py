@@ -5,8 +5,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .auxk import decode_sparse
 from .base import SAE, LossTerms
+from .select import select_topk
+from .sparse import decode_at, encode_at
 
 
 @final
@@ -51,17 +52,20 @@ class TopKSAE(SAE):
 
     def loss(self, x: Tensor, dead: Tensor | None = None) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
-        pre = self.preactivations(x)  # [batch, d_sae]
-        chosen, indices = pre.topk(self.k, dim=-1, sorted=False)  # [batch, k]
-        values = chosen.relu()
-        x_hat = decode_sparse(values, indices, self.W_dec) + self.b_dec
-        # A batch of identical activations has no variance; its error is then left as it is instead of becoming NaN.
-        variance = (x - x.mean(dim=0)).square().sum()
-        nmse = (x - x_hat).square().sum() / torch.where(variance > 0, variance, 1.0)
-        auxk = self._auxiliary_loss(pre, x - x_hat, dead)
+        self._check_width(x)
+        with self._full_precision():
+            centred = (x - self.b_dec).detach()  # [batch, d_in]
+            selection = select_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self._workspace)
+            values = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection).relu()  # [batch * k]
+            x_hat = decode_at(values, selection, self.W_dec) + self.b_dec
+            error = x - x_hat
+            # A batch of identical activations has no variance; its error is then left as it is instead of becoming NaN.
+            variance = (x - x.mean(dim=0)).square().sum()
+            nmse = error.square().sum() / torch.where(variance > 0, variance, 1.0)
+            auxk = self._auxiliary_loss(centred, error, dead)
         active = values.detach() > 0
         fired = torch.zeros(self.d_sae, dtype=torch.bool, device=x.device)
-        fired[indices[active]] = True
+        fired[selection.columns[active]] = True
         return LossTerms(
             loss=nmse + self.aux_coefficient * auxk,
             fired=fired,

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from saetrack.metrics import fraction_variance_unexplained
-from saetrack.sae import SAE, LossTerms, TopKSAE
+from saetrack.sae import SAE, LossTerms, Precision, TopKSAE, resolve_precision
 from saetrack.track import sae_record
 from saetrack.training.continuity import Continuity
 from saetrack.training.convergence import Curve, check_points, has_converged
@@ -77,8 +77,7 @@ class FeatureState(nn.Module):
             dead_after: Tokens without firing after which a feature is dead; one that fires again is revived.
         """
         self.revived |= fired & self.dead(dead_after)
-        self.tokens_since_fired += tokens
-        self.tokens_since_fired[fired] = 0
+        self.tokens_since_fired.add_(tokens).masked_fill_(fired, 0)
 
     def dead(self, dead_after: int) -> Tensor:
         """Features that have not fired for ``dead_after`` tokens, bool ``[d_sae]``."""
@@ -101,6 +100,9 @@ class SAEModule(LightningModule):
         dead_after_tokens: A feature that has not fired for this many tokens is dead, and the autoencoder's
             auxiliary loss tries to revive it.
         log_every_tokens: Tokens between two points of the training curves.
+        precision: Dtype of the large matrix products of a step. Where latents are few (TopK) they only choose which
+            ones, and all values and gradients are float32; where they are dense (StandardSAE, SAETrackSAE) latents and
+            gradients pass through it. ``auto`` is bfloat16 where the hardware has it, else float32.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class SAEModule(LightningModule):
         continuity: Continuity = Continuity(),
         dead_after_tokens: int = 500_000,
         log_every_tokens: int = 100_000,
+        precision: Precision = "auto",
     ) -> None:
         super().__init__()
         self.build_sae = sae
@@ -117,6 +120,7 @@ class SAEModule(LightningModule):
         self.continuity = continuity
         self.dead_after_tokens = dead_after_tokens
         self.log_every_tokens = log_every_tokens
+        self.precision = precision
         self.first_stage = True
         """Whether the current stage is the first; set by the scheduler, chooses the learning rate."""
         self.latest_loss = float("nan")
@@ -152,6 +156,7 @@ class SAEModule(LightningModule):
             return
         for hookpoint, d_in in self.data.widths.items():
             sae = self.build_sae(d_in)
+            sae.precision = resolve_precision(self.precision, self.data.device)
             self.hookpoints.append(hookpoint)
             self.saes.append(sae)
             self.features.append(FeatureState(sae.d_sae))
@@ -184,10 +189,12 @@ class SAEModule(LightningModule):
 
     def recipe(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run it continues."""
+        precision = resolve_precision(self.precision, self.data.device)
         return {
             "model.optimizer": asdict(self.settings),
             "model.continuity": asdict(self.continuity),
             "model.dead_after_tokens": self.dead_after_tokens,
+            "model.precision": str(precision).removeprefix("torch."),
         }
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

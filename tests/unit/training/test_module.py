@@ -188,6 +188,20 @@ def test_in_a_fit_decoder_rows_have_unit_norm_after_every_step(tiny_fit: Callabl
     torch.testing.assert_close(fitted.track.decoder()[-1].norm(dim=1) * scale, torch.ones(64), rtol=1e-4, atol=1e-4)
 
 
+def test_the_precision_reaches_the_saes_and_the_recipe(
+    tiny_data: Callable[..., ActivationDataModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for has, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr("saetrack.sae.precision.has_bfloat16", lambda device, has=has: has)
+        module = a_module(tiny_data(HOOKPOINTS))
+        assert [sae.precision for sae in module.saes] == [dtype, dtype]
+        assert module.recipe()["model.precision"] == str(dtype).removeprefix("torch.")
+    module = SAEModule(precision="bfloat16")
+    module.trainer = SimpleNamespace(datamodule=tiny_data())  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"^model\.precision is bfloat16, but this machine's cpu has no bfloat16"):
+        module.recipe()
+
+
 def test_each_change_of_a_resumed_run_is_named() -> None:
     refuse_changes({"a": 1, "gone": 2}, {"a": 1}, "the resume file")
     with pytest.raises(ValueError, match=r"^lr is 2, but the resume file was written with 1\."):

@@ -1,0 +1,211 @@
+"""The few latents that a sparse SAE uses, as a flat list: encode, decode and their gradients at just those.
+
+A TopK step needs one dense product, the pre-activations that decide which latents are used, and that one needs no
+gradient and no precision. Everything else, forward and backward, touches only the chosen (activation, latent) pairs.
+All of it is plain PyTorch on any device, without atomics: equal inputs give equal bits.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+# Reads two tables row against row without a [nnz, d_in] intermediate. It is the only private op of the package;
+# `_row_dots` is the same in public ones, for a PyTorch that no longer has it.
+_ROW_DOTS = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
+_FALLBACK_NUMBERS = 2**21  # 8 MiB of float32: the products that the fallback holds at a time
+
+
+class Selection:
+    """Which latents each activation of a batch uses, in compressed rows.
+
+    Activation n uses the latents ``columns[offsets[n] : offsets[n + 1]]``. The numbers may differ between activations.
+
+    Args:
+        columns: Latents, int64 ``[nnz]``, each at most once for one activation.
+        offsets: Where each activation's part begins, int64 ``[batch + 1]``.
+        d_sae: Number of latents that there are.
+    """
+
+    def __init__(self, columns: Tensor, offsets: Tensor, d_sae: int) -> None:
+        self.columns = columns
+        self.offsets = offsets
+        self.d_sae = d_sae
+
+    @classmethod
+    def of_equal_counts(cls, indices: Tensor, d_sae: int) -> "Selection":
+        """Every activation uses as many latents: those of its row of ``indices``, ``[batch, k]``."""
+        batch, k = indices.shape
+        return cls(indices.reshape(-1), torch.arange(0, batch * k + 1, k, device=indices.device), d_sae)
+
+    @property
+    def batch(self) -> int:
+        """Number of activations."""
+        return len(self.offsets) - 1
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The activation that each entry belongs to, int64 ``[nnz]``."""
+        counts = self.offsets.diff()
+        activations = torch.arange(self.batch, device=self.columns.device)
+        return activations.repeat_interleave(counts, output_size=len(self.columns))
+
+    @cached_property
+    def order(self) -> Tensor:
+        """The entries sorted by latent, and by activation within one: int64 ``[nnz]``."""
+        return self._sorted[1]
+
+    @cached_property
+    def rows_by_latent(self) -> Tensor:
+        """The activations that use each latent, one latent after another, int64 ``[nnz]``."""
+        return self.rows[self.order]
+
+    @property
+    def columns_by_latent(self) -> Tensor:
+        """The latents in the same order, so ascending, int64 ``[nnz]``."""
+        return self._sorted[0]
+
+    @cached_property
+    def latent_offsets(self) -> Tensor:
+        """Where each latent's part of :attr:`order` begins, int64 ``[d_sae + 1]``."""
+        latents = torch.arange(self.d_sae + 1, device=self.columns.device)
+        return torch.searchsorted(self._sorted[0], latents)
+
+    @cached_property
+    def _sorted(self) -> tuple[Tensor, Tensor]:
+        # stable, so that sums over one latent's activations always run in the same order
+        columns, order = self.columns.sort(stable=True)
+        return columns, order
+
+
+def encode_at(centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, selection: Selection) -> Tensor:
+    """Pre-activations of the selected latents only.
+
+    Gradients reach ``W_enc``, ``b_enc`` and ``b_dec``. That of b_dec is ``-W_enc @ grad(b_enc)``, one product of a
+    matrix with a vector, where autograd would first make the gradient of ``centred``.
+
+    Args:
+        centred: x - b_dec, without a gradient of its own, shape ``[batch, d_in]``.
+        W_enc: Encoder, shape ``[d_in, d_sae]``, fastest where ``W_enc.T`` is contiguous.
+        b_enc: Shape ``[d_sae]``.
+        b_dec: What was subtracted, shape ``[d_in]``; only its gradient matters here.
+        selection: Which latents.
+
+    Returns:
+        ``(x - b_dec) W_enc + b_enc`` at the selection's entries, in their order, ``[nnz]``.
+    """
+    values: Tensor = _EncodeAt.apply(centred.detach(), W_enc, b_enc, b_dec, selection)  # type: ignore[no-untyped-call]
+    return values
+
+
+def decode_at(values: Tensor, selection: Selection, W_dec: Tensor) -> Tensor:
+    """Sum the decoder rows of the selected latents.
+
+    Args:
+        values: Latents at the selection's entries, ``[nnz]``.
+        selection: Which latents.
+        W_dec: Decoder, shape ``[d_sae, d_in]``.
+
+    Returns:
+        ``latents @ W_dec`` for the latents that are ``values`` at the selection and 0 elsewhere, ``[batch, d_in]``.
+    """
+    x_hat: Tensor = _DecodeAt.apply(values, W_dec, selection)  # type: ignore[no-untyped-call]
+    return x_hat
+
+
+class _EncodeAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, selection: Selection) -> Tensor:
+        ctx.save_for_backward(centred, W_enc)
+        ctx.selection = selection
+        return row_dots(centred, W_enc.T, selection).add_(b_enc[selection.columns])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        centred, W_enc = ctx.saved_tensors
+        # [d_sae, d_in] in memory, so its transpose has the layout of W_enc and becomes `.grad` without a copy
+        into_W_enc = latent_sums(grad, centred, ctx.selection).T
+        into_b_enc = latent_sums(grad, None, ctx.selection)
+        return None, into_W_enc, into_b_enc, (W_enc @ into_b_enc).neg_(), None
+
+
+class _DecodeAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, selection: Selection) -> Tensor:
+        ctx.save_for_backward(values, W_dec)
+        ctx.selection = selection
+        return activation_sums(values, W_dec, selection)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, W_dec = ctx.saved_tensors
+        grad = grad.contiguous()
+        return row_dots(grad, W_dec, ctx.selection), latent_sums(values, grad, ctx.selection), None
+
+
+def row_dots(left: Tensor, right: Tensor, selection: Selection) -> Tensor:
+    """Dot products of the selected pairs of rows: ``sum_d left[row, d] * right[column, d]``, ``[nnz]``.
+
+    Args:
+        left: One row for each activation, ``[batch, d]``.
+        right: One row for each latent, ``[d_sae, d]``.
+        selection: Which pairs.
+    """
+    left, right = left.contiguous(), right.contiguous()
+    # One latent after another: its row stays in the cache while those of the activations, which are fewer, go by.
+    rows, columns = selection.rows_by_latent, selection.columns_by_latent
+    if _ROW_DOTS is None:
+        dots = _row_dots(left, rows, right, columns)
+    else:
+        dots = _ROW_DOTS(right, left, rows, selection.latent_offsets[:-1], columns, 0, -1)
+    return torch.empty_like(dots).index_copy_(0, selection.order, dots)
+
+
+def _row_dots(left: Tensor, rows: Tensor, right: Tensor, columns: Tensor) -> Tensor:
+    entries = max(1, _FALLBACK_NUMBERS // left.shape[1])
+    parts = zip(torch.split(rows, entries), torch.split(columns, entries), strict=True)
+    return torch.cat([torch.linalg.vecdot(left[n], right[j]) for n, j in parts])
+
+
+def activation_sums(values: Tensor, table: Tensor, selection: Selection) -> Tensor:
+    """For each activation, the sum of its latents' rows: ``sum_j value_j * table[column_j]``, ``[batch, d]``."""
+    return functional.embedding_bag(
+        selection.columns,
+        table.detach().contiguous(),
+        selection.offsets,
+        mode="sum",
+        per_sample_weights=values.detach(),
+        include_last_offset=True,
+    )
+
+
+def latent_sums(values: Tensor, table: Tensor | None, selection: Selection) -> Tensor:
+    """For each latent, the sum over the activations that use it.
+
+    Args:
+        values: Weights of the entries, ``[nnz]``.
+        table: One row for each activation, ``[batch, d]``; None sums the values alone.
+        selection: Which entries.
+
+    Returns:
+        ``sum_n value_n * table[n]``, ``[d_sae, d]``, or ``sum_n value_n``, ``[d_sae]``.
+    """
+    values = values.detach()
+    offsets = selection.latent_offsets
+    if table is None:
+        # index_add would sum in an order of its own on a GPU
+        sums = functional.embedding_bag(selection.order, values[:, None], offsets, mode="sum", include_last_offset=True)
+        return sums.squeeze(1)
+    return functional.embedding_bag(
+        selection.rows_by_latent,
+        table.detach(),
+        offsets,
+        mode="sum",
+        per_sample_weights=values[selection.order],
+        include_last_offset=True,
+    )

@@ -1,0 +1,199 @@
+"""A whole training step: against dense float32 autograd, against SAELens, and for equal bits."""
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from saetrack.sae import SAE, SAETrackSAE, StandardSAE, TopKSAE
+from saetrack.sae.precision import has_bfloat16
+
+D_IN, BATCH = 32, 256
+CLASSES: dict[str, Callable[[], SAE]] = {
+    "topk": lambda: TopKSAE(D_IN, 8, k=8, aux_k=12, aux_coefficient=0.5),
+    "standard": lambda: StandardSAE(D_IN, 8, aux_k=12, aux_coefficient=0.5),
+    "saetrack": lambda: SAETrackSAE(D_IN, 8, l1_coefficient=0.01, aux_k=12, aux_coefficient=0.5),
+}
+each_class = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES.keys())
+needs_bfloat16 = pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this CPU has no bfloat16")
+
+
+def activations(seed: int, n: int = BATCH) -> Tensor:
+    return torch.randn(n, D_IN, generator=torch.Generator().manual_seed(seed)) + 0.3
+
+
+def started(make: Callable[[], SAE]) -> SAE:
+    sae, generator = make(), torch.Generator().manual_seed(1)
+    sae.initialise(activations(0), generator)
+    with torch.no_grad():
+        for parameter in (sae.W_enc, sae.b_enc, sae.b_dec):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return sae
+
+
+def dense_topk_loss(sae: SAE, x: Tensor, dead: Tensor | None) -> Tensor:
+    """The loss in TopKSAE's docstring, with every latent in memory and nothing but autograd."""
+    assert isinstance(sae, TopKSAE)
+    pre = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
+    kept = torch.zeros_like(pre).scatter(1, pre.topk(sae.k, dim=1).indices, 1.0)
+    x_hat = (pre * kept).relu() @ sae.W_dec + sae.b_dec
+    loss = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    if dead is not None and dead.any():
+        error = (x - x_hat).detach()
+        n = min(sae.aux_k, int(dead.sum()))
+        best = pre.masked_fill(~dead, -torch.inf).topk(n, dim=1).indices
+        z = pre * torch.zeros_like(pre).scatter(1, best, 1.0)
+        missed = (error - z @ sae.W_dec).square().sum() / (error - error.mean(0)).square().sum()
+        loss = loss + sae.aux_coefficient * min(1.0, int(dead.sum()) / sae.aux_k) * missed
+    return loss
+
+
+def gradients(sae: SAE, loss: Tensor) -> dict[str, Tensor]:
+    sae.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("n_dead", [0, 5, 100], ids=["none dead", "fewer than aux_k", "more than aux_k"])
+@pytest.mark.parametrize("chunk", [300, 10**9], ids=["in chunks", "at once"])
+def test_a_topk_step_is_that_of_dense_autograd(n_dead: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saetrack.sae.auxk._CHUNK_NUMBERS", chunk)
+    sae, x = started(CLASSES["topk"]), activations(7)
+    dead = torch.arange(sae.d_sae) % 2 == 0
+    dead &= dead.cumsum(0) <= n_dead
+    assert dead.sum() == n_dead
+    reference = dense_topk_loss(sae, x, dead)
+    expected = gradients(sae, reference)
+    got = sae.loss(x, dead)
+    assert got.loss.item() == pytest.approx(reference.item(), rel=1e-6)
+    for name, gradient in gradients(sae, got.loss).items():
+        torch.testing.assert_close(gradient, expected.pop(name), rtol=1e-5, atol=1e-5)
+    assert not expected
+
+
+@pytest.mark.filterwarnings("ignore")  # SAELens's imports warn of deprecations of their own
+def test_a_topk_step_has_the_latents_and_gradients_of_saelens() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    sae, x = started(CLASSES["topk"]), activations(8)
+    assert isinstance(sae, TopKSAE)
+    lens = TopKTrainingSAE(
+        TopKTrainingSAEConfig(d_in=D_IN, d_sae=sae.d_sae, k=sae.k, rescale_acts_by_decoder_norm=False)
+    )
+    lens.load_state_dict({name: value.contiguous() for name, value in sae.state_dict().items()})
+    latents = lens.encode(x)
+    latents = latents.to_dense() if latents.is_sparse else latents
+    x_hat = latents @ lens.W_dec + lens.b_dec
+    loss = (x - x_hat).square().sum() / (x - x.mean(0)).square().sum()
+    loss.backward()
+    got = sae.loss(x)
+    torch.testing.assert_close(sae.encode(x), latents, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.x_hat, x_hat, rtol=1e-5, atol=1e-5)
+    assert got.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    for name, gradient in gradients(sae, got.loss).items():
+        torch.testing.assert_close(gradient, getattr(lens, name).grad, rtol=1e-5, atol=1e-5)
+
+
+@each_class
+def test_equal_inputs_give_equal_bits(make: Callable[[], SAE]) -> None:
+    sae, x, dead = started(make), activations(9), torch.arange(256) % 5 == 0
+    twin = copy.deepcopy(sae)
+    first = gradients(sae, sae.loss(x, dead).loss)
+    again = gradients(sae, sae.loss(x, dead).loss)
+    other = gradients(twin, twin.loss(x, dead).loss)
+    for name, gradient in first.items():
+        assert torch.equal(gradient, again[name])
+        assert torch.equal(gradient, other[name])
+
+
+@each_class
+@pytest.mark.parametrize("dead", [None, torch.arange(256) % 5 == 0], ids=["none dead", "some dead"])
+def test_memory_layout_survives_whatever_training_does(make: Callable[[], SAE], dead: Tensor | None) -> None:
+    sae = started(make)
+    layouts = {name: p.stride() for name, p in sae.named_parameters()}
+    assert layouts["W_enc"] == (1, D_IN)
+    assert sae.W_enc.shape == (D_IN, 256)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
+    for seed in range(2):
+        optimizer.zero_grad()
+        sae.loss(activations(seed), dead).loss.backward()
+        optimizer.step()
+    twin = make()
+    twin.load_state_dict({name: value.contiguous() for name, value in sae.state_dict().items()})
+    for each in (sae, copy.deepcopy(sae), twin, sae.folded(2.0), sae.to(torch.float64).to(torch.float32)):
+        assert {name: p.stride() for name, p in each.named_parameters()} == layouts
+    for name, parameter in sae.named_parameters():
+        assert parameter.grad is not None
+        assert parameter.grad.stride() == layouts[name]
+        assert optimizer.state[parameter]["exp_avg"].stride() == layouts[name]
+
+
+def test_a_step_of_the_fused_adam_moves_every_weight_as_the_plain_one_does() -> None:
+    """The fused one reads weights and moments in the order of memory, which is W_enc's transposed."""
+    ours, plain = started(CLASSES["topk"]), started(CLASSES["topk"])
+    for sae, fused in ((ours, True), (plain, False)):
+        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=fused)
+        for seed in range(3):
+            optimizer.zero_grad()
+            sae.loss(activations(seed)).loss.backward()
+            optimizer.step()
+    for mine, reference in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-6)
+
+
+@needs_bfloat16
+@each_class
+def test_bfloat16_changes_the_step_only_a_little(make: Callable[[], SAE]) -> None:
+    """TopK: other latents at near ties, nothing else. The dense ones: rounding of products to three digits."""
+    sae, x, dead = started(make), activations(10), torch.arange(256) % 5 == 0
+    full = sae.loss(x, dead)
+    expected = gradients(sae, full.loss)
+    sae.precision = torch.bfloat16
+    low = sae.loss(x, dead)
+    assert {t.dtype for t in (low.loss, low.x_hat, *low.terms.values())} == {torch.float32}
+    assert low.loss.item() != full.loss.item()
+    assert low.loss.item() == pytest.approx(full.loss.item(), rel=5e-3)
+    for name, gradient in gradients(sae, low.loss).items():
+        assert gradient.dtype == torch.float32
+        assert (gradient - expected[name]).norm() < 0.1 * expected[name].norm()
+
+
+@needs_bfloat16
+def test_a_topk_value_is_float32_whatever_selects() -> None:
+    sae, x = started(CLASSES["topk"]), activations(11)
+    sae.precision = torch.bfloat16
+    same = (sae.loss(x).x_hat - sae(x).detach()).abs().amax(dim=1) < 1e-5  # where no near tie was decided otherwise
+    assert 0.5 < same.float().mean() < 1
+
+
+@each_class
+def test_autocast_outside_changes_nothing(make: Callable[[], SAE]) -> None:
+    """`trainer.precision: bf16-mixed` must not reach float32 sums: `model.precision` alone decides."""
+    sae, x, dead = started(make), activations(12), torch.arange(256) % 5 == 0
+    expected = gradients(sae, sae.loss(x, dead).loss)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = sae.loss(x, dead).loss
+    for name, gradient in gradients(sae, loss).items():
+        assert torch.equal(gradient, expected[name])
+
+
+@pytest.mark.gpu
+@each_class
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_gpu_takes_the_same_step_twice_and_the_one_of_the_cpu(
+    make: Callable[[], SAE], precision: torch.dtype
+) -> None:
+    sae, x, dead = started(make), activations(13), torch.arange(256) % 5 == 0
+    expected = gradients(sae, sae.loss(x, dead).loss)
+    there = copy.deepcopy(sae).cuda()
+    there.precision = precision
+    first = gradients(there, there.loss(x.cuda(), dead.cuda()).loss)
+    again = gradients(there, there.loss(x.cuda(), dead.cuda()).loss)
+    tolerance = 1e-4 if precision == torch.float32 else 0.1
+    for name, gradient in first.items():
+        assert torch.equal(gradient, again[name])
+        assert (gradient.cpu() - expected[name]).norm() < tolerance * expected[name].norm()
