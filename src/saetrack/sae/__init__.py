@@ -1,10 +1,26 @@
 """Sparse autoencoders: torch only, each class with its own loss."""
 
 from .base import SAE, LossTerms
+from .batchtopk import BatchTopKSAE
+from .gated import GatedSAE
 from .geometric_median import geometric_median
+from .jumprelu import JumpReLUSAE
+from .matryoshka import MatryoshkaSAE
 from .saelens import save_saelens
 from .saetrack import SAETrackSAE
 from .standard import StandardSAE
 from .topk import TopKSAE
 
-__all__ = ["SAE", "LossTerms", "SAETrackSAE", "StandardSAE", "TopKSAE", "geometric_median", "save_saelens"]
+__all__ = [
+    "SAE",
+    "BatchTopKSAE",
+    "GatedSAE",
+    "JumpReLUSAE",
+    "LossTerms",
+    "MatryoshkaSAE",
+    "SAETrackSAE",
+    "StandardSAE",
+    "TopKSAE",
+    "geometric_median",
+    "save_saelens",
+]

@@ -15,7 +15,7 @@ from .auxk import auxiliary_loss
 from .geometric_median import geometric_median
 
 _CHUNK_NUMBERS = 2**21  # 8 MiB of float32: the dense latents that encode_sparse holds at a time
-_INITIAL_ROWS = 4096  # dense latents of these are held while an SAE is initialised
+INITIAL_ROWS = 4096  # dense latents of these are held while an SAE is initialised
 
 
 class LossTerms(NamedTuple):
@@ -26,8 +26,11 @@ class LossTerms(NamedTuple):
         fired: Which latents were above zero for any activation of the batch, bool ``[d_sae]``.
         l0: Mean number of latents above zero, scalar, detached.
         x_hat: Reconstruction, shape ``[batch, d_in]``, detached.
-        terms: Detached scalars for logging: "mse", "sparsity" where there is one, "auxk".
-            Each is unweighted: ``loss = mse + coefficient * sparsity + aux_coefficient * auxk``.
+        terms: Detached scalars for logging: "mse", "sparsity" where there is one, "auxk", and any further
+            reconstruction error of the class. Each is unweighted:
+            ``loss = mse + coefficient * sparsity + further errors + aux_coefficient * auxk``.
+        smallest_kept: Smallest latent above zero, scalar, detached, NaN without any; None but for SAEs whose
+            inference threshold follows it. :meth:`SAE.after_step_` wants it, averaged over the ranks.
     """
 
     loss: Tensor
@@ -35,6 +38,7 @@ class LossTerms(NamedTuple):
     l0: Tensor
     x_hat: Tensor
     terms: dict[str, Tensor]
+    smallest_kept: Tensor | None = None
 
 
 class SAE(nn.Module, ABC):
@@ -43,6 +47,9 @@ class SAE(nn.Module, ABC):
     Parameters are float32: ``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``.
     They are zero until :meth:`initialise` or ``load_state_dict`` fills them. The loss expects training units:
     activations scaled to a mean norm of sqrt(d_in).
+
+    ``encode``, ``decode`` and ``forward`` are what inference does, in ``train()`` and ``eval()`` alike; only ``loss``
+    may do otherwise, such as choose latents by the whole batch. So nothing can be measured in the wrong mode.
 
     Args:
         d_in: Width of the activations. Filled in from the LLM by ``saetrack fit``.
@@ -71,9 +78,21 @@ class SAE(nn.Module, ABC):
         self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
+    @property
+    def encoder_bias(self) -> nn.Parameter:
+        """The bias of :meth:`preactivations`, ``[d_sae]``, whatever its name in the class."""
+        return self.b_enc
+
     @abstractmethod
     def activate(self, pre: Tensor) -> Tensor:
-        """Turn pre-activations into latents, both ``[..., d_sae]``."""
+        """Turn pre-activations into the latents of inference, both ``[..., d_sae]``."""
+
+    def activate_batch(self, pre: Tensor) -> Tensor:
+        """Turn the pre-activations of a training batch into its latents, both ``[batch, d_sae]``.
+
+        As :meth:`activate`, except in classes whose training looks at the whole batch.
+        """
+        return self.activate(pre)
 
     @abstractmethod
     def loss(self, x: Tensor, dead: Tensor | None = None) -> LossTerms:
@@ -116,13 +135,14 @@ class SAE(nn.Module, ABC):
         self._check_width(x)
         x = x.to(self.b_dec)
         self.b_dec.copy_(geometric_median(x))
-        self.b_enc.zero_()
+        self.encoder_bias.zero_()
         self.W_dec.copy_(torch.randn(self.d_sae, self.d_in, generator=generator, device=generator.device))
         self.normalise_decoder_()
         self.W_enc.copy_(self.W_dec.T)
-        sample = x[:_INITIAL_ROWS]
-        centred, guess = sample - self.b_dec, self(sample) - self.b_dec  # [n, d_in]
-        # Latents grow in proportion to W_enc as long as b_enc is 0, so the best factor is a projection.
+        sample = x[:INITIAL_ROWS]
+        centred = sample - self.b_dec  # [n, d_in]
+        guess = self.activate_batch(self.preactivations(sample)) @ self.W_dec
+        # Latents grow in proportion to W_enc while biases and thresholds are 0, so the best factor is a projection.
         overlap, power = (centred * guess).sum().item(), guess.square().sum().item()
         if overlap > 0:
             self.W_enc.mul_(overlap / power)
@@ -141,7 +161,7 @@ class SAE(nn.Module, ABC):
         """
         self._check_width(x)
         # (x - b_dec) first, as SAELens does: folding b_dec into b_enc would round differently.
-        return (x - self.b_dec) @ self.W_enc + self.b_enc
+        return (x - self.b_dec) @ self.W_enc + self.encoder_bias
 
     def encode(self, x: Tensor) -> Tensor:
         """Compute the latents.
@@ -198,6 +218,15 @@ class SAE(nn.Module, ABC):
         """Bring every decoder row to unit norm, in place. A row of zeros stays one."""
         norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)  # [d_sae, 1]
         self.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
+
+    @torch.no_grad()
+    def after_step_(self, smallest_kept: Tensor | None = None) -> None:
+        """Put in order, in place, what an optimizer step has moved: here the decoder rows, back to unit norm.
+
+        Args:
+            smallest_kept: :attr:`LossTerms.smallest_kept` of the batch, averaged over the ranks.
+        """
+        self.normalise_decoder_()
 
     @torch.no_grad()
     def remove_parallel_gradient_(self) -> None:

@@ -159,12 +159,12 @@ class SAEModule(LightningModule):
         """
         total = torch.zeros((), device=self.device)
         every = max(1, self.log_every_tokens // self.data.batch_size)
-        self._fired: dict[str, Tensor] = {}
+        self._observed: dict[str, tuple[Tensor, Tensor | None]] = {}
         for hookpoint, x in batch.items():
             dead = self.feature_state(hookpoint).dead(self.dead_after_tokens)
             out = self.sae(hookpoint).loss(x, dead)
             total = total + out.loss
-            self._fired[hookpoint] = out.fired
+            self._observed[hookpoint] = out.fired, out.smallest_kept
             if batch_idx % every == 0:
                 self._log_step(hookpoint, out, dead)
         return total
@@ -199,15 +199,18 @@ class SAEModule(LightningModule):
                 torch.nn.utils.clip_grad_norm_(self.sae(hookpoint).parameters(), gradient_clip_val)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, bring the decoder rows back to unit norm, and count which features fired.
+        """Step, put the SAEs in order (decoder rows back to unit norm), and count which features fired.
 
         Here and not in ``on_train_batch_end``: Lightning calls that on the callbacks first, and a resume file
         written there would hold the weights from before the norm was restored.
         """
         super().optimizer_step(*args, **kwargs)
-        for hookpoint, fired in self._fired.items():
-            self.sae(hookpoint).normalise_decoder_()
-            anywhere = self.trainer.strategy.reduce(fired.int(), reduce_op="sum") > 0
+        reduce = self.trainer.strategy.reduce
+        for hookpoint, (fired, smallest_kept) in self._observed.items():
+            # the mean over the ranks, or they would infer with thresholds of their own
+            everywhere = None if smallest_kept is None else reduce(smallest_kept, reduce_op="mean")
+            self.sae(hookpoint).after_step_(everywhere)
+            anywhere = reduce(fired.int(), reduce_op="sum") > 0
             self.feature_state(hookpoint).update(anywhere, self.data.batch_size, self.dead_after_tokens)
 
     def configure_optimizers(self) -> Any:
