@@ -9,8 +9,9 @@ from torch import Tensor
 from .base import INITIAL_ROWS, SAE, LossTerms
 from .threshold import above_threshold, refuse_negative_thresholds
 
-_THRESHOLD_RATE = 0.01
-"""Share of a batch's smallest kept latent in the running mean; the mean then reaches back about 100 batches."""
+THRESHOLD_RATE = 0.1
+"""Share of the newest batch in the running mean, which so reaches back about 10 batches. A batch of thousands fixes its
+smallest kept latent well; what a longer mean adds is the lag behind the SAE, worst in short stages."""
 
 
 class BatchSelectionSAE(SAE):
@@ -108,7 +109,7 @@ class BatchSelectionSAE(SAE):
         if smallest_kept is not None:
             # NaN, from a batch in which nothing was positive on some rank, leaves the threshold alone on all of them
             target = torch.where(smallest_kept.isnan(), self.threshold, smallest_kept)
-            self.threshold.lerp_(target, _THRESHOLD_RATE)
+            self.threshold.lerp_(target, THRESHOLD_RATE)
 
     def saelens_config(self) -> dict[str, Any]:
         """Give the part of SAELens's cfg.json that belongs to the architecture: a fixed threshold is a JumpReLU."""

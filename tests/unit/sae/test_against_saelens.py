@@ -98,7 +98,7 @@ def test_batch_selection(sae: BatchTopKSAE | MatryoshkaSAE, n_dead: int) -> None
     torch.testing.assert_close(latents, theirs.feature_acts.to_dense(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.x_hat, theirs.sae_out, rtol=1e-5, atol=1e-5)
     assert ours.smallest_kept is not None
-    torch.testing.assert_close(0.01 * ours.smallest_kept.double(), lens.topk_threshold, rtol=1e-5, atol=0)
+    torch.testing.assert_close(lens.cfg.topk_threshold_lr * ours.smallest_kept, lens.topk_threshold)
 
     names = [name for name, _ in sae.named_parameters()]
     factor = N / (x - x.mean(0)).square().sum().item()  # sum over d_in, mean over the batch -> share of the variance
