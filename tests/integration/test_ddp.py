@@ -24,6 +24,17 @@ class KillRankZero(Callback):
 """
 
 
+RECORD = """
+from pathlib import Path
+from lightning import Callback
+
+class RecordThreshold(Callback):
+    def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+        with open(Path(__file__).parent / f"threshold-{trainer.global_rank}.txt", "a") as file:
+            print(pl_module.saes[0].threshold.unique().tolist(), file=file)
+"""
+
+
 def hashes(folder: Path) -> dict[str, str]:
     files = [p for p in folder.glob("gpt_neox*/**/*") if p.is_file()]
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
@@ -58,3 +69,21 @@ def test_two_processes_agree_with_one_and_a_killed_pair_continues_to_the_same_by
         assert a.metadata["ce_clean"] == pytest.approx(b.metadata["ce_clean"], rel=1e-6)
         assert b.metadata["fvu"] == pytest.approx(a.metadata["fvu"], rel=0.05)
         assert b.metadata["fvu"] != a.metadata["fvu"]  # the ranks read rows of their own
+
+
+def test_both_processes_have_one_threshold(
+    config: dict[str, Any],
+    run: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "recorder.py").write_text(RECORD)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    config["scheduler"] |= {"steps": [0, 10], "tokens_first": 4_000, "tokens_next": 2_000}
+    config["model"]["sae"] = {"class_path": "BatchTopKSAE", "init_args": {"expansion_factor": 4, "k": 4}}
+    config["trainer"]["callbacks"] = [{"class_path": "recorder.RecordThreshold"}]
+    done = run(config, *TWO)
+    assert done.returncode == 0, done.stderr
+    zero, one = ((tmp_path / f"threshold-{rank}.txt").read_text().splitlines() for rank in (0, 1))
+    assert zero == one
+    assert len(set(zero)) == len(zero) > 40  # it moves in every step

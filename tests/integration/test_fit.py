@@ -117,6 +117,25 @@ def test_two_hookpoints_give_two_tracks_from_one_forward(config: dict[str, Any],
         Track.open(folder)
 
 
+@pytest.mark.parametrize("sae", ["BatchTopKSAE", "MatryoshkaSAE", "JumpReLUSAE", "GatedSAE"])
+def test_every_architecture_is_trained_by_its_name(sae: str, config: dict[str, Any], run: Run) -> None:
+    config["model"]["sae"] = {"class_path": sae, "init_args": {"expansion_factor": 4}}
+    config["scheduler"]["steps"] = [0, 10]
+    options = ("--model.sae.init_args.k", "4") if sae in ("BatchTopKSAE", "MatryoshkaSAE") else ()
+    done = run(config, *options)
+    assert done.returncode == 0, done.stderr
+    track = Track.open(config["scheduler"]["track_dir"])
+    for snapshot in track:
+        assert type(snapshot.sae()).__name__ == sae
+        assert snapshot.metadata["fvu"] < snapshot.metadata["fvu_before"]
+        assert 1 < snapshot.metadata["l0"] < 64
+    if options:
+        threshold = track[-1].tensor("threshold")
+        assert threshold.unique().numel() == 1
+        assert threshold[0] > 0
+        assert track[-1].metadata["l0"] == pytest.approx(4, rel=0.3)
+
+
 @pytest.mark.parametrize("warm_start", ["prior", "recentred", "scratch"])
 def test_every_warm_start_is_what_the_snapshot_says(warm_start: str, config: dict[str, Any], fit_here: Run) -> None:
     config["scheduler"] |= {"warm_start": warm_start, "steps": [0, 10]}

@@ -58,6 +58,32 @@ def test_killed_and_continued_equals_uninterrupted(
     assert hashes(tmp_path / "killed") == expected
 
 
+@pytest.mark.parametrize(
+    ("sae", "arguments"),
+    [("BatchTopKSAE", {"k": 4}), ("JumpReLUSAE", {"l0_coefficient": 0.01})],
+    ids=["a buffer", "a parameter"],
+)
+def test_thresholds_are_in_the_resume_file(
+    sae: str,
+    arguments: dict[str, Any],
+    killable: dict[str, Any],
+    run: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+) -> None:
+    killable["model"]["sae"] = {"class_path": sae, "init_args": {"expansion_factor": 4, **arguments}}
+    killable["scheduler"]["steps"] = [0, 10]
+    assert run(killable).returncode == 0
+    expected = hashes(tmp_path / "run")
+    thresholds = [snapshot.tensor("threshold") for snapshot in Track.open(tmp_path / "run")]
+    assert (thresholds[0] != thresholds[1]).all()
+    killable["scheduler"]["track_dir"] = str(tmp_path / "killed")
+    killer = {"class_path": "killer.KillAt", "init_args": {"step": 60}}  # in the second stage
+    assert run({**killable, "trainer": {**killable["trainer"], "callbacks": [killer]}}).returncode == -9
+    done = run(killable, "--ckpt_path", "last")
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path / "killed") == expected
+
+
 def test_a_finished_track_takes_more_steps_and_refuses_changes(
     config: dict[str, Any], fit_here: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

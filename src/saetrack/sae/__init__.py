@@ -1,7 +1,11 @@
 """Sparse autoencoders: torch only, each class with its own loss."""
 
 from .base import SAE, LossTerms
+from .batchtopk import BatchTopKSAE
+from .gated import GatedSAE
 from .geometric_median import geometric_median
+from .jumprelu import JumpReLUSAE
+from .matryoshka import MatryoshkaSAE
 from .precision import Precision, resolve_precision
 from .saelens import save_saelens
 from .saetrack import SAETrackSAE
@@ -10,7 +14,11 @@ from .topk import TopKSAE
 
 __all__ = [
     "SAE",
+    "BatchTopKSAE",
+    "GatedSAE",
+    "JumpReLUSAE",
     "LossTerms",
+    "MatryoshkaSAE",
     "Precision",
     "SAETrackSAE",
     "StandardSAE",

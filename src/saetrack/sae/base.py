@@ -15,9 +15,10 @@ from typing_extensions import Self
 from .auxk import auxiliary_loss
 from .geometric_median import geometric_median
 from .select import Workspace
+from .sparse import Latents, Selection, encode_at
 
 _CHUNK_NUMBERS = 2**21  # 8 MiB of float32: the dense latents that encode_sparse holds at a time
-_INITIAL_ROWS = 4096  # dense latents of these are held while an SAE is initialised
+INITIAL_ROWS = 4096  # dense latents of these are held while an SAE is initialised
 
 
 class LossTerms(NamedTuple):
@@ -28,8 +29,14 @@ class LossTerms(NamedTuple):
         fired: Which latents were above zero for any activation of the batch, bool ``[d_sae]``.
         l0: Mean number of latents above zero, scalar, detached.
         x_hat: Reconstruction, shape ``[batch, d_in]``, detached.
-        terms: Detached scalars for logging: "mse", "sparsity" where there is one, "auxk".
-            Each is unweighted: ``loss = mse + coefficient * sparsity + aux_coefficient * auxk``.
+        terms: Detached scalars for logging: "mse", "sparsity" where there is one, "auxk", and any further
+            reconstruction error of the class. Each is unweighted:
+            ``loss = mse + coefficient * sparsity + further errors + aux_coefficient * auxk``.
+        smallest_kept: Smallest latent above zero, scalar, detached, NaN without any; None but for SAEs whose
+            inference threshold follows it. :meth:`SAE.after_step_` wants it, averaged over the ranks.
+        moved: How far the latents are from those ``before``, scalar, not part of ``loss``:
+            ``sum (z - before)^2 / sum before^2`` over the entries where either is active, z the pre-activation where
+            a latent was active before, so that one that fell below its threshold is drawn back. None without them.
     """
 
     loss: Tensor
@@ -37,6 +44,8 @@ class LossTerms(NamedTuple):
     l0: Tensor
     x_hat: Tensor
     terms: dict[str, Tensor]
+    smallest_kept: Tensor | None = None
+    moved: Tensor | None = None
 
 
 class SAE(nn.Module, ABC):
@@ -45,6 +54,9 @@ class SAE(nn.Module, ABC):
     Parameters are float32: ``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``.
     They are zero until :meth:`initialise` or ``load_state_dict`` fills them. The loss expects training units:
     activations scaled to a mean norm of sqrt(d_in).
+
+    ``encode``, ``decode`` and ``forward`` are what inference does, in ``train()`` and ``eval()`` alike; only ``loss``
+    may do otherwise, such as choose latents by the whole batch. So nothing can be measured in the wrong mode.
 
     Args:
         d_in: Width of the activations. Filled in from the LLM by ``saetrack fit``.
@@ -78,17 +90,31 @@ class SAE(nn.Module, ABC):
         Not an argument, for it belongs to the machine and not to the SAE: see :func:`resolve_precision`."""
         self._workspace = Workspace()
 
-    @abstractmethod
-    def activate(self, pre: Tensor) -> Tensor:
-        """Turn pre-activations into latents, both ``[..., d_sae]``."""
+    @property
+    def encoder_bias(self) -> nn.Parameter:
+        """The bias of :meth:`preactivations`, ``[d_sae]``, whatever its name in the class."""
+        return self.b_enc
 
     @abstractmethod
-    def loss(self, x: Tensor, dead: Tensor | None = None) -> LossTerms:
+    def activate(self, pre: Tensor) -> Tensor:
+        """Turn pre-activations into the latents of inference, both ``[..., d_sae]``."""
+
+    def activate_batch(self, pre: Tensor) -> Tensor:
+        """Turn the pre-activations of a training batch into its latents, both ``[batch, d_sae]``.
+
+        As :meth:`activate`, except in classes whose training looks at the whole batch.
+        """
+        return self.activate(pre)
+
+    @abstractmethod
+    def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
         """Compute the training loss of one batch.
 
         Args:
             x: Activations in training units (mean norm sqrt(d_in)), shape ``[batch, d_in]``.
             dead: Latents to revive by AuxK, bool ``[d_sae]``; None for none.
+            before: Latents that the previous SAE had at the same tokens on the previous LLM checkpoint, all of them
+                positive, to say in :attr:`LossTerms.moved` how far these are from them.
 
         Returns:
             The loss with its parts.
@@ -96,25 +122,6 @@ class SAE(nn.Module, ABC):
         Raises:
             ValueError: If ``x`` or ``dead`` has the wrong width.
         """
-
-    def continuity(self, x: Tensor, before: Tensor) -> Tensor:
-        """How far the latents are from those that the previous SAE had at the same tokens.
-
-        ``sum (pre - before)^2 / sum before^2`` over the entries where either latent is active: a latent that was
-        active is drawn back to what it was, also from below its threshold, and one that has become active is drawn
-        down.
-
-        Args:
-            x: Activations in training units, shape ``[batch, d_in]``.
-            before: Latents of the previous SAE on the previous LLM checkpoint, shape ``[batch, d_sae]``.
-
-        Returns:
-            Dimensionless scalar; 0 where no latent was active before.
-        """
-        pre = self.preactivations(x)
-        either = (self.activate(pre.detach()) > 0) | (before > 0)
-        power = before.square().sum()
-        return ((pre - before).square() * either).sum() / torch.where(power > 0, power, 1.0)
 
     @abstractmethod
     def saelens_config(self) -> dict[str, Any]:
@@ -142,13 +149,14 @@ class SAE(nn.Module, ABC):
         self._check_width(x)
         x = x.to(self.b_dec)
         self.b_dec.copy_(geometric_median(x))
-        self.b_enc.zero_()
+        self.encoder_bias.zero_()
         self.W_dec.copy_(torch.randn(self.d_sae, self.d_in, generator=generator, device=generator.device))
         self.normalise_decoder_()
         self.W_enc.copy_(self.W_dec.T)
-        sample = x[:_INITIAL_ROWS]
-        centred, guess = sample - self.b_dec, self(sample) - self.b_dec  # [n, d_in]
-        # Latents grow in proportion to W_enc as long as b_enc is 0, so the best factor is a projection.
+        sample = x[:INITIAL_ROWS]
+        centred = sample - self.b_dec  # [n, d_in]
+        guess = self.activate_batch(self.preactivations(sample)) @ self.W_dec
+        # Latents grow in proportion to W_enc while biases and thresholds are 0, so the best factor is a projection.
         overlap, power = (centred * guess).sum().item(), guess.square().sum().item()
         if overlap > 0:
             self.W_enc.mul_(overlap / power)
@@ -167,7 +175,7 @@ class SAE(nn.Module, ABC):
         """
         self._check_width(x)
         # (x - b_dec) first, as SAELens does: folding b_dec into b_enc would round differently.
-        return (x - self.b_dec) @ self.W_enc + self.b_enc
+        return (x - self.b_dec) @ self.W_enc + self.encoder_bias
 
     def encode(self, x: Tensor) -> Tensor:
         """Compute the latents.
@@ -220,10 +228,28 @@ class SAE(nn.Module, ABC):
         return chunks[0] if len(chunks) == 1 else scipy.sparse.csr_array(scipy.sparse.vstack(chunks, format="csr"))
 
     @torch.no_grad()
+    def sparse_latents(self, x: Tensor) -> Latents:
+        """The positive latents of :meth:`encode` for activations ``[batch, d_in]``."""
+        latents = self.encode(x)
+        rows, columns = latents.nonzero(as_tuple=True)
+        counts = torch.bincount(rows, minlength=len(x))
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return Latents(Selection(columns, offsets, self.d_sae), latents[rows, columns])
+
+    @torch.no_grad()
     def normalise_decoder_(self) -> None:
         """Bring every decoder row to unit norm, in place. A row of zeros stays one."""
         norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)  # [d_sae, 1]
         self.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
+
+    @torch.no_grad()
+    def after_step_(self, smallest_kept: Tensor | None = None) -> None:
+        """Put in order, in place, what an optimizer step has moved: here the decoder rows, back to unit norm.
+
+        Args:
+            smallest_kept: :attr:`LossTerms.smallest_kept` of the batch, averaged over the ranks.
+        """
+        self.normalise_decoder_()
 
     @torch.no_grad()
     def remove_parallel_gradient_(self) -> None:
@@ -262,25 +288,45 @@ class SAE(nn.Module, ABC):
         other.b_dec.div_(scale)
         return other
 
-    def _dense_step(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the loss of a dense SAE starts from, its products in :attr:`precision`.
+    def _dense_preactivations(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the loss of a dense SAE starts from, the product in :attr:`precision`.
 
         Returns:
-            x - b_dec without a gradient ``[batch, d_in]``, the latents ``[batch, d_sae]`` in :attr:`precision`, and
-            the reconstruction ``[batch, d_in]``.
+            x - b_dec without a gradient ``[batch, d_in]``, and the pre-activations ``[batch, d_sae]`` in
+            :attr:`precision`.
         """
         self._check_width(x)
         with self._full_precision():
             centred = (x - self.b_dec).detach()
             # Adds zero, and gives b_dec its gradient -W_enc @ grad(b_enc) by a product of a matrix with a vector;
             # through `centred` it would cost as much as the encoder itself.
-            bias = self.b_enc + (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
+            bias = self.encoder_bias + (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
         with self._low_precision():
-            latents = self.activate(functional.linear(centred, self.W_enc.T, bias))
-            return centred, latents, latents @ self.W_dec + self.b_dec
+            return centred, functional.linear(centred, self.W_enc.T, bias)
+
+    def _decode_low(self, latents: Tensor) -> Tensor:
+        """:meth:`decode` with its product in :attr:`precision`."""
+        with self._low_precision():
+            return latents @ self.W_dec + self.b_dec
+
+    def _moved(self, centred: Tensor, latents: Tensor | Latents, before: Latents | None) -> Tensor | None:
+        """Compute :attr:`LossTerms.moved` for the latents of this batch, dense or sparse."""
+        if before is None:
+            return None
+        selection, values = before
+        pre = encode_at(centred, self.W_enc, self.encoder_bias, self.b_dec, selection)  # [nnz]
+        moved = (pre - values).square().sum()
+        if isinstance(latents, Tensor):
+            there = latents[selection.rows, selection.columns].float()
+            moved = moved + (latents * latents).sum(dtype=torch.float32) - there.square().sum()
+        else:
+            elsewhere = torch.isin(latents.selection.keys, selection.keys, assume_unique=True, invert=True)
+            moved = moved + latents.values[elsewhere].square().sum()
+        power = values.square().sum()
+        return moved / torch.where(power > 0, power, 1.0)
 
     def _auxiliary_loss(self, centred: Tensor, error: Tensor, dead: Tensor | None) -> Tensor:
-        parameters = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        parameters = (self.W_enc, self.encoder_bias, self.W_dec, self.b_dec)
         return auxiliary_loss(centred, error, dead if self.aux_coefficient > 0 else None, parameters, self.aux_k)
 
     def _low_precision(self) -> torch.autocast:

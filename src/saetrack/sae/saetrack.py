@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import SAE, LossTerms, require_coefficient
+from .sparse import Latents
 
 
 @final
@@ -47,9 +48,11 @@ class SAETrackSAE(SAE):
         """Apply ReLU."""
         return pre.relu()
 
-    def loss(self, x: Tensor, dead: Tensor | None = None) -> LossTerms:
+    def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
-        centred, latents, x_hat = self._dense_step(x)
+        centred, pre = self._dense_preactivations(x)
+        latents = self.activate(pre)  # [batch, d_sae]
+        x_hat = self._decode_low(latents)
         with self._full_precision():
             spread = torch.linalg.vector_norm(x - x.mean(dim=0), dim=1, keepdim=True)  # [batch, 1]
             error = x - x_hat
@@ -57,6 +60,7 @@ class SAETrackSAE(SAE):
             mse = (error.square() / torch.where(spread > 0, spread, 1.0)).mean()
             sparsity = latents.sum(dtype=torch.float32) / len(x)
             auxk = self._auxiliary_loss(centred, error, dead)
+            moved = self._moved(centred, latents, before)
         active = latents.detach() > 0
         return LossTerms(
             loss=mse + self.l1_coefficient * sparsity + self.aux_coefficient * auxk,
@@ -64,6 +68,7 @@ class SAETrackSAE(SAE):
             l0=active.sum() / len(x),
             x_hat=x_hat.detach(),
             terms={"mse": mse.detach(), "sparsity": sparsity.detach(), "auxk": auxk.detach()},
+            moved=moved,
         )
 
     def saelens_config(self) -> dict[str, Any]:

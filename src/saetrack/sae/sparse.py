@@ -6,7 +6,7 @@ All of it is plain PyTorch on any device, without atomics: equal inputs give equ
 """
 
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,11 @@ class Selection:
         activations = torch.arange(self.batch, device=self.columns.device)
         return activations.repeat_interleave(counts, output_size=len(self.columns))
 
+    @property
+    def keys(self) -> Tensor:
+        """One number for each entry, the same in every selection of these activations, int64 ``[nnz]``."""
+        return self.rows * self.d_sae + self.columns
+
     @cached_property
     def order(self) -> Tensor:
         """The entries sorted by latent, and by activation within one: int64 ``[nnz]``."""
@@ -79,6 +84,25 @@ class Selection:
         # stable, so that sums over one latent's activations always run in the same order
         columns, order = self.columns.sort(stable=True)
         return columns, order
+
+
+class Latents(NamedTuple):
+    """Latents of a batch at the entries of a selection; all others are zero.
+
+    Attributes:
+        selection: Which entries.
+        values: ``[nnz]``.
+    """
+
+    selection: Selection
+    values: Tensor
+
+    def positive(self) -> "Latents":
+        """Those above zero."""
+        active = self.values > 0
+        ends = torch.cat([active.new_zeros(1, dtype=torch.int64), active.cumsum(0)])[self.selection.offsets]
+        selection = Selection(self.selection.columns[active], ends, self.selection.d_sae)
+        return Latents(selection, self.values[active])
 
 
 def encode_at(centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, selection: Selection) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import SAE, LossTerms, require_coefficient
+from .sparse import Latents
 
 
 @final
@@ -45,15 +46,18 @@ class StandardSAE(SAE):
         """Apply ReLU."""
         return pre.relu()
 
-    def loss(self, x: Tensor, dead: Tensor | None = None) -> LossTerms:
+    def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
-        centred, latents, x_hat = self._dense_step(x)
+        centred, pre = self._dense_preactivations(x)
+        latents = self.activate(pre)  # [batch, d_sae]
+        x_hat = self._decode_low(latents)
         with self._full_precision():
             error = x - x_hat
             mse = error.square().mean()
             norms = self.W_dec.norm(dim=1)  # [d_sae]
             sparsity = latents.sum(dim=0, dtype=torch.float32) @ norms / (len(x) * self.d_in**0.5)
             auxk = self._auxiliary_loss(centred, error, dead)
+            moved = self._moved(centred, latents, before)
         loss = mse + self.l1_coefficient * sparsity + self.aux_coefficient * auxk
         active = latents.detach() > 0
         return LossTerms(
@@ -62,6 +66,7 @@ class StandardSAE(SAE):
             l0=active.sum() / len(x),
             x_hat=x_hat.detach(),
             terms={"mse": mse.detach(), "sparsity": sparsity.detach(), "auxk": auxk.detach()},
+            moved=moved,
         )
 
     def saelens_config(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .base import SAE, LossTerms
 from .select import select_topk
-from .sparse import decode_at, encode_at
+from .sparse import Latents, decode_at, encode_at
 
 
 @final
@@ -50,7 +50,7 @@ class TopKSAE(SAE):
         values, indices = pre.topk(self.k, dim=-1, sorted=False)  # [..., k]
         return torch.zeros_like(pre).scatter(-1, indices, values.relu())
 
-    def loss(self, x: Tensor, dead: Tensor | None = None) -> LossTerms:
+    def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
         self._check_width(x)
         with self._full_precision():
@@ -63,6 +63,7 @@ class TopKSAE(SAE):
             variance = (x - x.mean(dim=0)).square().sum()
             nmse = error.square().sum() / torch.where(variance > 0, variance, 1.0)
             auxk = self._auxiliary_loss(centred, error, dead)
+            moved = self._moved(centred, Latents(selection, values), before)
         active = values.detach() > 0
         fired = torch.zeros(self.d_sae, dtype=torch.bool, device=x.device)
         fired[selection.columns[active]] = True
@@ -72,7 +73,16 @@ class TopKSAE(SAE):
             l0=active.sum() / len(x),
             x_hat=x_hat.detach(),
             terms={"mse": nmse.detach(), "auxk": auxk.detach()},
+            moved=moved,
         )
+
+    @torch.no_grad()
+    def sparse_latents(self, x: Tensor) -> Latents:
+        """The positive latents for activations ``[batch, d_in]``, without their dense form."""
+        centred = x - self.b_dec
+        selection = select_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self._workspace)
+        values = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection)
+        return Latents(selection, values).positive()
 
     def saelens_config(self) -> dict[str, Any]:
         """Give the part of SAELens's cfg.json that belongs to the architecture."""

@@ -205,18 +205,18 @@ class SAEModule(LightningModule):
         total = torch.zeros((), device=self.device)
         every = max(1, self.log_every_tokens // self.data.batch_size)
         weight = self.continuity.weight_at(batch_idx / len(self.stream))
-        self._fired: dict[str, Tensor] = {}
+        self._observed: dict[str, tuple[Tensor, Tensor | None]] = {}
         for hookpoint, x in batch.now.items():
             dead = self.feature_state(hookpoint).dead(self.dead_after_tokens)
-            out = self.sae(hookpoint).loss(x, dead)
-            total = total + out.loss
+            before = None
             if weight and hookpoint in batch.before:
-                with torch.no_grad():
-                    latents_before = self.previous[hookpoint].encode(batch.before[hookpoint])
-                moved = self.sae(hookpoint).continuity(x, latents_before)
-                total = total + weight * moved
-                out.terms["continuity"] = moved.detach()
-            self._fired[hookpoint] = out.fired
+                before = self.previous[hookpoint].sparse_latents(batch.before[hookpoint])
+            out = self.sae(hookpoint).loss(x, dead, before)
+            total = total + out.loss
+            if out.moved is not None:
+                total = total + weight * out.moved
+                out.terms["continuity"] = out.moved.detach()
+            self._observed[hookpoint] = out.fired, out.smallest_kept
             if batch_idx % every == 0:
                 self._log_step(hookpoint, out, dead)
         return total
@@ -252,15 +252,18 @@ class SAEModule(LightningModule):
                 torch.nn.utils.clip_grad_norm_(self.sae(hookpoint).parameters(), gradient_clip_val)
 
     def optimizer_step(self, epoch: int, batch_idx: int, *args: Any, **kwargs: Any) -> None:
-        """Step, bring the decoder rows back to unit norm, count which features fired, and see how far the stage is.
+        """Step, put the SAEs in order, count which features fired, and see how far the stage is.
 
         Here and not in ``on_train_batch_end``: Lightning calls that on the callbacks first, and a resume file
         written there would hold the weights from before the norm was restored.
         """
         super().optimizer_step(epoch, batch_idx, *args, **kwargs)
-        for hookpoint, fired in self._fired.items():
-            self.sae(hookpoint).normalise_decoder_()
-            anywhere = self.trainer.strategy.reduce(fired.int(), reduce_op="sum") > 0
+        reduce = self.trainer.strategy.reduce
+        for hookpoint, (fired, smallest_kept) in self._observed.items():
+            # the mean over the ranks, or they would infer with thresholds of their own
+            everywhere = None if smallest_kept is None else reduce(smallest_kept, reduce_op="mean")
+            self.sae(hookpoint).after_step_(everywhere)
+            anywhere = reduce(fired.int(), reduce_op="sum") > 0
             self.feature_state(hookpoint).update(anywhere, self.data.batch_size, self.dead_after_tokens)
         if batch_idx + 1 in check_points(len(self.stream)):
             self._see_convergence(batch_idx + 1)

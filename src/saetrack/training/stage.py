@@ -141,6 +141,8 @@ class StageWork:
         if self.data.before is not None:
             saes = {h: track[stage.position - 1].sae() for h, track in tracks.items()}
             self.module.previous = {h: sae.to(self.data.device) for h, sae in saes.items()}
+            for hookpoint, sae in self.module.previous.items():
+                sae.precision = self.module.sae(hookpoint).precision
 
     def held_out_fvu(self, checkpoint: LLMCheckpoint, tracks: Mapping[str, Track]) -> dict[str, float]:
         """FVU of each track's last snapshot, as it is, on the held-out activations of an LLM checkpoint."""

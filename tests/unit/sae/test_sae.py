@@ -6,12 +6,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from saetrack.sae import SAE, SAETrackSAE, StandardSAE, TopKSAE
+from saetrack.sae import (
+    SAE,
+    BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    SAETrackSAE,
+    StandardSAE,
+    TopKSAE,
+)
 
 CLASSES: dict[str, Callable[..., SAE]] = {
     "standard": lambda **kw: StandardSAE(8, 4, **kw),
     "topk": lambda **kw: TopKSAE(8, 4, k=3, **kw),
     "saetrack": lambda **kw: SAETrackSAE(8, 4, l1_coefficient=0.01, **kw),
+    "batchtopk": lambda **kw: BatchTopKSAE(8, 4, k=3, **kw),
+    "matryoshka": lambda **kw: MatryoshkaSAE(8, 4, k=3, prefixes=[4, 12, 32], **kw),
+    "jumprelu": lambda **kw: JumpReLUSAE(8, 4, l0_coefficient=0.01, **kw),
+    "gated": lambda **kw: GatedSAE(8, 4, **kw),
 }
 each_class = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES.keys())
 
@@ -22,24 +35,42 @@ def activations(n: int = 40, d_in: int = 8, seed: int = 0) -> Tensor:
 
 
 def started(make: Callable[..., SAE], seed: int = 1, **arguments: float) -> SAE:
-    """An SAE away from its symmetric start, so that no bias is zero and no encoder column parallel to its row."""
+    """An SAE away from its symmetric start, so that no bias is zero and no encoder column parallel to its row.
+
+    Thresholds differ too, and stay above zero.
+    """
     sae = make(**arguments)
     generator = torch.Generator().manual_seed(seed)
     sae.initialise(activations(), generator)
     with torch.no_grad():
-        for parameter in (sae.W_enc, sae.b_enc, sae.b_dec):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for name, parameter in sae.named_parameters():
+            if name != "W_dec":
+                noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.abs() if name == "threshold" else noise)
     return sae
 
 
-def one_by_one(sae: SAE, x: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def one_by_one(sae: SAE, x: Tensor, training: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Pre-activations and latents in float64, one latent of one activation at a time."""
-    W_enc, b_enc, b_dec = (p.detach().double().numpy() for p in (sae.W_enc, sae.b_enc, sae.b_dec))
-    pre = np.array([[(row - b_dec) @ W_enc[:, i] + b_enc[i] for i in range(sae.d_sae)] for row in x.double().numpy()])
+    arrays = {name: value.detach().double().numpy() for name, value in sae.state_dict().items()}
+    W_enc, b_dec, rows = arrays["W_enc"], arrays["b_dec"], x.double().numpy()
+    b_enc = arrays["b_gate" if isinstance(sae, GatedSAE) else "b_enc"]
+    pre = np.array([[(row - b_dec) @ W_enc[:, i] + b_enc[i] for i in range(sae.d_sae)] for row in rows])
     latents = np.maximum(pre, 0.0)
     if isinstance(sae, TopKSAE):
         for row, values in zip(latents, pre, strict=True):
             row[sorted(range(sae.d_sae), key=lambda i: -values[i])[sae.k :]] = 0.0
+    elif isinstance(sae, (BatchTopKSAE, MatryoshkaSAE)) and training:
+        latents[latents < sorted(latents.ravel())[-sae.k * len(x)]] = 0.0
+    elif isinstance(sae, (BatchTopKSAE, MatryoshkaSAE, JumpReLUSAE)):
+        for i in range(sae.d_sae):
+            latents[pre[:, i] <= arrays["threshold"][i], i] = 0.0
+    elif isinstance(sae, GatedSAE):
+        for i in range(sae.d_sae):
+            column = W_enc[:, i] * np.exp(arrays["r_mag"][i])
+            for n, row in enumerate(rows):
+                size = max(0.0, (row - b_dec) @ column + arrays["b_mag"][i])
+                latents[n, i] = size if pre[n, i] > 0 else 0.0
     return pre, latents
 
 
@@ -58,12 +89,12 @@ def test_encoding_and_decoding_match_the_formula(make: Callable[..., SAE]) -> No
 def test_the_loss_is_the_one_in_the_docstring(make: Callable[..., SAE], n_dead: int | None) -> None:
     sae, x = started(make, aux_coefficient=0.25, aux_k=4), activations(seed=6)
     with torch.no_grad():
-        sae.b_enc.sub_(0.8)  # so that for some activations fewer than k pre-activations are positive
+        sae.encoder_bias.sub_(0.8)  # so that for some activations fewer than k pre-activations are positive
         sae.W_dec.mul_(torch.linspace(0.5, 2.0, 32)[:, None])
     dead = None if n_dead is None else torch.arange(sae.d_sae) < n_dead
     got = sae.loss(x, dead)
 
-    pre, latents = one_by_one(sae, x)
+    pre, latents = one_by_one(sae, x, training=True)
     assert (latents > 0).sum(axis=1).min() < 3 < (latents > 0).sum()
     W_dec, b_dec, X = sae.W_dec.detach().double().numpy(), sae.b_dec.detach().double().numpy(), x.double().numpy()
     error = X - latents @ W_dec - b_dec
@@ -74,8 +105,16 @@ def test_the_loss_is_the_one_in_the_docstring(make: Callable[..., SAE], n_dead: 
     elif isinstance(sae, SAETrackSAE):
         mse = np.mean([s / 8 / np.linalg.norm(c) for s, c in zip(squares, centred, strict=True)])
         penalty = sae.l1_coefficient * latents.sum(axis=1).mean()
+    elif isinstance(sae, JumpReLUSAE):
+        mse, penalty = squares.mean() / 8, sae.l0_coefficient * (latents > 0).sum(axis=1).mean()
+    elif isinstance(sae, GatedSAE):
+        mse, gate = squares.mean() / 8, np.maximum(pre, 0.0)
+        penalty = sae.l1_coefficient * gate.sum(axis=1).mean() / np.sqrt(8) + ((X - gate @ W_dec - b_dec) ** 2).mean()
     else:
         mse, penalty = squares.sum() / (centred**2).sum(), 0.0
+    if isinstance(sae, MatryoshkaSAE):
+        for end in (4, 12):
+            penalty += ((X - latents[:, :end] @ W_dec[:end] - b_dec) ** 2).sum() / (centred**2).sum()
     auxk = 0.0
     if n_dead:
         missed = 0.0
@@ -108,20 +147,21 @@ def test_the_sparse_topk_loss_has_the_gradients_of_the_dense_one() -> None:
 def test_a_dead_latent_gets_a_gradient_only_from_auxk_and_living_rows_none_from_it(make: Callable[..., SAE]) -> None:
     sae, x = started(make, aux_coefficient=1.0), activations(seed=8)
     with torch.no_grad():
-        sae.b_enc[:4] = -50.0  # never fires
+        sae.encoder_bias[:4] = -50.0  # never fires
     dead = torch.arange(sae.d_sae) < 4
     sae.loss(x).loss.backward()
     without = {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
     sae.zero_grad()
     sae.loss(x, dead).loss.backward()
     assert not without["W_dec"][:4].any()
-    assert not without["b_enc"][:4].any()
+    bias = "b_gate" if isinstance(sae, GatedSAE) else "b_enc"
+    assert not without[bias][:4].any()
     assert sae.W_dec.grad is not None
-    assert sae.b_enc.grad is not None
+    assert sae.encoder_bias.grad is not None
     assert sae.W_dec.grad[:4].any(dim=1).all()
-    assert sae.b_enc.grad[:4].all()
+    assert sae.encoder_bias.grad[:4].all()
     torch.testing.assert_close(sae.W_dec.grad[4:], without["W_dec"][4:])
-    torch.testing.assert_close(sae.b_enc.grad[4:], without["b_enc"][4:])
+    torch.testing.assert_close(sae.encoder_bias.grad[4:], without[bias][4:])
 
 
 @each_class
@@ -130,7 +170,7 @@ def test_auxk_revives_killed_latents(make: Callable[..., SAE]) -> None:
     for coefficient in (0.0, 1 / 32):
         sae = started(make, aux_coefficient=coefficient)
         with torch.no_grad():
-            sae.b_enc[:16] = -6.0
+            sae.encoder_bias[:16] = -6.0
         dead = torch.arange(sae.d_sae) < 16
         optimizer = torch.optim.Adam(sae.parameters(), lr=0.02)
         for step in range(150):
@@ -138,7 +178,7 @@ def test_auxk_revives_killed_latents(make: Callable[..., SAE]) -> None:
             optimizer.zero_grad()
             terms.loss.backward()
             optimizer.step()
-            sae.normalise_decoder_()
+            sae.after_step_(terms.smallest_kept)
             dead &= ~terms.fired
         shares[coefficient] = dead[:16].double().mean().item()
     assert shares[0.0] == 1.0
@@ -181,11 +221,11 @@ def test_initialisation_follows_the_data(make: Callable[..., SAE]) -> None:
     factor = (sae.W_enc.T * sae.W_dec).sum(dim=1)  # [d_sae]
     torch.testing.assert_close(factor, factor[:1].expand(32))
     torch.testing.assert_close(sae.W_enc, factor[0] * sae.W_dec.T)
-    assert not sae.b_enc.any()
+    assert not sae.encoder_bias.any()
     torch.testing.assert_close(sae.b_dec, x.median(dim=0).values, atol=0.3, rtol=0)
 
     def missed() -> float:
-        return (x - sae(x)).square().sum().item()
+        return (x - sae.decode(sae.activate_batch(sae.preactivations(x)))).square().sum().item()
 
     best = missed()
     assert best < (x - sae.b_dec).square().sum().item()

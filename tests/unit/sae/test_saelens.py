@@ -6,22 +6,42 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from saetrack.sae import SAE, SAETrackSAE, StandardSAE, TopKSAE, save_saelens
+from saetrack.sae import (
+    SAE,
+    BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    SAETrackSAE,
+    StandardSAE,
+    TopKSAE,
+    save_saelens,
+)
+
+SAES = [
+    StandardSAE(16, 4),
+    TopKSAE(16, 4, k=5),
+    SAETrackSAE(16, 4),
+    BatchTopKSAE(16, 4, k=5),
+    MatryoshkaSAE(16, 4, k=5),
+    JumpReLUSAE(16, 4),
+    GatedSAE(16, 4),
+]
 
 
 def started(sae: SAE) -> SAE:
     generator = torch.Generator().manual_seed(3)
     sae.initialise(torch.randn(100, 16, generator=generator) + 1, generator)
     with torch.no_grad():
-        for parameter in (sae.W_enc, sae.b_enc, sae.b_dec):
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        for name, parameter in sae.named_parameters():
+            if name != "W_dec":
+                noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.abs() if name == "threshold" else noise)
     return sae
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.25, 7.0], ids=["not folded", "small", "large"])
-@pytest.mark.parametrize(
-    "sae", [StandardSAE(16, 4), TopKSAE(16, 4, k=5), SAETrackSAE(16, 4)], ids=lambda s: type(s).__name__
-)
+@pytest.mark.parametrize("sae", SAES, ids=lambda s: type(s).__name__)
 def test_saelens_loads_what_is_saved_and_computes_the_same(sae: SAE, scale: float, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its imports (transformer_lens, ...) warn of deprecations of their own
@@ -38,17 +58,18 @@ def test_saelens_loads_what_is_saved_and_computes_the_same(sae: SAE, scale: floa
     assert (lens.cfg.d_in, lens.cfg.d_sae) == (16, 64)
 
 
-def test_the_files_are_ours_to_read_again_and_equal_saes_give_equal_bytes(tmp_path: Path) -> None:
-    sae = started(TopKSAE(16, 4, k=5))
+@pytest.mark.parametrize("sae", SAES, ids=lambda s: type(s).__name__)
+def test_the_files_are_ours_to_read_again_and_equal_saes_give_equal_bytes(sae: SAE, tmp_path: Path) -> None:
+    started(sae)
     for name in ("a", "b"):
         save_saelens(sae, tmp_path / name, {"model_from_pretrained_kwargs": {"revision": "step64"}})
     for file in ("cfg.json", "sae_weights.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-    twin = TopKSAE(**sae.arguments)
+    twin = type(sae)(**sae.arguments)
     twin.load_state_dict(load_file(tmp_path / "a" / "sae_weights.safetensors"))
     assert all(torch.equal(value, sae.state_dict()[name]) for name, value in twin.state_dict().items())
     config = json.loads((tmp_path / "a" / "cfg.json").read_text())
-    assert config["k"] == 5
+    assert config["architecture"] == sae.saelens_config()["architecture"]
     assert config["metadata"] == {
         "sae_lens_version": "6.0.0",
         "model_from_pretrained_kwargs": {"revision": "step64"},

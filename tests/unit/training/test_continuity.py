@@ -6,7 +6,16 @@ import pytest
 import torch
 from lightning import Callback
 
-from saetrack.sae import StandardSAE, TopKSAE
+from saetrack.sae import (
+    BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    SAETrackSAE,
+    StandardSAE,
+    TopKSAE,
+)
+from saetrack.sae.sparse import Latents, Selection
 from saetrack.training import Continuity, OptimizerSettings
 
 
@@ -16,29 +25,63 @@ def filled(sae: Any, seed: int = 0) -> Any:
     return sae
 
 
-@pytest.mark.parametrize("make", [lambda: TopKSAE(8, 4, k=3), lambda: StandardSAE(8, 4)], ids=["TopK", "Standard"])
-def test_the_term_is_zero_for_latents_that_stayed_and_counts_every_entry_that_moved(make: Callable[[], Any]) -> None:
-    sae = filled(make())
+SAES = {
+    "TopK": lambda: TopKSAE(8, 4, k=3),
+    "Standard": lambda: StandardSAE(8, 4),
+    "SAETrack": lambda: SAETrackSAE(8, 4),
+    "BatchTopK": lambda: BatchTopKSAE(8, 4, k=3),
+    "Matryoshka": lambda: MatryoshkaSAE(8, 4, k=3),
+    "JumpReLU": lambda: JumpReLUSAE(8, 4),
+}
+
+
+def dense(latents: Latents, batch: int) -> torch.Tensor:
+    z = torch.zeros(batch, latents.selection.d_sae)
+    z[latents.selection.rows, latents.selection.columns] = latents.values
+    return z
+
+
+@pytest.mark.parametrize("name", [*SAES, "Gated"])
+def test_sparse_latents_are_the_positive_ones_of_encode(name: str) -> None:
+    sae = filled(SAES[name]() if name in SAES else GatedSAE(8, 4))
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
-    z = sae.encode(x).detach()
-    assert sae.continuity(x, z).item() == pytest.approx(0, abs=1e-10)
-    pre = sae.preactivations(x).detach()
-    before = z.roll(1, dims=1)
-    by_hand = sum(
-        float((pre[b, i] - before[b, i]) ** 2) for b in range(20) for i in range(32) if z[b, i] > 0 or before[b, i] > 0
-    )
-    assert sae.continuity(x, before).item() == pytest.approx(by_hand / float(before.square().sum()), rel=1e-5)
-    assert sae.continuity(x, torch.zeros_like(z)).isfinite()
+    found = sae.sparse_latents(x)
+    assert (found.values > 0).all()
+    torch.testing.assert_close(dense(found, 20), sae.encode(x))
 
 
-def test_it_reaches_a_latent_that_fell_below_the_threshold() -> None:
+@pytest.mark.parametrize("name", SAES)
+def test_what_moved_is_counted_at_every_entry_that_is_or_was_active(name: str) -> None:
+    sae = filled(SAES[name]())
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
+    before = filled(SAES[name](), seed=1).sparse_latents(x)
+    pre, z = sae.preactivations(x).detach(), dense(before, 20)
+    now = sae.activate_batch(pre).detach()
+    entries = [(b, i) for b in range(20) for i in range(32)]
+    by_hand = sum(float(pre[b, i] - z[b, i]) ** 2 for b, i in entries if z[b, i] > 0)
+    by_hand += sum(float(now[b, i]) ** 2 for b, i in entries if z[b, i] == 0)
+    moved = sae.loss(x, before=before).moved
+    assert moved.item() == pytest.approx(by_hand / float(z.square().sum()), rel=1e-4)
+    assert sae.loss(x).moved is None
+
+
+def test_latents_that_stayed_have_not_moved_and_none_before_is_no_division_by_zero() -> None:
     sae = filled(TopKSAE(8, 4, k=3))
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
-    before = torch.zeros(20, 32)
+    assert sae.loss(x, before=sae.sparse_latents(x)).moved.item() == pytest.approx(0, abs=1e-10)
+    nothing = Latents(
+        Selection(torch.zeros(0, dtype=torch.int64), torch.zeros(21, dtype=torch.int64), 32), torch.zeros(0)
+    )
+    assert sae.loss(x, before=nothing).moved.isfinite()
+
+
+@pytest.mark.parametrize("name", [*SAES, "Gated"])
+def test_it_reaches_a_latent_that_fell_below_the_threshold(name: str) -> None:
+    sae = filled(SAES[name]() if name in SAES else GatedSAE(8, 4))
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
     lost = int((sae.encode(x) > 0).sum(dim=0).argmin())
-    before[:, lost] = 1.0
-    sae.continuity(x, before).backward()
-    assert sae.W_enc.grad is not None
+    at = torch.full((20,), lost)
+    sae.loss(x, before=Latents(Selection(at, torch.arange(21), 32), torch.ones(20))).moved.backward()
     assert sae.W_enc.grad[:, lost].abs().sum() > 0
 
 

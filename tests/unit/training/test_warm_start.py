@@ -1,12 +1,34 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from saetrack.sae import SAE, SAETrackSAE, StandardSAE, TopKSAE
+from saetrack.sae import (
+    SAE,
+    BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    SAETrackSAE,
+    StandardSAE,
+    TopKSAE,
+)
 from saetrack.training.warm_start import Calibration, orthogonal_map, recentre, transport
 
 D = 12
+
+MAKE: list[Callable[[], SAE]] = [
+    lambda: TopKSAE(D, 4, k=5),
+    lambda: StandardSAE(D, 4),
+    lambda: SAETrackSAE(D, 4),
+    lambda: BatchTopKSAE(D, 4, k=5),
+    lambda: MatryoshkaSAE(D, 4, k=5),
+    lambda: JumpReLUSAE(D, 4),
+    lambda: GatedSAE(D, 4),
+]
+each_class = pytest.mark.parametrize("make", MAKE, ids=lambda make: type(make()).__name__)
 
 
 def activations(seed: int, n: int = 500) -> Tensor:
@@ -25,7 +47,10 @@ def started(sae: SAE, x: Tensor) -> SAE:
     g = torch.Generator().manual_seed(7)
     sae.initialise(x, g)
     with torch.no_grad():
-        sae.b_enc.add_(0.1 * torch.randn(sae.b_enc.shape, generator=g))
+        for name, parameter in sae.named_parameters():
+            if name not in ("W_enc", "W_dec", "b_dec"):
+                noise = 0.1 * torch.randn(parameter.shape, generator=g)
+                parameter.add_(noise.abs() if name == "threshold" else noise)
     return sae
 
 
@@ -72,14 +97,12 @@ def test_unequal_shapes_are_refused() -> None:
         orthogonal_map(torch.zeros(5, 4), torch.zeros(5, 6))
 
 
-@pytest.mark.parametrize(
-    "sae", [TopKSAE(D, 4, k=5), StandardSAE(D, 4), SAETrackSAE(D, 4)], ids=lambda s: type(s).__name__
-)
-def test_a_transported_sae_does_to_turned_activations_what_it_did_before(sae: SAE) -> None:
+@each_class
+def test_a_transported_sae_does_to_turned_activations_what_it_did_before(make: Callable[[], SAE]) -> None:
     """After x -> (x - mean) R + another mean: equal latents, and a reconstruction turned like x."""
     x = activations(0) * 3
     before = Calibration.measure(x)
-    sae = started(sae, x * before.scale)
+    sae = started(make(), x * before.scale)
     planted = a_rotation(1)
     moved = (x - x.mean(0)) @ planted.float() + 2 * torch.randn(D, generator=torch.Generator().manual_seed(5))
     after = Calibration.measure(moved)
@@ -124,10 +147,11 @@ def test_recentre_moves_only_b_dec_by_the_scaled_means() -> None:
         assert torch.equal(sae.state_dict()[name], was[name])
 
 
-def test_recentre_keeps_the_latents_when_only_the_mean_moved() -> None:
+@each_class
+def test_recentre_keeps_the_latents_when_only_the_mean_moved(make: Callable[[], SAE]) -> None:
     x = activations(0)
     before = Calibration.measure(x)
-    sae = started(TopKSAE(D, 4, k=5), x * before.scale)
+    sae = started(make(), x * before.scale)
     after = Calibration(before.mean + 3.0, before.covariance, before.scale)
     with torch.no_grad():
         latents = sae.encode(x * before.scale)
