@@ -64,7 +64,7 @@ def fit(llm: Path, folder: Path, sae: str, start: str, steps: list[int], tokens:
         "--ckpt_path=last",
     ]
     if weight is not None:
-        arguments.append(f"--model.continuity.weight={weight}")
+        arguments.append(f"--model.continuity={weight}")
     sys.argv = ["saetrack"]  # LightningCLI warns of arguments beside those it is given
     try:
         saetrack(arguments)

@@ -1,7 +1,6 @@
 """Everything Lightning: the activation stream, the module, the stages of a series, and what runs beside them."""
 
 from saetrack.training.callbacks import AnalyzeTrack, ResumeFile, TrackLogger, TrackProgressBar
-from saetrack.training.continuity import Continuity
 from saetrack.training.datamodule import ActivationDataModule, TokenSettings
 from saetrack.training.module import OptimizerSettings, SAEModule
 from saetrack.training.scheduler import CheckpointScheduler, SnapshotCallback
@@ -10,7 +9,6 @@ __all__ = [
     "ActivationDataModule",
     "AnalyzeTrack",
     "CheckpointScheduler",
-    "Continuity",
     "OptimizerSettings",
     "ResumeFile",
     "SAEModule",

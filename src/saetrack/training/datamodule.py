@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,17 +156,14 @@ class ActivationDataModule(LightningDataModule):
             )
         self.widths = activation_widths(llm, self.hookpoints)
 
-    def begin_stage(
-        self, checkpoint: LLMCheckpoint, tokens: int, before: LLMCheckpoint | None = None, before_share: float = 0.0
-    ) -> None:
+    def begin_stage(self, checkpoint: LLMCheckpoint, tokens: int, before: LLMCheckpoint | None = None) -> None:
         """Make ``train_dataloader`` yield the activations of ``checkpoint``, ``tokens`` of them over all ranks.
 
         Args:
             checkpoint: The LLM checkpoint of the stage.
             tokens: Its budget.
             before: The LLM checkpoint of the stage before, whose activations at the same positions come with the
-                batches in the first ``before_share`` of the stage; None for none.
-            before_share: Share of the budget, 0 to 1.
+                batches; None for none.
 
         Raises:
             ValueError: If the budget does not fill a batch, or the corpus is shorter than the budget.
@@ -183,8 +179,7 @@ class ActivationDataModule(LightningDataModule):
             world_size=self.trainer.world_size if self.trainer is not None else 1,
         )
         order.chunk_rows(0)  # holds the budget against the corpus before the LLM is loaded
-        self.checkpoint, self.before = checkpoint, before if before_share else None
-        self._before_batches = math.ceil(before_share * order.batches)
+        self.checkpoint, self.before = checkpoint, before
         self.stream = ActivationStream(order, self._fill)
 
     def train_dataloader(self) -> ActivationStream:
@@ -196,11 +191,7 @@ class ActivationDataModule(LightningDataModule):
     def _fill(self, chunk: int) -> Batch:
         """The activations of a chunk."""
         assert self.stream is not None
-        order = self.stream.order
-        if self.before is not None and chunk * order.batches_per_chunk >= self._before_batches:
-            self.before = None
-            self.release_llms(self.checkpoint)
-        rows = order.chunk_rows(chunk)
+        rows = self.stream.order.chunk_rows(chunk)
         train = self.corpus_rows.train
         before = {} if self.before is None else self._harvested(self.before, train, rows, {})
         return Batch(self._harvested(self.checkpoint, train, rows, self.scales), before)

@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from saetrack.metrics import fraction_variance_unexplained
 from saetrack.sae import SAE, LossTerms, Precision, TopKSAE, resolve_precision
 from saetrack.track import sae_record
-from saetrack.training.continuity import Continuity
 from saetrack.training.convergence import Curve, check_points, has_converged
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.stream import ActivationStream, Batch
@@ -96,7 +95,9 @@ class SAEModule(LightningModule):
     Args:
         sae: The autoencoder: its class and arguments without ``d_in``, which is read from the LLM.
         optimizer: Learning rates and their schedule within a stage, and when it has converged.
-        continuity: How features are held to what they were at the LLM checkpoint before.
+        continuity: Weight of the term that holds features to what they were: their latents stay near those of the
+            previous snapshot on the previous LLM checkpoint at the same tokens (:attr:`LossTerms.moved`). It keeps
+            that LLM in memory too, and runs it. 0 turns it off; the first stage and a ``scratch`` start have none.
         dead_after_tokens: A feature that has not fired for this many tokens is dead, and the autoencoder's
             auxiliary loss tries to revive it.
         log_every_tokens: Tokens between two points of the training curves.
@@ -109,7 +110,7 @@ class SAEModule(LightningModule):
         self,
         sae: Callable[[int], SAE] = TopKSAE,
         optimizer: OptimizerSettings = OptimizerSettings(),
-        continuity: Continuity = Continuity(),
+        continuity: float = 0.1,
         dead_after_tokens: int = 500_000,
         log_every_tokens: int = 100_000,
         precision: Precision = "auto",
@@ -117,6 +118,8 @@ class SAEModule(LightningModule):
         super().__init__()
         self.build_sae = sae
         self.settings = optimizer
+        if not (math.isfinite(continuity) and continuity >= 0):
+            raise ValueError(f"model.continuity is {continuity}; it must be a finite number of at least 0.")
         self.continuity = continuity
         self.dead_after_tokens = dead_after_tokens
         self.log_every_tokens = log_every_tokens
@@ -185,14 +188,14 @@ class SAEModule(LightningModule):
         refuse_changes({"data.hookpoints": list(saved)}, {"data.hookpoints": list(now)}, "the resume file")
         for hookpoint in self.hookpoints:
             refuse_changes({"model.sae": saved[hookpoint]}, {"model.sae": now[hookpoint]}, "the resume file")
-        self.curves = checkpoint["curves"]
+        self.curves = checkpoint.get("curves", {})  # 0.1.0 had none; its recipe is refused by the scheduler
 
     def recipe(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run it continues."""
         precision = resolve_precision(self.precision, self.data.device)
         return {
             "model.optimizer": asdict(self.settings),
-            "model.continuity": asdict(self.continuity),
+            "model.continuity": self.continuity,
             "model.dead_after_tokens": self.dead_after_tokens,
             "model.precision": str(precision).removeprefix("torch."),
         }
@@ -204,17 +207,16 @@ class SAEModule(LightningModule):
         """
         total = torch.zeros((), device=self.device)
         every = max(1, self.log_every_tokens // self.data.batch_size)
-        weight = self.continuity.weight_at(batch_idx / len(self.stream))
         self._observed: dict[str, tuple[Tensor, Tensor | None]] = {}
         for hookpoint, x in batch.now.items():
             dead = self.feature_state(hookpoint).dead(self.dead_after_tokens)
             before = None
-            if weight and hookpoint in batch.before:
+            if hookpoint in batch.before:
                 before = self.previous[hookpoint].sparse_latents(batch.before[hookpoint])
             out = self.sae(hookpoint).loss(x, dead, before)
             total = total + out.loss
             if out.moved is not None:
-                total = total + weight * out.moved
+                total = total + self.continuity * out.moved
                 out.terms["continuity"] = out.moved.detach()
             self._observed[hookpoint] = out.fired, out.smallest_kept
             if batch_idx % every == 0:

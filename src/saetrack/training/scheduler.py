@@ -194,7 +194,7 @@ class CheckpointScheduler(Callback):
                 added after those that are done.
         """
         saved, now = state_dict["recipe"], self._recipe
-        skipped = set(state_dict["skipped"])
+        skipped = set(state_dict.get("skipped", ()))
         done = min(state_dict["position"] + len(skipped) + 1, len(saved[_STEPS]))
         refuse_changes({**saved, _STEPS: saved[_STEPS][:done]}, {**now, _STEPS: now[_STEPS][:done]}, "the resume file")
         self.position = state_dict["position"]
@@ -285,8 +285,8 @@ class CheckpointScheduler(Callback):
         module.first_stage = stage.position == 0
         data.scales = {hookpoint: start.calibration.scale for hookpoint, start in self._start.items()}
         tokens = self.tokens_first if module.first_stage else self.tokens_next
-        before = None if stage.warm_start == "scratch" or not module.continuity.weight else stage.previous
-        data.begin_stage(stage.checkpoint, tokens, before, module.continuity.end)
+        before = stage.previous if module.continuity and stage.warm_start != "scratch" else None
+        data.begin_stage(stage.checkpoint, tokens, before)
 
 
 def _track_facts(module: SAEModule, data: ActivationDataModule, hookpoint: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from saetrack.sae import (
     TopKSAE,
 )
 from saetrack.sae.sparse import Latents, Selection
-from saetrack.training import Continuity, OptimizerSettings
+from saetrack.training import OptimizerSettings, SAEModule
 
 
 def filled(sae: Any, seed: int = 0) -> Any:
@@ -95,38 +95,28 @@ class Llms(Callback):
         self.seen.append((len(trainer.datamodule._llms), bool(batch.before)))
 
 
-def test_features_keep_their_latents_and_the_second_llm_goes_when_it_is_over(
+def test_features_keep_their_latents_with_two_llms_in_memory_and_no_more(
     tiny_fit: Callable[..., Any], tmp_path: Path
 ) -> None:
     correlation = {}
     for weight in (0.0, 1.0):
         llms = Llms()
-        settings = {
-            "optimizer": OptimizerSettings(lr=0.01, warmup_tokens=256, tolerance=None),
-            "continuity": Continuity(weight, hold=0.4, end=0.4),
-        }
-        fitted = tiny_fit(
-            tmp_path / str(weight), [llms], module=settings, steps=[0, 10], tokens_first=5120, tokens_next=5120
-        )
-        correlation[weight] = fitted.track[1].metadata["functional_correlation_median"]
-        first, second = llms.seen[:40], llms.seen[40:]
-        assert set(first) == {(1, False)}
-        if weight:
-            # chunks of 8 batches: the third holds the last of the 16 that want both
-            assert second == [(2, True)] * 16 + [(1, False)] * 24
-        else:
-            assert set(second) == {(1, False)}
-    assert correlation[1.0] > correlation[0.0] + 0.05
+        settings = {"optimizer": OptimizerSettings(lr=0.01, warmup_tokens=256, tolerance=None), "continuity": weight}
+        run = tmp_path / str(weight)
+        fitted = tiny_fit(run, [llms], module=settings, steps=[0, 4, 10], tokens_first=5120, tokens_next=5120)
+        correlation[weight] = [snapshot.metadata["functional_correlation_median"] for snapshot in fitted.track][1:]
+        assert set(llms.seen[:40]) == {(1, False)}
+        assert set(llms.seen[40:]) == ({(2, True)} if weight else {(1, False)})
+    assert all(held > free + 0.05 for held, free in zip(correlation[1.0], correlation[0.0], strict=True))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        ({"weight": -1.0}, "weight is -1.0"),
-        ({"hold": 0.6, "end": 0.5}, r"hold \(0.6\)"),
-        ({"end": 1.5}, r"end \(1.5\)"),
-    ],
-)
-def test_settings_that_make_no_sense_are_refused(arguments: dict[str, float], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
-        Continuity(**arguments)
+def test_a_scratch_start_is_held_to_nothing(tiny_fit: Callable[..., Any], tmp_path: Path) -> None:
+    llms = Llms()
+    tiny_fit(tmp_path, [llms], steps=[0, 10], warm_start="scratch")
+    assert set(llms.seen) == {(1, False)}
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("inf")])
+def test_a_weight_that_makes_no_sense_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match=r"model\.continuity is"):
+        SAEModule(continuity=weight)
