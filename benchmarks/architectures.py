@@ -39,10 +39,10 @@ with warnings.catch_warnings():
 
 K = 32
 EXPANSION = 16
-BATCH = 2048
+BATCH = 512
 DEAD_AFTER = 100_000  # tokens
 L0_BAR, FVU_BAR, SPEED_BAR = 0.03, 1.02, 3.0
-LENS_COEFFICIENT = {"JumpReLUSAE": 0.1, "GatedSAE": 1.0}
+LENS_COEFFICIENT = {"JumpReLUSAE": 1.5, "GatedSAE": 3.0}
 """SAELens's sparsity coefficients; both give a few tens of active latents on the quickstart's LLM."""
 
 
@@ -125,7 +125,7 @@ def activations(series: Path, step: int, hookpoint: str, train_tokens: int) -> t
         StdlibCorpus(), source.tokenizer(), source.tokenizer_name, 128, series / "tokens", max_tokens=4_000_000
     )
     llm, found = load_llm(checkpoint), []
-    for rows, wanted in ((corpus.train, train_tokens), (corpus.evaluation, 65_536)):
+    for rows, wanted in ((corpus.train, train_tokens), (corpus.evaluation, 32_768)):
         indices = np.random.default_rng(0).permutation(len(rows.tokens))[: -(-wanted // 126)]
         found.append(
             torch.cat([x[hookpoint] for _, x in harvest(llm, checkpoint, rows, [hookpoint], indices)])[:wanted]
@@ -209,7 +209,7 @@ def at_l0(
     kind: type[SAE], wanted: float, x: Tensor, evaluation: Tensor, lr: float, seed: int
 ) -> tuple[dict[str, float], float]:
     """Ours with the coefficient whose L0 is within 3 % of the wanted one, found by secants in the logarithms."""
-    name, coefficient = ("l0_coefficient", 1e-3) if kind is JumpReLUSAE else ("l1_coefficient", 0.08)
+    name, coefficient = ("l0_coefficient", 3e-3) if kind is JumpReLUSAE else ("l1_coefficient", 0.3)
     slope, previous = -1.0, None
     for _ in range(8):
         sae = kind(x.shape[1], EXPANSION, **{name: coefficient})  # type: ignore[arg-type]
