@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from saetrack.sae import SAE, Precision, resolve_precision
+from saetrack.training.adam import ColumnAdam
 from saetrack.training.module import FeatureState
 
 LR = 2e-4
@@ -27,7 +28,7 @@ def step_of(sae: SAE, precision: Precision = "auto", dead_share: float = 0.0) ->
     """
     sae.initialise(torch.randn(2048, sae.d_in), torch.Generator().manual_seed(0))
     sae.precision = resolve_precision(precision, torch.device("cpu"))
-    optimizer = torch.optim.Adam(sae.parameters(), lr=LR, fused=True)
+    optimizer = ColumnAdam(sae.parameters(), lr=LR)
     state = FeatureState(sae.d_sae)
     never = 2**62 if dead_share == 0 else 0
     stays_dead = torch.rand(sae.d_sae, generator=torch.Generator().manual_seed(1)) < dead_share

@@ -17,6 +17,7 @@ from .geometric_median import geometric_median
 from .select import Workspace
 
 _CHUNK_NUMBERS = 2**21  # 8 MiB of float32: the dense latents that encode_sparse holds at a time
+_CACHED_NUMBERS = 2**19  # 2 MiB of float32
 _INITIAL_ROWS = 4096  # dense latents of these are held while an SAE is initialised
 
 
@@ -216,9 +217,12 @@ class SAE(nn.Module, ABC):
         grad = self.W_dec.grad
         if grad is None:
             return
-        squared = self.W_dec.square().sum(dim=1, keepdim=True)  # [d_sae, 1]
-        along = (grad * self.W_dec).sum(dim=1, keepdim=True) / squared.clamp_min(torch.finfo(grad.dtype).tiny)
-        grad.addcmul_(along, self.W_dec, value=-1.0)
+        # A part that fits into the cache is read from memory once; a GPU takes everything at once.
+        size = self.d_sae if grad.is_cuda else max(1, _CACHED_NUMBERS // self.d_in)
+        for rows, change in zip(torch.split(self.W_dec, size), torch.split(grad, size), strict=True):
+            squared = torch.linalg.vector_norm(rows, dim=1).square()  # [size]
+            along = torch.linalg.vecdot(change, rows) / squared.clamp_min(torch.finfo(grad.dtype).tiny)
+            change.addcmul_(along[:, None], rows, value=-1.0)
 
     @torch.no_grad()
     def folded(self, scale: float) -> Self:

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from saetrack.sae import SAE, LossTerms, Precision, TopKSAE, resolve_precision
 from saetrack.track import sae_record
+from saetrack.training.adam import ColumnAdam
 from saetrack.training.datamodule import ActivationDataModule
 
 
@@ -224,7 +225,7 @@ class SAEModule(LightningModule):
         """A fresh Adam with the learning-rate schedule of the current stage."""
         settings = self.settings
         lr = settings.lr if self.first_stage or settings.lr_next is None else settings.lr_next
-        optimizer = torch.optim.Adam(self.saes.parameters(), lr=lr, fused=True)
+        optimizer = ColumnAdam(self.saes.parameters(), lr=lr)
         schedule = LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
