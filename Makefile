@@ -4,11 +4,11 @@ BIN := .venv/bin
 # the one place where torch's version stands is constraints.txt
 TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
 
-# OpenMP threads that spin while they wait cost a factor of ten on a machine that is also doing something else
 # a benchmark that fails must not be hidden by the `tee` behind it
 SHELL := bash
 .SHELLFLAGS := -eo pipefail -c
 
+# OpenMP threads that spin while they wait cost a factor of ten on a machine that is also doing something else
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

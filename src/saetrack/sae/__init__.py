@@ -2,6 +2,7 @@
 
 from .base import SAE, LossTerms
 from .geometric_median import geometric_median
+from .native import Kernels, use_kernels
 from .precision import Precision, resolve_precision
 from .saelens import save_saelens
 from .saetrack import SAETrackSAE
@@ -10,6 +11,7 @@ from .topk import TopKSAE
 
 __all__ = [
     "SAE",
+    "Kernels",
     "LossTerms",
     "Precision",
     "SAETrackSAE",
@@ -18,4 +20,5 @@ __all__ = [
     "geometric_median",
     "resolve_precision",
     "save_saelens",
+    "use_kernels",
 ]

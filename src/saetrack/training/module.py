@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from saetrack.sae import SAE, LossTerms, Precision, TopKSAE, resolve_precision
+from saetrack.sae import SAE, Kernels, LossTerms, Precision, TopKSAE, resolve_precision, use_kernels
 from saetrack.track import sae_record
 from saetrack.training.adam import ColumnAdam
 from saetrack.training.datamodule import ActivationDataModule
@@ -87,6 +87,7 @@ class SAEModule(LightningModule):
         precision: Dtype of the large matrix products of a step. Where latents are few (TopK) they only choose which
             ones, and all values and gradients are float32; where they are dense (StandardSAE, SAETrackSAE) latents and
             gradients pass through it. ``auto`` is bfloat16 where the hardware has it, else float32.
+        kernels: ``pytorch``, or ``native``: the inner loops of sparse steps on a CPU in C++, compiled on first use.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class SAEModule(LightningModule):
         dead_after_tokens: int = 500_000,
         log_every_tokens: int = 100_000,
         precision: Precision = "auto",
+        kernels: Kernels = "pytorch",
     ) -> None:
         super().__init__()
         self.build_sae = sae
@@ -103,6 +105,7 @@ class SAEModule(LightningModule):
         self.dead_after_tokens = dead_after_tokens
         self.log_every_tokens = log_every_tokens
         self.precision = precision
+        self.kernels = kernels
         self.first_stage = True
         """Whether the current stage is the first; set by the scheduler, chooses the learning rate."""
         self.latest_loss = float("nan")
@@ -123,6 +126,7 @@ class SAEModule(LightningModule):
         """Build the SAEs, now that the LLM's widths are known."""
         if self.hookpoints:
             return
+        use_kernels(self.kernels)
         for hookpoint, d_in in self.data.widths.items():
             sae = self.build_sae(d_in)
             sae.precision = resolve_precision(self.precision, self.data.device)
@@ -161,6 +165,7 @@ class SAEModule(LightningModule):
             "model.optimizer": asdict(self.settings),
             "model.dead_after_tokens": self.dead_after_tokens,
             "model.precision": str(precision).removeprefix("torch."),
+            "model.kernels": self.kernels,
         }
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
