@@ -14,7 +14,7 @@ from measuring import installed, interleaved, ratio, report
 from ours import activations, floor_of, step_of
 from peers import Step, dictionary_learning, sae_lens, sparsify
 
-from saetrack.sae import StandardSAE, TopKSAE
+from saetrack.sae import StandardSAE, TopKSAE, use_kernels
 
 D_IN, BATCH, K = 512, 4096, 32
 TUNED = "MALLOC_TRIM_THRESHOLD_" in os.environ
@@ -27,11 +27,23 @@ def on(step: Step, batches: list[torch.Tensor]) -> Callable[[], None]:
     return lambda: step(next(turns))
 
 
+def with_native(step: Step) -> Step:
+    """The step on the native kernels, which are put away after it."""
+
+    def run(x: torch.Tensor) -> None:
+        use_kernels("native")
+        step(x)
+        use_kernels("pytorch")
+
+    return run
+
+
 def topk(d_sae: int, rounds: int) -> None:
     """TopK: sparsify, SAELens, dictionary_learning and the floor."""
     batches = activations(BATCH, D_IN)
     steps: dict[str, Step] = {
         "ours": step_of(TopKSAE(D_IN, d_sae // D_IN, K)),
+        "native": with_native(step_of(TopKSAE(D_IN, d_sae // D_IN, K))),
         "floor": floor_of(D_IN, d_sae),
         "sparsify": sparsify(D_IN, d_sae, K),
         "sae_lens": sae_lens("topk", D_IN, d_sae, K, BATCH, autocast=False),
@@ -51,6 +63,12 @@ def topk(d_sae: int, rounds: int) -> None:
         report(
             "step", f"topk_against_{name}", **shape, peer=peer, **ratio(times[name], times["ours"]), bar=bar, **facts
         )
+    facts = {**ratio(times["sparsify"], times["native"]), **times["native"].facts("ours")}
+    bar_native = 5.0 if TUNED else {4096: 5.5, 16384: 7.0}.get(d_sae, 8.0)
+    report("step", "topk_native_against_sparsify", **shape, peer=peers["sparsify"][0], bar=bar_native, **facts)
+    facts = {**ratio(times["native"], times["floor"]), **times["native"].facts("ours")}
+    bar = {"bar": 1.8, "at_most": True} if d_sae == 16384 else {}
+    report("step", "topk_native_over_floor", **shape, **bar, **facts)
     facts = {**times["ours"].facts("ours"), **times["floor"].facts("floor")}
     bar = {"bar": 2.8, "at_most": True} if d_sae == 16384 else {}
     report("step", "topk_over_floor", **shape, **ratio(times["ours"], times["floor"]), **bar, **facts)

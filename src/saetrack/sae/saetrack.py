@@ -5,7 +5,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .base import SAE, LossTerms, require_coefficient
+from .base import SAE, LossTerms, firing, require_coefficient
 
 
 @final
@@ -55,13 +55,13 @@ class SAETrackSAE(SAE):
             error = x - x_hat
             # An activation at the batch mean has no spread; its error is then left as it is instead of becoming NaN.
             mse = (error.square() / torch.where(spread > 0, spread, 1.0)).mean()
-            sparsity = latents.sum(dtype=torch.float32) / len(x)
+            sparsity = latents.sum(dim=1).float().mean()
             auxk = self._auxiliary_loss(centred, error, dead)
-        active = latents.detach() > 0
+        fired, l0 = firing(latents)
         return LossTerms(
             loss=mse + self.l1_coefficient * sparsity + self.aux_coefficient * auxk,
-            fired=active.any(dim=0),
-            l0=active.sum() / len(x),
+            fired=fired,
+            l0=l0,
             x_hat=x_hat.detach(),
             terms={"mse": mse.detach(), "sparsity": sparsity.detach(), "auxk": auxk.detach()},
         )

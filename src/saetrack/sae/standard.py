@@ -2,10 +2,9 @@
 
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
-from .base import SAE, LossTerms, require_coefficient
+from .base import SAE, LossTerms, firing, require_coefficient
 
 
 @final
@@ -52,14 +51,14 @@ class StandardSAE(SAE):
             error = x - x_hat
             mse = error.square().mean()
             norms = self.W_dec.norm(dim=1)  # [d_sae]
-            sparsity = latents.sum(dim=0, dtype=torch.float32) @ norms / (len(x) * self.d_in**0.5)
+            sparsity = (latents @ norms.to(latents.dtype)).float().mean() / self.d_in**0.5
             auxk = self._auxiliary_loss(centred, error, dead)
         loss = mse + self.l1_coefficient * sparsity + self.aux_coefficient * auxk
-        active = latents.detach() > 0
+        fired, l0 = firing(latents)
         return LossTerms(
             loss=loss,
-            fired=active.any(dim=0),
-            l0=active.sum() / len(x),
+            fired=fired,
+            l0=l0,
             x_hat=x_hat.detach(),
             terms={"mse": mse.detach(), "sparsity": sparsity.detach(), "auxk": auxk.detach()},
         )
