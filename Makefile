@@ -4,17 +4,22 @@ BIN := .venv/bin
 # the one place where torch's version stands is constraints.txt
 TORCH := $(shell sed -n 's/^\(torch==[^; ]*\).*/\1/p' constraints.txt)
 
+# a benchmark that fails must not be hidden by the `tee` behind it
+SHELL := bash
+.SHELLFLAGS := -eo pipefail -c
+
 # OpenMP threads that spin while they wait cost a factor of ten on a machine that is also doing something else
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart test test-all check clean
+.PHONY: help quickstart test test-all check bench clean
 
 help:
 	@echo "make quickstart  train a small LLM, follow an SAE through its training, analyse (minutes, 2 CPU cores)"
 	@echo "make test        run the tests, without the slow ones and those that need a GPU or the Hub"
 	@echo "make test-all    the slow ones too"
 	@echo "make check       ruff, format and mypy"
+	@echo "make bench       measure beside SAELens, sparsify and dictionary_learning (an hour, 2 CPU cores)"
 
 # torch comes first and alone: asked for by another package, pip would take the newest, a CUDA build of gigabytes
 .venv/.torch: constraints.txt
@@ -44,5 +49,27 @@ check: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The peers have an environment of their own: they are no dependencies, and their pins are not ours.
+.venv-bench/.peers: constraints.txt pyproject.toml benchmarks/requirements.txt benchmarks/requirements-no-deps.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install -q $(TORCH)
+	.venv-bench/bin/pip install -q -c constraints.txt -e . -r benchmarks/requirements.txt
+	.venv-bench/bin/pip install -q --no-deps -r benchmarks/requirements-no-deps.txt
+	@touch $@
+
+runs/quickstart-llm/step512: | .venv-bench/.peers
+	.venv-bench/bin/saetrack pretrain runs/quickstart-llm --steps 512
+
+BENCH := .venv-bench/bin/python benchmarks
+# An allocator that keeps what is freed: without it every large temporary is zeroed anew by the system.
+TUNED := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=16000000000 MALLOC_TOP_PAD_=8000000000
+
+bench: .venv-bench/.peers runs/quickstart-llm/step512
+	$(BENCH)/step.py | tee runs/bench.jsonl
+	$(TUNED) $(BENCH)/step.py | tee -a runs/bench.jsonl
+	$(BENCH)/step_memory.py | tee -a runs/bench.jsonl
+	$(BENCH)/accuracy.py runs/quickstart-llm | tee -a runs/bench.jsonl
+	@$(BENCH)/table.py runs/bench.jsonl
+
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-bench .mypy_cache .ruff_cache .pytest_cache

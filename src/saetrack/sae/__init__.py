@@ -6,6 +6,7 @@ from .gated import GatedSAE
 from .geometric_median import geometric_median
 from .jumprelu import JumpReLUSAE
 from .matryoshka import MatryoshkaSAE
+from .native import Kernels, use_kernels
 from .precision import Precision, resolve_precision
 from .saelens import save_saelens
 from .saetrack import SAETrackSAE
@@ -17,6 +18,7 @@ __all__ = [
     "BatchTopKSAE",
     "GatedSAE",
     "JumpReLUSAE",
+    "Kernels",
     "LossTerms",
     "MatryoshkaSAE",
     "Precision",
@@ -26,4 +28,5 @@ __all__ = [
     "geometric_median",
     "resolve_precision",
     "save_saelens",
+    "use_kernels",
 ]

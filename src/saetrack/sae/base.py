@@ -19,6 +19,7 @@ from .sparse import Latents, Selection, encode_at
 
 _CHUNK_NUMBERS = 2**21  # 8 MiB of float32: the dense latents that encode_sparse holds at a time
 INITIAL_ROWS = 4096  # dense latents of these are held while an SAE is initialised
+_CACHED_NUMBERS = 2**19  # 2 MiB of float32
 
 
 class LossTerms(NamedTuple):
@@ -261,9 +262,12 @@ class SAE(nn.Module, ABC):
         grad = self.W_dec.grad
         if grad is None:
             return
-        squared = self.W_dec.square().sum(dim=1, keepdim=True)  # [d_sae, 1]
-        along = (grad * self.W_dec).sum(dim=1, keepdim=True) / squared.clamp_min(torch.finfo(grad.dtype).tiny)
-        grad.addcmul_(along, self.W_dec, value=-1.0)
+        # A part that fits into the cache is read from memory once; a GPU takes everything at once.
+        size = self.d_sae if grad.is_cuda else max(1, _CACHED_NUMBERS // self.d_in)
+        for rows, change in zip(torch.split(self.W_dec, size), torch.split(grad, size), strict=True):
+            squared = torch.linalg.vector_norm(rows, dim=1).square()  # [size]
+            along = torch.linalg.vecdot(change, rows) / squared.clamp_min(torch.finfo(grad.dtype).tiny)
+            change.addcmul_(along[:, None], rows, value=-1.0)
 
     @torch.no_grad()
     def folded(self, scale: float) -> Self:
@@ -343,6 +347,16 @@ class SAE(nn.Module, ABC):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, but this SAE reads activations of width {self.d_in} (d_in)."
             )
+
+
+def firing(latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Which of the dense latents, never negative, fired for any activation, and how many did for one on average.
+
+    Other ways of counting are slow on a CPU: a sum of booleans takes twenty times as long as ``count_nonzero``, which
+    in turn takes twenty times as long on floats.
+    """
+    latents = latents.detach()
+    return latents.amax(dim=0) > 0, torch.count_nonzero(latents > 0) / len(latents)
 
 
 def require_coefficient(name: str, value: float) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .base import INITIAL_ROWS, SAE, LossTerms
-from .sparse import Latents
+from .select import select_batch_topk
+from .sparse import Latents, encode_at
 from .threshold import above_threshold, refuse_negative_thresholds
 
 THRESHOLD_RATE = 0.1
@@ -50,11 +51,11 @@ class BatchSelectionSAE(SAE):
         self.register_load_state_dict_pre_hook(refuse_negative_thresholds)  # type: ignore[no-untyped-call]
 
     @abstractmethod
-    def reconstructions(self, latents: Tensor) -> list[Tensor]:
+    def reconstructions(self, latents: Latents) -> list[Tensor]:
         """Reconstruct a batch in every way that the loss asks for; the last is that of all latents.
 
         Args:
-            latents: Shape ``[batch, d_sae]``.
+            latents: Those of the batch that were chosen.
 
         Returns:
             Reconstructions, each ``[batch, d_in]``.
@@ -79,30 +80,34 @@ class BatchSelectionSAE(SAE):
 
     def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
-        pre = self.preactivations(x)  # [batch, d_sae]
-        latents = self.activate_batch(pre)
-        # A batch of identical activations has no variance; its error is then left as it is instead of becoming NaN.
-        variance = (x - x.mean(dim=0)).square().sum()
-        variance = torch.where(variance > 0, variance, 1.0)
-        *narrower, x_hat = self.reconstructions(latents)
-        mse = (x - x_hat).square().sum() / variance
-        terms = {"mse": mse.detach()}
-        loss = mse
-        if narrower:
-            prefixes = torch.stack([(x - part).square().sum() / variance for part in narrower]).sum()
-            terms["prefix_mse"] = prefixes.detach()
-            loss = loss + prefixes
-        centred = (x - self.b_dec).detach()
-        auxk = self._auxiliary_loss(centred, x - x_hat, dead)
-        active = latents.detach() > 0
+        self._check_width(x)
+        with self._full_precision():
+            centred = (x - self.b_dec).detach()  # [batch, d_in]
+            selection = select_batch_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self._workspace)
+            values = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection).relu()  # [k * batch]
+            *narrower, x_hat = self.reconstructions(Latents(selection, values))
+            # A batch of identical activations has no variance; its error is then left as it is instead of becoming NaN.
+            variance = (x - x.mean(dim=0)).square().sum()
+            variance = torch.where(variance > 0, variance, 1.0)
+            loss = mse = (x - x_hat).square().sum() / variance
+            terms = {"mse": mse.detach()}
+            if narrower:
+                prefixes = torch.stack([(x - part).square().sum() / variance for part in narrower]).sum()
+                terms["prefix_mse"] = prefixes.detach()
+                loss = loss + prefixes
+            auxk = self._auxiliary_loss(centred, x - x_hat, dead)
+            moved = self._moved(centred, Latents(selection, values), before)
+        active = values.detach() > 0
+        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=x.device)
+        fired[selection.columns[active]] = True
         return LossTerms(
             loss=loss + self.aux_coefficient * auxk,
-            fired=active.any(dim=0),
+            fired=fired,
             l0=active.sum() / len(x),
             x_hat=x_hat.detach(),
             terms={**terms, "auxk": auxk.detach()},
-            smallest_kept=smallest_positive(latents.detach()),
-            moved=self._moved(centred, latents, before),
+            smallest_kept=smallest_positive(values.detach()),
+            moved=moved,
         )
 
     @torch.no_grad()

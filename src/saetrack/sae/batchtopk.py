@@ -5,6 +5,7 @@ from typing import final
 from torch import Tensor
 
 from .batch_selection import BatchSelectionSAE
+from .sparse import Latents, decode_at
 
 
 @final
@@ -38,6 +39,6 @@ class BatchTopKSAE(BatchSelectionSAE):
     ) -> None:
         super().__init__(d_in, expansion_factor, k, aux_coefficient, aux_k)
 
-    def reconstructions(self, latents: Tensor) -> list[Tensor]:
+    def reconstructions(self, latents: Latents) -> list[Tensor]:
         """Reconstruct from all latents, once."""
-        return [self.decode(latents)]
+        return [decode_at(latents.values, latents.selection, self.W_dec) + self.b_dec]

@@ -5,7 +5,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from .base import SAE, LossTerms, require_coefficient
+from .base import SAE, LossTerms, firing, require_coefficient
 from .sparse import Latents
 
 
@@ -85,11 +85,11 @@ class GatedSAE(SAE):
             sparsity = gate.sum(dim=1, dtype=torch.float32).mean() / self.d_in**0.5
             auxk = self._auxiliary_loss(centred, error, dead)
             moved = self._moved(centred, latents, before)
-        active = latents.detach() > 0
+        fired, l0 = firing(latents)
         return LossTerms(
             loss=mse + self.l1_coefficient * sparsity + gate_mse + self.aux_coefficient * auxk,
-            fired=active.any(dim=0),
-            l0=active.sum() / len(x),
+            fired=fired,
+            l0=l0,
             x_hat=x_hat.detach(),
             terms={
                 "mse": mse.detach(),

@@ -6,7 +6,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from .base import SAE, LossTerms, require_coefficient
+from .base import SAE, LossTerms, firing, require_coefficient
 from .sparse import Latents
 from .threshold import above_threshold, refuse_negative_thresholds
 
@@ -88,7 +88,7 @@ class JumpReLUSAE(SAE):
             moved = self._moved(centred, latents, before)
         return LossTerms(
             loss=mse + self.l0_coefficient * l0 + self.aux_coefficient * auxk,
-            fired=(latents.detach() > 0).any(dim=0),
+            fired=firing(latents)[0],
             l0=l0.detach(),
             x_hat=x_hat.detach(),
             terms={"mse": mse.detach(), "sparsity": l0.detach(), "auxk": auxk.detach()},
@@ -116,7 +116,7 @@ class _StraightThrough(torch.autograd.Function):
         latents = above_threshold(pre, threshold)
         ctx.save_for_backward(pre, threshold)
         ctx.bandwidth = bandwidth
-        return latents, (pre > threshold).sum() / len(pre)
+        return latents, torch.count_nonzero(latents > 0) / len(pre)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from typing import final
 
+import torch
 from torch import Tensor
 
 from .batch_selection import BatchSelectionSAE
+from .sparse import Latents, Selection, decode_at
 
 
 @final
@@ -47,15 +49,19 @@ class MatryoshkaSAE(BatchSelectionSAE):
         self.prefixes = default_prefixes(self.d_sae) if prefixes is None else list(prefixes)
         _check_prefixes(self.prefixes, self.d_sae)
 
-    def reconstructions(self, latents: Tensor) -> list[Tensor]:
-        """Reconstruct from each prefix; each adds its own latents to the one before, so none is decoded twice."""
-        x_hat: Tensor = self.b_dec
-        found, start = [], 0
-        for end in self.prefixes:
-            x_hat = x_hat + latents[:, start:end] @ self.W_dec[start:end]  # [batch, d_in]
-            found.append(x_hat)
-            start = end
-        return found
+    def reconstructions(self, latents: Latents) -> list[Tensor]:
+        """Reconstruct from each prefix; each adds its own latents to the one before, so none is decoded twice.
+
+        The latents that a prefix adds are decoded as if they belonged to activations of their own, all in one go.
+        """
+        selection, values = latents
+        batch, device = selection.batch, values.device
+        group = torch.bucketize(selection.columns, torch.tensor(self.prefixes, device=device), right=True)  # [nnz]
+        part, order = (group * batch + selection.rows).sort(stable=True)
+        counts = torch.bincount(part, minlength=len(self.prefixes) * batch)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        parts = decode_at(values[order], Selection(selection.columns[order], offsets, self.d_sae), self.W_dec)
+        return list((parts.view(len(self.prefixes), batch, self.d_in).cumsum(dim=0) + self.b_dec).unbind())
 
 
 def default_prefixes(d_sae: int) -> list[int]:

@@ -5,7 +5,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .base import SAE, LossTerms, require_coefficient
+from .base import SAE, LossTerms, firing, require_coefficient
 from .sparse import Latents
 
 
@@ -51,21 +51,21 @@ class SAETrackSAE(SAE):
     def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
         centred, pre = self._dense_preactivations(x)
-        latents = self.activate(pre)  # [batch, d_sae]
+        latents = pre.relu_()  # [batch, d_sae]; in place, for a second matrix of this size costs time
         x_hat = self._decode_low(latents)
         with self._full_precision():
             spread = torch.linalg.vector_norm(x - x.mean(dim=0), dim=1, keepdim=True)  # [batch, 1]
             error = x - x_hat
             # An activation at the batch mean has no spread; its error is then left as it is instead of becoming NaN.
             mse = (error.square() / torch.where(spread > 0, spread, 1.0)).mean()
-            sparsity = latents.sum(dtype=torch.float32) / len(x)
+            sparsity = latents.sum(dim=1).float().mean()
             auxk = self._auxiliary_loss(centred, error, dead)
             moved = self._moved(centred, latents, before)
-        active = latents.detach() > 0
+        fired, l0 = firing(latents)
         return LossTerms(
             loss=mse + self.l1_coefficient * sparsity + self.aux_coefficient * auxk,
-            fired=active.any(dim=0),
-            l0=active.sum() / len(x),
+            fired=fired,
+            l0=l0,
             x_hat=x_hat.detach(),
             terms={"mse": mse.detach(), "sparsity": sparsity.detach(), "auxk": auxk.detach()},
             moved=moved,

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from . import native
+
 # Reads two tables row against row without a [nnz, d_in] intermediate. It is the only private op of the package;
 # `_row_dots` is the same in public ones, for a PyTorch that no longer has it.
 _ROW_DOTS = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
@@ -183,6 +185,8 @@ def row_dots(left: Tensor, right: Tensor, selection: Selection) -> Tensor:
     left, right = left.contiguous(), right.contiguous()
     # One latent after another: its row stays in the cache while those of the activations, which are fewer, go by.
     rows, columns = selection.rows_by_latent, selection.columns_by_latent
+    if native.in_use(left, right):
+        return native.row_dots(left, right, rows, selection.order, selection.latent_offsets)
     if _ROW_DOTS is None:
         dots = _row_dots(left, rows, right, columns)
     else:

@@ -2,10 +2,9 @@
 
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
-from .base import SAE, LossTerms, require_coefficient
+from .base import SAE, LossTerms, firing, require_coefficient
 from .sparse import Latents
 
 
@@ -49,21 +48,21 @@ class StandardSAE(SAE):
     def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
         centred, pre = self._dense_preactivations(x)
-        latents = self.activate(pre)  # [batch, d_sae]
+        latents = pre.relu_()  # [batch, d_sae]; in place, for a second matrix of this size costs time
         x_hat = self._decode_low(latents)
         with self._full_precision():
             error = x - x_hat
             mse = error.square().mean()
             norms = self.W_dec.norm(dim=1)  # [d_sae]
-            sparsity = latents.sum(dim=0, dtype=torch.float32) @ norms / (len(x) * self.d_in**0.5)
+            sparsity = (latents @ norms.to(latents.dtype)).float().mean() / self.d_in**0.5
             auxk = self._auxiliary_loss(centred, error, dead)
             moved = self._moved(centred, latents, before)
         loss = mse + self.l1_coefficient * sparsity + self.aux_coefficient * auxk
-        active = latents.detach() > 0
+        fired, l0 = firing(latents)
         return LossTerms(
             loss=loss,
-            fired=active.any(dim=0),
-            l0=active.sum() / len(x),
+            fired=fired,
+            l0=l0,
             x_hat=x_hat.detach(),
             terms={"mse": mse.detach(), "sparsity": sparsity.detach(), "auxk": auxk.detach()},
             moved=moved,

@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from saetrack.metrics import fraction_variance_unexplained
-from saetrack.sae import SAE, LossTerms, Precision, TopKSAE, resolve_precision
+from saetrack.sae import SAE, Kernels, LossTerms, Precision, TopKSAE, resolve_precision, use_kernels
 from saetrack.track import sae_record
+from saetrack.training.adam import ColumnAdam
 from saetrack.training.convergence import Curve, check_points, has_converged
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.stream import ActivationStream, Batch
@@ -104,6 +105,7 @@ class SAEModule(LightningModule):
         precision: Dtype of the large matrix products of a step. Where latents are few (TopK) they only choose which
             ones, and all values and gradients are float32; where they are dense (StandardSAE, SAETrackSAE) latents and
             gradients pass through it. ``auto`` is bfloat16 where the hardware has it, else float32.
+        kernels: ``pytorch``, or ``native``: the inner loops of sparse steps on a CPU in C++, compiled on first use.
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class SAEModule(LightningModule):
         dead_after_tokens: int = 500_000,
         log_every_tokens: int = 100_000,
         precision: Precision = "auto",
+        kernels: Kernels = "pytorch",
     ) -> None:
         super().__init__()
         self.build_sae = sae
@@ -124,6 +127,7 @@ class SAEModule(LightningModule):
         self.dead_after_tokens = dead_after_tokens
         self.log_every_tokens = log_every_tokens
         self.precision = precision
+        self.kernels = kernels
         self.first_stage = True
         """Whether the current stage is the first; set by the scheduler, chooses the learning rate."""
         self.latest_loss = float("nan")
@@ -157,6 +161,7 @@ class SAEModule(LightningModule):
         """Build the SAEs, now that the LLM's widths are known."""
         if self.hookpoints:
             return
+        use_kernels(self.kernels)
         for hookpoint, d_in in self.data.widths.items():
             sae = self.build_sae(d_in)
             sae.precision = resolve_precision(self.precision, self.data.device)
@@ -198,6 +203,7 @@ class SAEModule(LightningModule):
             "model.continuity": self.continuity,
             "model.dead_after_tokens": self.dead_after_tokens,
             "model.precision": str(precision).removeprefix("torch."),
+            "model.kernels": self.kernels,
         }
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -287,7 +293,7 @@ class SAEModule(LightningModule):
         """A fresh Adam with the learning-rate schedule of the current stage."""
         settings = self.settings
         lr = settings.lr if self.first_stage or settings.lr_next is None else settings.lr_next
-        optimizer = torch.optim.Adam(self.saes.parameters(), lr=lr, fused=True)
+        optimizer = ColumnAdam(self.saes.parameters(), lr=lr)
         schedule = LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -9,6 +9,8 @@ from torch import Tensor
 from saetrack.sae import SAE, BatchTopKSAE, MatryoshkaSAE
 from saetrack.sae.batch_selection import BatchSelectionSAE
 from saetrack.sae.matryoshka import default_prefixes
+from saetrack.sae.select import Workspace, select_batch_topk
+from saetrack.sae.sparse import Latents, Selection
 
 MAKE: dict[str, Callable[[], BatchSelectionSAE]] = {
     "batchtopk": lambda: BatchTopKSAE(8, 4, k=3),
@@ -39,7 +41,8 @@ def test_a_training_batch_keeps_k_times_its_size_shared_out_by_need(make: Callab
     assert counts[:16].sum() < counts[-16:].sum() / 4
     out = sae.loss(x)
     assert out.l0 == 3
-    assert out.smallest_kept == latents[latents > 0].min()
+    assert out.smallest_kept is not None
+    torch.testing.assert_close(out.smallest_kept, latents[latents > 0].min())
 
 
 @each_class
@@ -116,6 +119,25 @@ def test_after_training_inference_keeps_about_k_on_other_activations(make: Calla
         assert missed == pytest.approx((x - sae.loss(x).x_hat).square().sum().item(), rel=0.1)
 
 
+@pytest.mark.parametrize("spread", [1.0, 30.0], ids=["even", "one activation takes nearly all"])
+@pytest.mark.parametrize("d_sae", [48, 600])
+def test_the_selection_is_that_of_a_dense_topk_over_the_batch(spread: float, d_sae: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centred = torch.randn(40, 8, generator=generator)
+    centred[7] *= spread
+    W_enc, b_enc = torch.randn(8, d_sae, generator=generator), torch.randn(d_sae, generator=generator)
+    chosen = select_batch_topk(centred, W_enc, b_enc, 3, torch.float32, Workspace())
+    pre = (centred @ W_enc + b_enc).relu()
+    expected = torch.zeros_like(pre, dtype=torch.bool).flatten()
+    expected[pre.flatten().topk(3 * 40).indices] = True
+    found = torch.zeros_like(pre, dtype=torch.bool)
+    found[chosen.rows, chosen.columns] = True
+    assert torch.equal(found & (pre > 0), expected.view_as(pre) & (pre > 0))
+    assert len(chosen.columns) == 3 * 40
+    if spread > 1:
+        assert found[7].sum() > 4 * 3
+
+
 def test_a_single_prefix_is_batchtopk() -> None:
     plain, nested, x = started(MAKE["batchtopk"]), MatryoshkaSAE(8, 4, k=3, prefixes=[32]), activations(seed=5)
     nested.load_state_dict(plain.state_dict())
@@ -127,7 +149,10 @@ def test_a_single_prefix_is_batchtopk() -> None:
 def test_each_prefix_reconstructs_with_its_own_latents_only() -> None:
     sae, x = started(MAKE["matryoshka"]), activations(seed=6)
     latents = sae.activate_batch(sae.preactivations(x)).detach()
-    for end, x_hat in zip((4, 12, 32), sae.reconstructions(latents), strict=True):
+    rows, columns = latents.nonzero(as_tuple=True)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (latents > 0).sum(dim=1).cumsum(0)])
+    chosen = Latents(Selection(columns, offsets, 32), latents[rows, columns])
+    for end, x_hat in zip((4, 12, 32), sae.reconstructions(chosen), strict=True):
         torch.testing.assert_close(x_hat, sae.decode(torch.where(torch.arange(32) < end, latents, 0.0)))
 
 

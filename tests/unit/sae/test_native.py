@@ -1,0 +1,117 @@
+"""The native kernels against the PyTorch path, and what happens without a compiler."""
+
+import copy
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from saetrack.sae import TopKSAE, native, use_kernels
+from saetrack.sae.select import largest
+from saetrack.sae.sparse import Selection, row_dots
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture
+def kernels(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The native kernels, built into a folder of the tests, for as long as a test runs."""
+    monkeypatch.setenv("SAETRACK_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
+    use_kernels("native")
+    yield
+    use_kernels("pytorch")
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def selection(batch: int, d_sae: int, seed: int = 0) -> Selection:
+    """Unequal counts; some activations use nothing, some latents are used by none."""
+    draw = torch.Generator().manual_seed(seed)
+    counts = torch.randint(0, 9, (batch,), generator=draw)
+    columns = torch.cat([torch.randperm(d_sae, generator=draw)[:n] for n in counts.tolist()])
+    return Selection(columns, torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]), d_sae)
+
+
+@needs_compiler
+@pytest.mark.parametrize("d", [1, 7, 64, 515], ids=lambda d: f"width {d}")
+def test_dots_are_those_of_pytorch(d: int, kernels: None) -> None:
+    chosen, left, right = selection(50, 300), numbers(50, d), numbers(300, d, seed=1)
+    assert native.in_use(left, right)
+    mine = row_dots(left, right, chosen)
+    use_kernels("pytorch")
+    torch.testing.assert_close(mine, row_dots(left, right, chosen), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("d", "k"), [(16, 16), (300, 5), (1024, 32), (1000, 100), (4100, 64)], ids=lambda n: str(n))
+def test_the_largest_are_found(d: int, k: int, kernels: None) -> None:
+    pre = numbers(40, d).bfloat16()
+    pre[1] = -1.0  # nothing above zero
+    pre[2] = 2.0  # all equal
+    pre[3, : d // 2] = -3.0
+    taken = largest(pre, k)
+    assert all(len(set(row)) == k for row in taken.tolist())
+    best = pre.float().topk(k, dim=1).values.relu().sort(dim=1).values
+    torch.testing.assert_close(pre.float().gather(1, taken).relu().sort(dim=1).values, best, rtol=0, atol=0)
+
+
+@needs_compiler
+def test_a_step_is_that_of_pytorch_and_repeats_to_the_bit(kernels: None) -> None:
+    sae, x, dead = TopKSAE(32, 16, k=8, aux_k=12), numbers(256, 32), torch.arange(512) % 7 == 0
+    sae.initialise(x, torch.Generator().manual_seed(0))
+
+    def gradients(sae: TopKSAE) -> list[Tensor]:
+        sae.zero_grad()
+        sae.loss(x, dead).loss.backward()
+        return [p.grad.clone() for p in sae.parameters() if p.grad is not None]
+
+    first, again = gradients(sae), gradients(copy.deepcopy(sae))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    with_three = gradients(sae)
+    torch.set_num_threads(threads)
+    use_kernels("pytorch")
+    for mine, second, third, reference in zip(first, again, with_three, gradients(sae), strict=True):
+        assert torch.equal(mine, second)
+        torch.testing.assert_close(mine, third, rtol=1e-6, atol=1e-7)  # AuxK's dense products may differ in a bit
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_they_leave_float64_to_pytorch(kernels: None) -> None:
+    assert not native.in_use(numbers(3).double())
+    assert native.largest(numbers(3, 8), 2) is None
+
+
+def test_without_a_compiler_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAETRACK_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    native._library.cache_clear()
+    with pytest.raises(RuntimeError, match=r"^model.kernels is native, but there is no C\+\+ compiler .* pytorch`\.$"):
+        use_kernels("native")
+    assert not native.in_use()
+    assert not list(tmp_path.iterdir())
+
+
+@needs_compiler
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "native.cpp"
+    broken.write_text("int f() { return nonsense; }\n")
+    monkeypatch.setenv("SAETRACK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(native, "_SOURCE", broken)
+    native._library.cache_clear()
+    with pytest.raises(RuntimeError, match=r"could not build the native kernels: .*nonsense.*Set `model.kernels: pyt"):
+        use_kernels("native")
+    assert not list((tmp_path / "cache").glob("*.so"))
+    native._library.cache_clear()
+
+
+def test_another_word_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.kernels is 'cuda'; it must be one of pytorch, native"):
+        use_kernels("cuda")  # type: ignore[arg-type]
