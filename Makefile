@@ -12,7 +12,7 @@ SHELL := bash
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart test test-all check bench clean
+.PHONY: help quickstart test test-all check bench bench-warm-starts clean
 
 help:
 	@echo "make quickstart  train a small LLM, follow an SAE through its training, analyse (minutes, 2 CPU cores)"
@@ -69,7 +69,11 @@ bench: .venv-bench/.peers runs/quickstart-llm/step512
 	$(TUNED) $(BENCH)/step.py | tee -a runs/bench.jsonl
 	$(BENCH)/step_memory.py | tee -a runs/bench.jsonl
 	$(BENCH)/accuracy.py runs/quickstart-llm | tee -a runs/bench.jsonl
+	$(BENCH)/architectures.py runs/quickstart-llm | tee -a runs/bench.jsonl
 	@$(BENCH)/table.py runs/bench.jsonl
+
+bench-warm-starts: .venv-bench/.peers runs/quickstart-llm/step512
+	$(BENCH)/warm_starts.py runs/quickstart-llm runs/warm-starts
 
 clean:
 	rm -rf .venv .venv-bench .mypy_cache .ruff_cache .pytest_cache
