@@ -98,7 +98,8 @@ class SAEModule(LightningModule):
         optimizer: Learning rates and their schedule within a stage, and when it has converged.
         continuity: Weight of the term that holds features to what they were: their latents stay near those of the
             previous snapshot on the previous LLM checkpoint at the same tokens (:attr:`LossTerms.moved`). It keeps
-            that LLM in memory too, and runs it. 0 turns it off; the first stage and a ``scratch`` start have none.
+            that LLM in memory too, and runs it. The weight rises and falls with the learning rate, so a stage ends on
+            the SAE's own loss. 0 turns it off; the first stage and a ``scratch`` start have none.
         dead_after_tokens: A feature that has not fired for this many tokens is dead, and the autoencoder's
             auxiliary loss tries to revive it.
         log_every_tokens: Tokens between two points of the training curves.
@@ -222,7 +223,7 @@ class SAEModule(LightningModule):
             out = self.sae(hookpoint).loss(x, dead, before)
             total = total + out.loss
             if out.moved is not None:
-                total = total + self.continuity * out.moved
+                total = total + self.continuity * self._lr_factor(batch_idx) * out.moved
                 out.terms["continuity"] = out.moved.detach()
             self._observed[hookpoint] = out.fired, out.smallest_kept
             if batch_idx % every == 0:
