@@ -18,8 +18,9 @@ from .select import Workspace
 from .sparse import Latents, Selection, encode_at
 
 _CHUNK_NUMBERS = 2**21  # 8 MiB of float32: the dense latents that encode_sparse holds at a time
-INITIAL_ROWS = 4096  # dense latents of these are held while an SAE is initialised
+INITIAL_ROWS = 4096  # from these an SAE's first scale is taken
 _CACHED_NUMBERS = 2**19  # 2 MiB of float32
+_INITIAL_NUMBERS = 2**23  # 32 MiB of float32: the dense latents that are held meanwhile
 
 
 class LossTerms(NamedTuple):
@@ -154,11 +155,13 @@ class SAE(nn.Module, ABC):
         self.W_dec.copy_(torch.randn(self.d_sae, self.d_in, generator=generator, device=generator.device))
         self.normalise_decoder_()
         self.W_enc.copy_(self.W_dec.T)
-        sample = x[:INITIAL_ROWS]
-        centred = sample - self.b_dec  # [n, d_in]
-        guess = self.activate_batch(self.preactivations(sample)) @ self.W_dec
-        # Latents grow in proportion to W_enc while biases and thresholds are 0, so the best factor is a projection.
-        overlap, power = (centred * guess).sum().item(), guess.square().sum().item()
+        overlap = power = 0.0
+        for sample in torch.split(x[:INITIAL_ROWS], max(1, _INITIAL_NUMBERS // self.d_sae)):
+            centred = sample - self.b_dec  # [rows, d_in]
+            guess = self.activate_batch(self.preactivations(sample)) @ self.W_dec
+            # Latents grow in proportion to W_enc while biases and thresholds are 0, so the best factor is a projection.
+            overlap += (centred * guess).sum().item()
+            power += guess.square().sum().item()
         if overlap > 0:
             self.W_enc.mul_(overlap / power)
 
