@@ -39,7 +39,7 @@ quickstart: .venv/.package
 	$(BIN)/saetrack fit --config configs/quickstart.yaml
 
 test: .venv/.dev
-	$(BIN)/pytest -q -m "not slow and not gpu and not network"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not gpu and not network"
 
 test-all: .venv/.dev
 	$(BIN)/pytest -q -m "not gpu and not network"

@@ -38,7 +38,7 @@ class OptimizerSettings:
     """The same in every later stage; null takes ``warmup_tokens``."""
     decay_share: float = 0.2
     """Share of a stage, at its end, over which the learning rate falls linearly to zero."""
-    tolerance: float | None = 0.02
+    tolerance: float | None = 0.01
     """The decay begins early, and the stage ends with it, once a doubling of the stage's tokens has lowered the
     held-out FVU by less than this share of it; null always spends the whole budget."""
 
