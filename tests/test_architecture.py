@@ -24,7 +24,7 @@ LAYER = {
     "cli": 4,
     "__main__": 5,
 }
-MAY_ALSO_USE = {"training/callbacks.py": {"analysis"}}
+MAY_ALSO_USE = {"training/callbacks.py": {"analysis"}, "training/cli.py": {"analysis"}}
 
 
 def part(path: Path) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 import saetrack
@@ -62,6 +63,8 @@ def analyze(args: list[str]) -> None:
     )
     parser.add_argument("--device", default="cpu", help="Where the LLM and the SAE run, e.g. cuda.")
     config = parser.instantiate(parser.parse_args(args))
+    if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {config.device}, but this machine has no GPU that PyTorch can use; use cpu.")
     chosen = name_analyses(config.analyses) if config.analyses else _built_in_analyses()
     track = Track.open(config.track)
     for name, result in run_analyses(track, chosen, device=config.device).items():
@@ -107,7 +110,9 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _raised_by_us(error: BaseException) -> bool:
-    """Whether the error comes from a check of ours, so that its message is enough without a traceback."""
+    """Whether the error's message is enough: it comes from a check of ours, or it is the file system's own."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return True
     last = traceback.extract_tb(error.__traceback__)[-1]
     return Path(last.filename).is_relative_to(PACKAGE)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.lm.tokens import TokenRows
 from saetrack.sae import SAE, save_saelens
-from saetrack.storage import whole_folder, write_json
+from saetrack.storage import make_readable, whole_folder, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -207,6 +207,7 @@ class Track(Sequence[Snapshot]):
             arrays[f"{split}.tokens"] = np.ascontiguousarray(rows.tokens, dtype=np.int32)
             arrays[f"{split}.documents"] = np.ascontiguousarray(rows.documents, dtype=np.int32)
         save_arrays(arrays, path / ".tokens.safetensors")
+        make_readable(path / ".tokens.safetensors")
         (path / ".tokens.safetensors").replace(path / "tokens.safetensors")
         write_json(path / _TRACK_FILE, {"schema": SCHEMA, **facts})
         return cls.open(path)
@@ -381,8 +382,8 @@ def _check_weights(path: Path) -> None:
             pass
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path} is damaged: {_WEIGHTS} cannot be read ({error}). Remove that directory and run "
-            "`saetrack fit` again with `--ckpt_path last`, or restore it from a copy."
+            f"{path} is damaged: {_WEIGHTS} cannot be read ({error}). Restore it from a "
+            "copy, or begin again in another `scheduler.track_dir`."
         ) from error
 
 

@@ -16,15 +16,13 @@ Config = dict[str, Any]
 
 
 @pytest.fixture
-def fails(write: Callable[[Config], Path], capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def fails(fit_here: Callable[..., Any]) -> Callable[..., str]:
     """Runs ``saetrack fit`` in this process and returns the one line that it says."""
 
     def fit(config: Config, *options: str) -> str:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main(["fit", "--config", str(write(config)), *options])
-        assert stopped.value.code in (1, 2)
-        lines = [line for line in capsys.readouterr().err.splitlines() if line]
+        done = fit_here(config, *options)
+        assert done.returncode in (1, 2)
+        lines: list[str] = [line for line in done.stderr.splitlines() if line]
         assert len(lines) == 1, lines
         assert lines[0].startswith(("saetrack: error: ", "saetrack fit: error: "))
         return lines[0]
@@ -140,3 +138,79 @@ def test_analyze_names_what_it_cannot_open(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(SystemExit):
         main(["analyze", str(tmp_path / "nothing")])
     assert capsys.readouterr().err.startswith(f"saetrack: error: {tmp_path / 'nothing'} holds no track")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--trainer.max_steps", "5"], "trainer.max_steps is 5"),
+        (["--trainer.max_time", "00:00:00:01"], "trainer.max_time is set"),
+        (["--trainer.limit_train_batches", "3"], "trainer.limit_train_batches is 3"),
+        (["--trainer.accumulate_grad_batches", "2"], "trainer.accumulate_grad_batches is 2"),
+        (["--scheduler.steps", "[]"], "scheduler.steps is empty"),
+        (["--scheduler.tokens_next", "100"], "scheduler.tokens_next is 100, less than one batch of 128"),
+        (["--data.batch_size", "0"], "data.batch_size is 0"),
+        (["--data.tokens.calibration_tokens", "-5"], "data.tokens.calibration_tokens is -5"),
+        (["--model.optimizer.lr", "-1"], "model.optimizer.lr is -1"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_setting_that_makes_no_sense_is_refused_before_training(
+    options: list[str], named: str, config: Config, fails: Callable[..., str]
+) -> None:
+    assert named in fails(config, *options)
+    assert not list(Path(config["scheduler"]["track_dir"]).rglob("track.json"))
+
+
+def test_a_file_where_the_run_folder_should_be(config: Config, fails: Callable[..., str]) -> None:
+    Path(config["scheduler"]["track_dir"]).write_text("")
+    assert config["scheduler"]["track_dir"] in fails(config)
+
+
+def test_a_finished_run_is_kept_from_another_hookpoint_and_from_changed_weights_but_may_grow(
+    config: Config,
+    fails: Callable[..., str],
+    fit_here: Callable[..., Any],
+    make_series: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    folder = make_series(tmp_path / "growing", steps=(0, 4, 8))
+    later = tmp_path / "step8"
+    (folder / "step8").rename(later)
+    config["data"]["source"]["init_args"]["path"] = str(folder)
+    config["scheduler"]["steps"] = None
+    assert fit_here(config).returncode == 0
+    run = Path(config["scheduler"]["track_dir"])
+    resume = (run / "resume" / "last.ckpt").read_bytes()
+    line = fails(config, "--data.hookpoints", "[gpt_neox.layers.1]")
+    assert "holds the track of gpt_neox.layers.0" in line
+    later.rename(folder / "step8")
+    weights = folder / "step4" / "model.safetensors"
+    was = weights.read_bytes()
+    shutil.copy(make_series(tmp_path / "other", steps=(0, 5), seed=7) / "step5" / "model.safetensors", weights)
+    assert "LLM checkpoint of step 4 has other weights now" in fails(config, "--ckpt_path", "last")
+    assert (run / "resume" / "last.ckpt").read_bytes() == resume
+    weights.write_bytes(was)
+    assert fit_here(config, "--ckpt_path", "last").returncode == 0
+    assert Track.open(run).steps == [0, 4, 8]
+
+
+def test_a_complete_track_gets_the_analyses_that_a_killed_run_did_not_come_to(
+    config: Config, fit_here: Callable[..., Any]
+) -> None:
+    config["scheduler"]["steps"] = [0, 10]
+    config["analyze"] = {"analyses": ["Quality", "Drift"]}
+    assert fit_here(config).returncode == 0
+    track = Track.open(config["scheduler"]["track_dir"])
+    shutil.rmtree(track.analyses_dir / "drift")
+    assert "complete; ran drift, which had no result yet" in fit_here(config).stdout
+    assert (track.analyses_dir / "drift" / "result.json").is_file()
+    assert "complete; nothing was changed" in fit_here(config).stdout
+
+
+def test_files_have_the_rights_of_other_files(config: Config, fit_here: Callable[..., Any], tmp_path: Path) -> None:
+    config["scheduler"]["steps"] = [0]
+    assert fit_here(config).returncode == 0
+    (tmp_path / "plain").write_text("")
+    modes = {p.stat().st_mode & 0o777 for p in Path(config["scheduler"]["track_dir"]).glob("gpt*/**/*") if p.is_file()}
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}

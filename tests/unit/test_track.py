@@ -227,7 +227,7 @@ def test_truncated_weights_name_the_directory(track: Track, keep: int) -> None:
     with pytest.raises(ValueError, match="is damaged") as raised:
         Track.open(track.path)
     assert str(track[1].path) in str(raised.value)
-    assert "`--ckpt_path last`" in str(raised.value)
+    assert "another `scheduler.track_dir`" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 

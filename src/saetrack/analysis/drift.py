@@ -38,7 +38,7 @@ NULLS = (
     "A random direction has cosine 0 with sd 1/sqrt(d_in). If the stages' movements were independent, the cosine to "
     "the last snapshot would still rise to 1: it would be the product of the later adjacent cosines, which is "
     "`..._if_random_walk` gives; only the difference from it says that features head for their end. How much "
-    "of the adjacent drift the retraining itself makes is not in this table: `saetrack control` trains null steps."
+    "of the adjacent drift the retraining itself makes is not in this table: no null steps were trained."
 )
 ROTATION = {
     "transport": "The orthogonal map between the activations of the two LLM checkpoints, kept in each snapshot.",

@@ -62,6 +62,11 @@ def hub_files(repo: str, revision: str | None) -> HubFiles | None:
     Raises:
         FileNotFoundError: If the Hub has no such repository or revision.
     """
+    if repo.startswith((".", "/", "~")) or repo.count("/") > 1:
+        raise FileNotFoundError(
+            f"There is no folder {repo} (from {Path.cwd()}), and it cannot be a repository's name. Run from the folder "
+            "that the path starts in, or put the LLM checkpoints back."
+        )
     if constants.HF_HUB_OFFLINE:
         return None
     try:

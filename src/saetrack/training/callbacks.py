@@ -62,8 +62,14 @@ class ResumeFile(Checkpoint):
         self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.save_checkpoint(self.path(_scheduler(trainer).track_dir))
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        path = self.path(_scheduler(trainer).track_dir)
+        # Lightning writes into the system's temporary folder, and from another disk a move is no rename
+        unfinished = path.with_name(f".{path.name}")
+        trainer.save_checkpoint(unfinished)
+        if trainer.is_global_zero:
+            unfinished.replace(path)
 
 
 class TrackProgressBar(TQDMProgressBar):

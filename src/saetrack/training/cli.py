@@ -15,6 +15,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import saetrack
+from saetrack.analysis.base import RESULT_FILE
+from saetrack.analysis.sweep import run_analyses
 from saetrack.errors import OneLineErrors
 from saetrack.storage import write_text
 from saetrack.track import Track, tracks_in
@@ -135,9 +137,17 @@ class FitCLI(LightningCLI):
         )
         if complete:
             self._refuse_other_configuration(scheduler.track_dir)
-            self._say_summary(f"The track in {scheduler.track_dir} is complete; nothing was changed.")
+            ran = [name for track in tracks for name in self._run_missing_analyses(track)]
+            did = f"ran {', '.join(sorted(set(ran)))}, which had no result yet" if ran else "nothing was changed"
+            self._say_summary(f"The track in {scheduler.track_dir} is complete; {did}.")
             sys.exit(0)
         self._find_resume_file(scheduler.track_dir)
+
+    def _run_missing_analyses(self, track: Track) -> list[str]:
+        """Run the configured analyses that a killed run did not come to, and give their names."""
+        asked = next(c for c in self.trainer.callbacks if isinstance(c, AnalyzeTrack)).analyses  # type: ignore[attr-defined]
+        missing = {name: a for name, a in asked.items() if not (track.analyses_dir / name / RESULT_FILE).is_file()}
+        return list(run_analyses(track, missing)) if missing else []
 
     def after_fit(self) -> None:
         """Say what was made and where to look."""
@@ -167,7 +177,8 @@ class FitCLI(LightningCLI):
         saved = yaml.safe_load((track_dir / "config.yaml").read_text(encoding="utf-8"))
         now = yaml.safe_load(self._subcommand_parser.dump(self.config[self.subcommand], skip_none=False))
         for section in _SERIES:
-            changed = [k for k in now[section] if now[section][k] != saved.get(section, {}).get(k)]
+            before = saved.get(section, {})
+            changed = [k for k in now[section] if k != "track_dir" and not _same(now[section][k], before.get(k))]
             if changed:
                 key = changed[0]
                 raise FileExistsError(
@@ -191,6 +202,13 @@ class FitCLI(LightningCLI):
         board = [log for log in self.trainer.loggers if isinstance(log, TensorBoardLogger)]
         lines += ["", f"Look at it:  tensorboard --logdir {log.log_dir}"] if (log := next(iter(board), None)) else []
         sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _same(now: Any, saved: Any) -> bool:
+    """Whether two values of a configuration make the same track; where a cache lies does not matter."""
+    if isinstance(now, dict) and isinstance(saved, dict):
+        return all(_same(value, saved.get(key)) for key, value in now.items() if key != "cache_dir")
+    return bool(now == saved)
 
 
 def _covers(have: list[int], wanted: list[int], may_skip: bool) -> bool:

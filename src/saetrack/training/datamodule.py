@@ -46,6 +46,16 @@ class TokenSettings:
     cache_dir: Path = Path("~/.cache/saetrack/tokens")
     """Where tokenised corpora are kept for every run that uses them."""
 
+    def __post_init__(self) -> None:
+        for name in ("calibration", "selection", "evaluation", "held_out", "ce"):
+            require_positive(f"data.tokens.{name}_tokens", getattr(self, f"{name}_tokens"))
+
+
+def require_positive(name: str, value: float) -> None:
+    """Raise ValueError unless a setting is above 0."""
+    if not value > 0:
+        raise ValueError(f"{name} is {value}; it must be above 0.")
+
 
 class ActivationDataModule(LightningDataModule):
     """Yields the activations of one LLM checkpoint after another, at one hookpoint or several.
@@ -80,6 +90,8 @@ class ActivationDataModule(LightningDataModule):
         super().__init__()
         if not hookpoints or len(set(hookpoints)) != len(hookpoints):
             raise ValueError(f"data.hookpoints is {hookpoints}; name at least one module, and each only once.")
+        require_positive("data.batch_size", batch_size)
+        require_positive("data.chunk_tokens", chunk_tokens)
         self.source = source
         self.hookpoints = hookpoints
         self.corpus = corpus or StdlibCorpus()

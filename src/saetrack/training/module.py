@@ -18,7 +18,7 @@ from saetrack.sae import SAE, Kernels, LossTerms, Precision, TopKSAE, resolve_pr
 from saetrack.track import sae_record
 from saetrack.training.adam import ColumnAdam
 from saetrack.training.convergence import Curve, check_points, has_converged
-from saetrack.training.datamodule import ActivationDataModule
+from saetrack.training.datamodule import ActivationDataModule, require_positive
 from saetrack.training.stream import ActivationStream, Batch
 
 _HELD_OUT_ROWS = 1024  # dense latents of these are held at a time
@@ -43,6 +43,12 @@ class OptimizerSettings:
     held-out FVU by less than this share of it; null always spends the whole budget."""
 
     def __post_init__(self) -> None:
+        for name in ("lr", "lr_next"):
+            if (rate := getattr(self, name)) is not None:
+                require_positive(f"model.optimizer.{name}", rate)
+        for name in ("warmup_tokens", "warmup_tokens_next"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"model.optimizer.{name} is {getattr(self, name)}; it cannot be negative.")
         if not 0 <= self.decay_share < 1:
             raise ValueError(
                 f"model.optimizer.decay_share is {self.decay_share}; it is a share of a stage, from 0 to below 1."
@@ -122,6 +128,8 @@ class SAEModule(LightningModule):
         super().__init__()
         self.build_sae = sae
         self.settings = optimizer
+        require_positive("model.dead_after_tokens", dead_after_tokens)
+        require_positive("model.log_every_tokens", log_every_tokens)
         if not (math.isfinite(continuity) and continuity >= 0):
             raise ValueError(f"model.continuity is {continuity}; it must be a finite number of at least 0.")
         self.continuity = continuity

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
 
 import saetrack
 from saetrack.lm.audit import audit, problems
 from saetrack.lm.checkpoints import LLMCheckpoint
-from saetrack.track import Snapshot, Track, sae_record
+from saetrack.track import Snapshot, Track, sae_record, tracks_in
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.grid import Choice, farthest_within, select_checkpoints
 from saetrack.training.module import SAEModule, refuse_changes
@@ -75,6 +76,8 @@ class CheckpointScheduler(Callback):
             raise ValueError(
                 f"scheduler.max_rise is {max_rise}; it must be above 0, or null to visit every checkpoint."
             )
+        if steps is not None and not steps:
+            raise ValueError("scheduler.steps is empty; name the LLM steps to visit, or leave it out for all.")
         for i, (before, after) in enumerate(zip(steps or [], (steps or [])[1:], strict=False), start=1):
             if after <= before:
                 raise ValueError(
@@ -96,6 +99,8 @@ class CheckpointScheduler(Callback):
         self._choice: Choice | None = None
         self.tracks: dict[str, Track] = {}
         self._start: dict[str, StageStart] = {}
+        self._begun = False
+        """Whether the current stage has: until then another LLM checkpoint may take its place."""
         self._equipped: int | None = None
         self._weight_hashes: dict[int, str | None] = {}
         self._recipe: dict[str, Any] = {}
@@ -125,6 +130,13 @@ class CheckpointScheduler(Callback):
                 "Every stage has its own activations, so the trainer must ask for a new loader in every epoch; "
                 "give Trainer(reload_dataloaders_every_n_epochs=1)."
             )
+        _refuse_what_cuts_stages(trainer)
+        for name in ("tokens_first", "tokens_next"):
+            if getattr(self, name) < data.batch_size:
+                raise ValueError(
+                    f"scheduler.{name} is {getattr(self, name)}, less than one batch of {data.batch_size}; raise it, "
+                    "or lower `data.batch_size`."
+                )
         trainer.fit_loop.max_epochs = len(self.checkpoints)
         self._recipe = self._make_recipe(trainer, _module(pl_module), data)
 
@@ -134,6 +146,7 @@ class CheckpointScheduler(Callback):
         self._work = StageWork(trainer, module, data)
         trainer.fit_loop.max_epochs = len(self.checkpoints)  # less those that a resumed run had skipped
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._refuse_other_tracks(data)
             for hookpoint in data.hookpoints:
                 self._open_track(trainer, module, data, hookpoint)
         self._enter_stage(module, data)
@@ -142,6 +155,7 @@ class CheckpointScheduler(Callback):
         """Begin a stage. Lightning does not call this when a stage is resumed in its middle, and rightly so."""
         module, data = _module(pl_module), _data(trainer)
         self._start = self._work.begin(self.stage, self._start)
+        self._begun = True
         data.scales = {hookpoint: start.calibration.scale for hookpoint, start in self._start.items()}
         module.curves = {}
         trainer.strategy.setup_optimizers(trainer)
@@ -157,6 +171,11 @@ class CheckpointScheduler(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         module, data = _module(pl_module), _data(trainer)
+        if not module.stream.is_done:
+            raise RuntimeError(
+                f"Something stopped the stage of LLM step {self.stage.checkpoint.step} before its end, so no snapshot "
+                "was written. Run the same command again with `--ckpt_path last`."
+            )
         facts = {
             "llm": {"weight_hash": self._weight_hashes[self.stage.checkpoint.step]},
             **({} if self._choice is None else {"choice": self._choice.facts}),
@@ -172,6 +191,7 @@ class CheckpointScheduler(Callback):
         if self.max_rise is not None:
             self._skip_ahead(trainer, module)
         self.position += 1
+        self._begun = False
         self._enter_stage(module, data)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,7 +204,8 @@ class CheckpointScheduler(Callback):
         left = {checkpoint.step for checkpoint in self.checkpoints}
         skipped = [step for step in self._recipe.get(_STEPS, []) if step not in left]
         choice = None if self._choice is None else self._choice.facts
-        return {"position": self.position, "start": start, "skipped": skipped, "choice": choice, "recipe": self._recipe}
+        where = {"position": self.position, "begun": self._begun, "skipped": skipped, "choice": choice}
+        return {**where, "start": start, "recipe": self._recipe}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the resume file was written.
@@ -195,9 +216,10 @@ class CheckpointScheduler(Callback):
         """
         saved, now = state_dict["recipe"], self._recipe
         skipped = set(state_dict.get("skipped", ()))
-        done = min(state_dict["position"] + len(skipped) + 1, len(saved[_STEPS]))
+        begun = state_dict.get("begun", True)
+        done = min(state_dict["position"] + len(skipped) + begun, len(saved[_STEPS]))
         refuse_changes({**saved, _STEPS: saved[_STEPS][:done]}, {**now, _STEPS: now[_STEPS][:done]}, "the resume file")
-        self.position = state_dict["position"]
+        self.position, self._begun = state_dict["position"], begun
         self.checkpoints = [checkpoint for checkpoint in self.checkpoints if checkpoint.step not in skipped]
         self._choice = None if state_dict["choice"] is None else Choice(**state_dict["choice"])
         self._start = {h: StageStart.from_state_dict(state) for h, state in state_dict["start"].items()}
@@ -253,6 +275,26 @@ class CheckpointScheduler(Callback):
         self.checkpoints = self.checkpoints[: self.position + 1] + ahead[taken:]
         trainer.fit_loop.max_epochs = len(self.checkpoints)
 
+    def _refuse_other_tracks(self, data: ActivationDataModule) -> None:
+        """Refuse a run folder with other hookpoints: there is one resume file, and it would be lost."""
+        others = [path.name for path in tracks_in(self.track_dir) if path.name not in data.hookpoints]
+        if others:
+            raise FileExistsError(
+                f"{self.track_dir} holds the track of {', '.join(others)}, which is not in data.hookpoints "
+                f"{data.hookpoints}. A run's hookpoints are trained together; choose another `scheduler.track_dir`."
+            )
+
+    def _refuse_other_weights(self, track: Track) -> None:
+        """Refuse to go on when an LLM checkpoint that is done has other weights now."""
+        for snapshot in track[: self.position]:
+            was, now = snapshot.metadata["llm"]["weight_hash"], self._weight_hashes.get(snapshot.step)
+            if was is not None and now is not None and was != now:
+                raise ValueError(
+                    f"The LLM checkpoint of step {snapshot.step} has other weights now ({now[:19]}...) than when "
+                    f"{snapshot.path} was trained on it ({was[:19]}...). Restore them, or begin another track with "
+                    "another `scheduler.track_dir`."
+                )
+
     def _open_track(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule, hookpoint: str) -> None:
         path = self.track_dir / hookpoint
         facts = _track_facts(module, data, hookpoint)
@@ -260,9 +302,10 @@ class CheckpointScheduler(Callback):
         snapshots = len(Track.open(path)) if exists else 0
         trainer.strategy.barrier()  # every rank has looked before rank zero creates anything
         if snapshots and trainer.ckpt_path is None:
+            go_on = "Continue it with `--ckpt_path last`, or choose" if snapshots <= len(self.checkpoints) else "Choose"
             raise FileExistsError(
-                f"{path} already holds {snapshots} of {len(self.checkpoints)} snapshots. Continue it with "
-                "`--ckpt_path last`, or choose another `scheduler.track_dir`."
+                f"{path} already holds {snapshots} of {len(self.checkpoints)} snapshots. {go_on} another "
+                "`scheduler.track_dir`."
             )
         if trainer.is_global_zero and (not exists or trainer.ckpt_path is None):
             # killed before its first resume file, a run leaves a track without snapshots: begin it again
@@ -271,7 +314,10 @@ class CheckpointScheduler(Callback):
             Track.create(path, {"saetrack": saetrack.__version__, **facts}, rows)
         trainer.strategy.barrier()
         track = self.tracks[hookpoint] = Track.open(path)
-        refuse_changes(track.facts, facts, str(path / "track.json"))
+        # the tokenizer by what it does, which is in the corpus hash: in a growing folder its name changes
+        same = {name: fact for name, fact in facts.items() if name != "tokenizer"}
+        refuse_changes(track.facts, same, str(path / "track.json"))
+        self._refuse_other_weights(track)
         have = {snapshot.position for snapshot in track}
         missing = [i for i in range(self.position) if i not in have]
         if missing:
@@ -287,6 +333,23 @@ class CheckpointScheduler(Callback):
         tokens = self.tokens_first if module.first_stage else self.tokens_next
         before = stage.previous if module.continuity and stage.warm_start != "scratch" else None
         data.begin_stage(stage.checkpoint, tokens, before)
+
+
+def _refuse_what_cuts_stages(trainer: Trainer) -> None:
+    """Refuse options of Lightning's that would end a stage before its budget, or change what a step is."""
+    options = {
+        "max_steps": (trainer.max_steps, -1),
+        "limit_train_batches": (trainer.limit_train_batches, 1.0),
+        "accumulate_grad_batches": (trainer.accumulate_grad_batches, 1),
+    }
+    changed = [f"trainer.{name} is {value}" for name, (value, default) in options.items() if value != default]
+    if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        changed.append("trainer.max_time is set")
+    if changed:
+        raise ValueError(
+            f"{changed[0]}, which would cut every stage short or change its steps. Leave it out; a stage is as long as "
+            "`scheduler.tokens_first` and `scheduler.tokens_next`, and a run can be killed and continued at any moment."
+        )
 
 
 def _track_facts(module: SAEModule, data: ActivationDataModule, hookpoint: str) -> dict[str, Any]:

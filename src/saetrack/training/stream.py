@@ -54,11 +54,12 @@ def harvest(
         for hookpoint, x in read_activations(llm, tokens, hookpoints).items():
             kept = x[usable].float()
             if not bool(torch.isfinite(kept).all()):
+                advice = "Leave" if x.dtype == torch.float32 else "Try `data.llm_dtype: float32`, or leave"
                 raise ValueError(
                     f"{hookpoint} of LLM checkpoint step {checkpoint.step} ({checkpoint.model}, revision "
                     f"{checkpoint.revision}) gave NaN or infinite activations in forward batch "
                     f"{start // ROWS_PER_FORWARD} (token rows {int(chosen[0])} and following). "
-                    "Try `data.llm_dtype: float32`, or leave this checkpoint out of `scheduler.steps`."
+                    f"{advice} this checkpoint out of `scheduler.steps`."
                 )
             activations[hookpoint] = kept
         yield tokens, activations
@@ -199,6 +200,11 @@ class ActivationStream:
 
     def __len__(self) -> int:
         return self.order.batches
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every batch has been handed out."""
+        return self._position in (0, self.end)
 
     def __iter__(self) -> Iterator[Batch]:
         per_chunk, batch = self.order.batches_per_chunk, self.order.local_batch
