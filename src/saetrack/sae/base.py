@@ -352,12 +352,17 @@ class SAE(nn.Module, ABC):
             )
 
 
-def firing(latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Which of the dense latents, never negative, fired for any activation, and how many did for one on average.
+def firing(latents: Tensor | Latents) -> tuple[Tensor, Tensor]:
+    """Which latents, never negative, fired for any activation, bool ``[d_sae]``, and how many did for one on average.
 
-    Other ways of counting are slow on a CPU: a sum of booleans takes twenty times as long as ``count_nonzero``, which
-    in turn takes twenty times as long on floats.
+    Other ways of counting dense ones are slow on a CPU: a sum of booleans takes twenty times as long as
+    ``count_nonzero``, which in turn takes twenty times as long on floats.
     """
+    if isinstance(latents, Latents):
+        selection, active = latents.selection, latents.values.detach() > 0
+        fired = torch.zeros(selection.d_sae, dtype=torch.bool, device=active.device)
+        fired[selection.columns[active]] = True
+        return fired, active.sum() / selection.batch
     latents = latents.detach()
     return latents.amax(dim=0) > 0, torch.count_nonzero(latents > 0) / len(latents)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import INITIAL_ROWS, SAE, LossTerms
+from .base import INITIAL_ROWS, SAE, LossTerms, firing
 from .select import select_batch_topk
 from .sparse import Latents, encode_at
 from .threshold import above_threshold, refuse_negative_thresholds
@@ -85,7 +85,8 @@ class BatchSelectionSAE(SAE):
             centred = (x - self.b_dec).detach()  # [batch, d_in]
             selection = select_batch_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self._workspace)
             values = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection).relu()  # [k * batch]
-            *narrower, x_hat = self.reconstructions(Latents(selection, values))
+            latents = Latents(selection, values)
+            *narrower, x_hat = self.reconstructions(latents)
             # A batch of identical activations has no variance; its error is then left as it is instead of becoming NaN.
             variance = (x - x.mean(dim=0)).square().sum()
             variance = torch.where(variance > 0, variance, 1.0)
@@ -96,14 +97,12 @@ class BatchSelectionSAE(SAE):
                 terms["prefix_mse"] = prefixes.detach()
                 loss = loss + prefixes
             auxk = self._auxiliary_loss(centred, x - x_hat, dead)
-            moved = self._moved(centred, Latents(selection, values), before)
-        active = values.detach() > 0
-        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=x.device)
-        fired[selection.columns[active]] = True
+            moved = self._moved(centred, latents, before)
+        fired, l0 = firing(latents)
         return LossTerms(
             loss=loss + self.aux_coefficient * auxk,
             fired=fired,
-            l0=active.sum() / len(x),
+            l0=l0,
             x_hat=x_hat.detach(),
             terms={**terms, "auxk": auxk.detach()},
             smallest_kept=smallest_positive(values.detach()),

@@ -5,7 +5,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .base import SAE, LossTerms
+from .base import SAE, LossTerms, firing
 from .select import select_topk
 from .sparse import Latents, decode_at, encode_at
 
@@ -57,20 +57,19 @@ class TopKSAE(SAE):
             centred = (x - self.b_dec).detach()  # [batch, d_in]
             selection = select_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self._workspace)
             values = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection).relu()  # [batch * k]
+            latents = Latents(selection, values)
             x_hat = decode_at(values, selection, self.W_dec) + self.b_dec
             error = x - x_hat
             # A batch of identical activations has no variance; its error is then left as it is instead of becoming NaN.
             variance = (x - x.mean(dim=0)).square().sum()
             nmse = error.square().sum() / torch.where(variance > 0, variance, 1.0)
             auxk = self._auxiliary_loss(centred, error, dead)
-            moved = self._moved(centred, Latents(selection, values), before)
-        active = values.detach() > 0
-        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=x.device)
-        fired[selection.columns[active]] = True
+            moved = self._moved(centred, latents, before)
+        fired, l0 = firing(latents)
         return LossTerms(
             loss=nmse + self.aux_coefficient * auxk,
             fired=fired,
-            l0=active.sum() / len(x),
+            l0=l0,
             x_hat=x_hat.detach(),
             terms={"mse": nmse.detach(), "auxk": auxk.detach()},
             moved=moved,
