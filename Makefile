@@ -57,23 +57,23 @@ check: .venv/.dev
 	.venv-bench/bin/pip install -q --no-deps -r benchmarks/requirements-no-deps.txt
 	@touch $@
 
-runs/quickstart-llm/step512: | .venv-bench/.peers
-	.venv-bench/bin/saetrack pretrain runs/quickstart-llm --steps 512
+runs/bench-llm/step512: | .venv-bench/.peers
+	.venv-bench/bin/saetrack pretrain runs/bench-llm --steps 512
 
 BENCH := .venv-bench/bin/python benchmarks
 # An allocator that keeps what is freed: without it every large temporary is zeroed anew by the system.
 TUNED := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=16000000000 MALLOC_TOP_PAD_=8000000000
 
-bench: .venv-bench/.peers runs/quickstart-llm/step512
+bench: .venv-bench/.peers runs/bench-llm/step512
 	$(BENCH)/step.py | tee runs/bench.jsonl
 	$(TUNED) $(BENCH)/step.py | tee -a runs/bench.jsonl
 	$(BENCH)/step_memory.py | tee -a runs/bench.jsonl
-	$(BENCH)/accuracy.py runs/quickstart-llm | tee -a runs/bench.jsonl
-	$(BENCH)/architectures.py runs/quickstart-llm | tee -a runs/bench.jsonl
+	$(BENCH)/accuracy.py runs/bench-llm | tee -a runs/bench.jsonl
+	$(BENCH)/architectures.py runs/bench-llm | tee -a runs/bench.jsonl
 	@$(BENCH)/table.py runs/bench.jsonl
 
-bench-warm-starts: .venv-bench/.peers runs/quickstart-llm/step512
-	$(BENCH)/warm_starts.py runs/quickstart-llm runs/warm-starts
+bench-warm-starts: .venv-bench/.peers runs/bench-llm/step512
+	$(BENCH)/warm_starts.py runs/bench-llm runs/warm-starts
 
 clean:
 	rm -rf .venv .venv-bench .mypy_cache .ruff_cache .pytest_cache

@@ -1,6 +1,6 @@
 """BatchTopK, JumpReLU, Gated and Matryoshka beside SAELens's training classes of the same kind: quality and speed.
 
-    python benchmarks/architectures.py runs/quickstart-llm [--only JumpReLUSAE ...] [--skip-quality | --skip-speed]
+    python benchmarks/architectures.py runs/bench-llm [--only JumpReLUSAE ...] [--skip-quality | --skip-speed]
 
 Needs ``pip install -e '.[dev]'`` (sae-lens). Prints one JSON line a figure, each a ratio with its bar.
 
@@ -285,7 +285,7 @@ def main() -> None:
     """Print the figures."""
     kinds: dict[str, type[SAE]] = {c.__name__: c for c in (BatchTopKSAE, MatryoshkaSAE, JumpReLUSAE, GatedSAE)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("series", type=Path, help="folder of Hugging Face checkpoints, as runs/quickstart-llm")
+    parser.add_argument("series", type=Path, help="folder of Hugging Face checkpoints, as runs/bench-llm")
     parser.add_argument("--step", type=int, default=512)
     parser.add_argument("--hookpoint", default="gpt_neox.layers.2")
     parser.add_argument("--tokens", type=int, default=250_000)

@@ -1,8 +1,8 @@
 """What each way to begin a stage costs in FVU and keeps of the features' identity; writes docs/warm-starts.md.
 
-.venv/bin/python benchmarks/warm_starts.py runs/quickstart-llm runs/warm-starts
+make bench-warm-starts
 
-The series comes from `make quickstart`, or any folder of `saetrack pretrain`. A run that is there already is read and
+The series is any folder of `saetrack pretrain`. A run that is there already is read and
 not trained again, so the command may be stopped and given again. Each run prints one JSON line.
 """
 
