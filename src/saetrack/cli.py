@@ -17,6 +17,8 @@ from saetrack.analysis import Analysis, SweepAnalysis
 from saetrack.analysis.plugins import discover, list_analyses, load_plugins, name_analyses
 from saetrack.analysis.sweep import run_analyses
 from saetrack.errors import OneLineErrors
+from saetrack.exchange import EXPORT_FORMATS, ImportedFacts, export_track, import_map, import_sae
+from saetrack.hub import push_folder
 from saetrack.lm import describe_checkpoints, source_from_string
 from saetrack.track import Track
 
@@ -47,8 +49,13 @@ def checkpoints(args: list[str]) -> None:
     parser = _parser("checkpoints", checkpoints)
     parser.add_argument("source", help="A folder of checkpoints, or a Hub repository such as EleutherAI/pythia-160m.")
     parser.add_argument("--audit", action="store_true", help="Hash the weights: find missing and repeated ones.")
+    parser.add_argument(
+        "--select", default="all", help="Which of them: all, every:10, log:20, dense:512+every:10, tokens:1B-10B, ..."
+    )
+    parser.add_argument("--ingredient", type=int, default=None, help="Which of parallel branches of a Hub repository.")
     options = parser.parse_args(args)
-    _say(describe_checkpoints(source_from_string(options.source), audit=options.audit))
+    source = source_from_string(options.source, options.ingredient)
+    _say(describe_checkpoints(source, audit=options.audit, select=options.select))
 
 
 def analyze(args: list[str]) -> None:
@@ -65,10 +72,25 @@ def analyze(args: list[str]) -> None:
     config = parser.instantiate(parser.parse_args(args))
     if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device is {config.device}, but this machine has no GPU that PyTorch can use; use cpu.")
-    chosen = name_analyses(config.analyses) if config.analyses else _built_in_analyses()
     track = Track.open(config.track)
+    chosen = name_analyses(config.analyses) if config.analyses else _built_in_analyses(len(track))
     for name, result in run_analyses(track, chosen, device=config.device).items():
         _say(f"{name}: {result.summary}\n  {track.analyses_dir / name}")
+
+
+def control(args: list[str]) -> None:
+    """Train controls of a track: what training once more, and nothing else, does to its features."""
+    from saetrack.training.control import control_table, run_controls
+    from saetrack.training.control_plan import ControlSettings
+
+    parser = _parser("control", control)
+    parser.add_argument("track", type=Path, help="The track, runs/NAME/HOOKPOINT, or runs/NAME if it holds one.")
+    parser.add_class_arguments(ControlSettings, as_group=False)
+    config = parser.instantiate(parser.parse_args(args)).as_dict()
+    config.pop("config")
+    track = Track.open(config.pop("track"))
+    run_controls(track, ControlSettings(**config))
+    _say(f"{control_table(track)}\n  {track.path / 'controls'}")
 
 
 def analyses(args: list[str]) -> None:
@@ -77,8 +99,58 @@ def analyses(args: list[str]) -> None:
     _say(list_analyses())
 
 
+def report(args: list[str]) -> None:
+    """Write one HTML page that shows a track, or two beside each other; it opens from disk."""
+    from saetrack.report import write_report
+
+    parser = _parser("report", report)
+    parser.add_argument("tracks", type=Path, nargs="+", help="A track, runs/NAME/HOOKPOINT, or two to compare.")
+    parser.add_argument(
+        "--to", type=Path | None, default=None, help="The page; report.html in the first track if not given."
+    )
+    options = parser.parse_args(args)
+    tracks = [Track.open(path) for path in options.tracks]
+    written = write_report(tracks, options.to or tracks[0].path / "report.html")
+    _say(f"{written.path} ({written.size / 1e6:.1f} MB)")
+    if written.data:
+        _say(f"It is too large for one file: keep the folder {written.data} beside it.")
+
+
+def export(args: list[str]) -> None:
+    """Write a track's SAEs for another library, or as one folder to share."""
+    parser = _parser("export", export)
+    parser.add_argument("track", help="The track, runs/NAME/HOOKPOINT or runs/NAME, or hf://owner/name.")
+    parser.add_argument("--format", choices=EXPORT_FORMATS, required=True, help="The library that shall open them.")
+    parser.add_argument("--step", default="all", help="The LLM step of one snapshot, or all.")
+    parser.add_argument("--to", type=Path, required=True, help="The folder to write.")
+    parser.add_argument("--push", default=None, help="Upload the folder as this repository, owner/name.")
+    options = parser.parse_args(args)
+    for folder in export_track(Track.open(options.track), options.format, str(options.step), options.to, options.push):
+        _say(str(folder))
+    if options.push is not None:
+        _say(push_folder(options.to, options.push))
+
+
+def import_(args: list[str]) -> None:
+    """Make a track of SAEs that another library trained."""
+    parser = _parser("import", import_)
+    parser.add_argument("source", help="A folder or file of an SAE, a model_save_map*.json, or owner/name on the Hub.")
+    parser.add_argument("--as", type=Path, required=True, help="The track to make, runs/NAME/HOOKPOINT.")
+    parser.add_argument("--steps", type=dict[int, int] | None, help="For a map: the LLM step of each index, as json.")
+    parser.add_class_arguments(ImportedFacts, as_group=False)
+    options = parser.parse_args(args).as_dict()
+    facts = ImportedFacts(**{field: options[field] for field in ImportedFacts.__dataclass_fields__})
+    source, track = options["source"], options["as"]
+    is_map = Path(source).name.startswith("model_save_map") and source.endswith(".json")
+    if options["steps"] is not None and not is_map:
+        raise ValueError(f"--steps is for a model_save_map*.json, but {source} is none; give `--step` instead.")
+    made = import_map(Path(source), track, facts, options["steps"]) if is_map else import_sae(source, track, facts)
+    _say(f"{made.path}: {len(made)} snapshot{'s' if len(made) > 1 else ''} of {made.facts['sae']['class']}")
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    command.__name__: command for command in (pretrain, checkpoints, analyze, analyses)
+    command.__name__.rstrip("_"): command
+    for command in (pretrain, checkpoints, control, analyze, report, analyses, export, import_)
 }
 
 
@@ -123,10 +195,13 @@ def _parser(name: str, command: Callable[..., Any]) -> ArgumentParser:
     return parser
 
 
-def _built_in_analyses() -> dict[str, Analysis | SweepAnalysis]:
-    plugins = discover()
+def _built_in_analyses(snapshots: int) -> dict[str, Analysis | SweepAnalysis]:
+    """Those that a track of so many snapshots is long enough for."""
+    built_in = {name: p.cls for name, p in discover().items() if p.cls and p.cls.__module__.startswith("saetrack.")}
     return {
-        name: p.cls() for name, p in plugins.items() if p.cls is not None and p.cls.__module__.startswith("saetrack.")
+        name: cls()
+        for name, cls in built_in.items()
+        if issubclass(cls, SweepAnalysis) or snapshots >= cls.min_snapshots
     }
 
 

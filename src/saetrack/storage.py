@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
@@ -64,3 +66,35 @@ def write_json(path: Path, facts: Mapping[str, Any]) -> None:
         ValueError: If a number is NaN or infinite, which json does not have.
     """
     write_text(path, json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a finished file, which nobody changes, a second name; copy it where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The time during which this process is the only one of saetrack's that writes into a folder.
+
+    Raises:
+        RuntimeError: If another process has claimed it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RuntimeError(
+            f"Another saetrack is writing into {folder}. Wait until it has ended, or choose another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        if [path.name for path in folder.iterdir()] == [".lock"]:  # nothing was written: leave nothing
+            (folder / ".lock").unlink()
+            folder.rmdir()
+        lock.release()

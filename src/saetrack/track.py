@@ -6,7 +6,6 @@ without the dot is complete and the listing is the list: there is no index that 
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,9 +22,10 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from torch import Tensor
 
+from saetrack.hub import HubFolder, is_hub_address
 from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.lm.tokens import TokenRows
-from saetrack.sae import SAE, save_saelens
+from saetrack.sae import SAE, sae_from_record, save_saelens
 from saetrack.storage import make_readable, whole_folder, write_json
 
 if TYPE_CHECKING:
@@ -36,42 +36,12 @@ SCHEMA = 1
 
 _SNAPSHOT = re.compile(r"^(?P<position>\d{4,})-step(?P<step>\d+)$")
 _TRACK_FILE = "track.json"
+_TOKENS = "tokens.safetensors"
+_SNAPSHOTS = "snapshots"
 _WEIGHTS = "sae_weights.safetensors"
 _STATISTICS = "statistics.safetensors"
 _FEATURES = "features.parquet"
 _METADATA = "metadata.json"
-
-
-def sae_record(sae: SAE) -> dict[str, Any]:
-    """Class and arguments of an SAE as ``metadata.json`` holds them; :func:`sae_from_record` is the inverse."""
-    cls = type(sae)
-    module = "saetrack.sae" if cls.__module__.startswith("saetrack.sae.") else cls.__module__
-    return {"class": f"{module}.{cls.__qualname__}", "arguments": sae.arguments}
-
-
-def sae_from_record(record: Mapping[str, Any]) -> SAE:
-    """A fresh SAE of the class and arguments that a snapshot's ``metadata.json`` names.
-
-    Args:
-        record: ``{"class": dotted name, "arguments": {...}}``.
-
-    Returns:
-        The SAE, with its initial weights.
-
-    Raises:
-        ValueError: If the name does not lead to a subclass of :class:`saetrack.sae.SAE`.
-    """
-    module, _, name = str(record["class"]).rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"The SAE class {record['class']!r} cannot be imported ({error}); "
-            "install the package that defines it, or put its folder on PYTHONPATH."
-        ) from error
-    if not (isinstance(cls, type) and issubclass(cls, SAE)):
-        raise ValueError(f"{record['class']!r} is not a subclass of saetrack.sae.SAE.")
-    return cls(**record["arguments"])
 
 
 class Snapshot:
@@ -79,23 +49,32 @@ class Snapshot:
 
     Args:
         path: The snapshot's directory, e.g. ``runs/NAME/HOOKPOINT/snapshots/0007-step64``.
+        hub: Where the track comes from when it is on the Hub: files that are not here are then downloaded.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hub: HubFolder | None = None) -> None:
         match = _SNAPSHOT.match(path.name)
         if match is None:
             raise ValueError(f"{path} is not a snapshot's directory; expected a name like 0007-step64.")
         self.path = path
+        self._hub = hub
         self.position = int(match["position"])
         self.step = int(match["step"])
 
     def __repr__(self) -> str:
         return f"Snapshot({str(self.path)!r})"
 
+    def file(self, name: str) -> Path:
+        """A file of the snapshot, e.g. ``sae_weights.safetensors``; from the Hub, it is downloaded when asked for."""
+        path = self.path / name
+        if self._hub is not None and not path.exists():
+            return self._hub.fetch(f"{_SNAPSHOTS}/{self.path.name}/{name}")
+        return path
+
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """The facts of ``metadata.json``: the LLM checkpoint, the SAE's class, and the quality of the snapshot."""
-        facts: dict[str, Any] = json.loads((self.path / _METADATA).read_text(encoding="utf-8"))
+        facts: dict[str, Any] = json.loads(self.file(_METADATA).read_text(encoding="utf-8"))
         return facts
 
     @property
@@ -107,7 +86,7 @@ class Snapshot:
     def sae(self) -> SAE:
         """The SAE, in the LLM's own units (the activation scale is folded into its weights)."""
         sae = sae_from_record(self.metadata["sae"])
-        with safe_open(self.path / _WEIGHTS, framework="pt") as weights:
+        with safe_open(self.file(_WEIGHTS), framework="pt") as weights:
             sae.load_state_dict({name: weights.get_tensor(name) for name in weights.keys()})  # noqa: SIM118
         return sae.eval().requires_grad_(False)
 
@@ -117,7 +96,7 @@ class Snapshot:
         Raises:
             ValueError: If there is no tensor of that name; the message lists the names.
         """
-        return _read_tensor(self.path / _WEIGHTS, name)
+        return _read_tensor(self.file(_WEIGHTS), name)
 
     def statistics(self, name: str) -> Tensor:
         """One array of ``statistics.safetensors``.
@@ -129,12 +108,12 @@ class Snapshot:
         Raises:
             ValueError: If there is no array of that name; the message lists the names.
         """
-        return _read_tensor(self.path / _STATISTICS, name)
+        return _read_tensor(self.file(_STATISTICS), name)
 
     @cached_property
     def features(self) -> pd.DataFrame:
         """One row per feature: firing statistics on the evaluation split, revivals, identity."""
-        return pd.read_parquet(self.path / _FEATURES)
+        return pd.read_parquet(self.file(_FEATURES))
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:
@@ -155,10 +134,12 @@ class Track(Sequence[Snapshot]):
     Args:
         path: The track's directory, ``runs/NAME/HOOKPOINT``.
         facts: The content of its ``track.json``.
+        hub: Where it comes from when it is on the Hub; ``path`` is then its place in the Hub's cache.
     """
 
-    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, path: Path, facts: dict[str, Any], hub: HubFolder | None = None) -> None:
         self.path = path
+        self._hub = hub
         self.facts = facts
         self.refresh()
 
@@ -167,13 +148,18 @@ class Track(Sequence[Snapshot]):
         """Open a track, or a run's folder that holds exactly one.
 
         Args:
-            path: ``runs/NAME/HOOKPOINT`` or ``runs/NAME``.
+            path: ``runs/NAME/HOOKPOINT`` or ``runs/NAME``; or ``hf://owner/name``, with ``@revision`` if need be, of
+                which only the facts are downloaded, and each snapshot when its tensors are asked for.
 
         Raises:
             FileNotFoundError: If there is no track.
             ValueError: If a run holds several hookpoints, the schema is newer than this version reads, or a
                 snapshot's weights are damaged.
         """
+        hub: HubFolder | None = None
+        if is_hub_address(path):
+            hub = HubFolder.open(str(path), [_TRACK_FILE, f"{_SNAPSHOTS}/*/{_METADATA}"])
+            path = hub.path
         path = Path(path)
         if not (path / _TRACK_FILE).is_file():
             path = _only_track_in(path)
@@ -183,7 +169,7 @@ class Track(Sequence[Snapshot]):
                 f"{path} was written with track schema {facts['schema']}, but this saetrack reads schemas up to "
                 f"{SCHEMA}; install saetrack {facts['saetrack']} or newer."
             )
-        return cls(path, facts)
+        return cls(path, facts, hub)
 
     @classmethod
     def create(cls, path: str | Path, facts: Mapping[str, Any], tokens: Mapping[str, TokenRows]) -> Track:
@@ -201,14 +187,14 @@ class Track(Sequence[Snapshot]):
         path = Path(path)
         if (path / _TRACK_FILE).exists():
             raise FileExistsError(f"{path} already holds a track; choose another `scheduler.track_dir`.")
-        (path / "snapshots").mkdir(parents=True, exist_ok=True)
+        (path / _SNAPSHOTS).mkdir(parents=True, exist_ok=True)
         arrays = {}
         for split, rows in tokens.items():
             arrays[f"{split}.tokens"] = np.ascontiguousarray(rows.tokens, dtype=np.int32)
             arrays[f"{split}.documents"] = np.ascontiguousarray(rows.documents, dtype=np.int32)
-        save_arrays(arrays, path / ".tokens.safetensors")
-        make_readable(path / ".tokens.safetensors")
-        (path / ".tokens.safetensors").replace(path / "tokens.safetensors")
+        save_arrays(arrays, path / f".{_TOKENS}")
+        make_readable(path / f".{_TOKENS}")
+        (path / f".{_TOKENS}").replace(path / _TOKENS)
         write_json(path / _TRACK_FILE, {"schema": SCHEMA, **facts})
         return cls.open(path)
 
@@ -218,11 +204,12 @@ class Track(Sequence[Snapshot]):
         Raises:
             ValueError: If the weights of a snapshot are truncated or are no safetensors file.
         """
-        folder = self.path / "snapshots"
+        folder = self.path / _SNAPSHOTS
         paths = [p for p in folder.iterdir() if _SNAPSHOT.match(p.name)] if folder.is_dir() else []
-        self._snapshots = sorted((Snapshot(p) for p in paths), key=lambda s: s.position)
-        for snapshot in self._snapshots:
-            _check_weights(snapshot.path)
+        self._snapshots = sorted((Snapshot(p, self._hub) for p in paths), key=lambda s: s.position)
+        if self._hub is None:
+            for snapshot in self._snapshots:
+                _check_weights(snapshot.path)
 
     def __repr__(self) -> str:
         return f"Track({str(self.path)!r}, {len(self)} snapshots)"
@@ -236,6 +223,10 @@ class Track(Sequence[Snapshot]):
     def __iter__(self) -> Iterator[Snapshot]:
         return iter(self._snapshots)
 
+    def file(self, name: str) -> Path:
+        """A file of the track, e.g. ``track.json``; from the Hub, it is downloaded when asked for."""
+        return self.path / name if self._hub is None else self._hub.fetch(name)
+
     @property
     def steps(self) -> list[int]:
         """LLM step of every snapshot, in the order of the track."""
@@ -245,6 +236,25 @@ class Track(Sequence[Snapshot]):
     def analyses_dir(self) -> Path:
         """Where the results of analyses lie, a directory for each."""
         return self.path / "analyses"
+
+    @property
+    def training_recipe(self) -> dict[str, Any]:
+        """How a stage of it is trained, which its controls share; empty where the track was written by 0.1.0."""
+        return {key: v for key, v in self.facts.get("recipe", {}).items() if not key.startswith("scheduler.")}
+
+    @property
+    def is_complete_control(self) -> bool:
+        """Whether this is a control, and has all its snapshots."""
+        return "control" in self.facts and len(self) == self.facts["control"]["stages"]
+
+    def controls(self, kind: str | None = None) -> list[Track]:
+        """The complete controls of this track, by name; ``track.facts["control"]`` says what each is.
+
+        Args:
+            kind: Only those that are ``null``, ``replica`` or ``scratch``.
+        """
+        found = (Track.open(path) for path in tracks_in(self.path / "controls"))
+        return [t for t in found if t.is_complete_control and kind in (None, t.facts["control"]["kind"])]
 
     def at(self, step: int) -> Snapshot:
         """The snapshot of one LLM step.
@@ -276,7 +286,7 @@ class Track(Sequence[Snapshot]):
         Returns:
             Shape ``[len(track), n, d_in]``; row norms are 1 / scale of the snapshot.
         """
-        return torch.stack([_rows(s.path / _WEIGHTS, "W_dec", features) for s in self])
+        return torch.stack([_rows(s.file(_WEIGHTS), "W_dec", features) for s in self])
 
     def encoder(self, features: Sequence[int] | None = None) -> Tensor:
         """Encoder directions through the track: the columns of ``W_enc`` as rows, shape ``[len(track), n, d_in]``."""
@@ -295,11 +305,16 @@ class Track(Sequence[Snapshot]):
         if split not in ("selection", "evaluation"):
             raise ValueError(f"A track holds the splits 'selection' and 'evaluation', not {split!r}.")
         arrays = self._token_arrays
+        if f"{split}.tokens" not in arrays:
+            raise ValueError(
+                f"{self.path} holds no token rows, for it was imported. Analyses that read text need a track that "
+                "`saetrack fit` wrote."
+            )
         return TokenRows(arrays[f"{split}.tokens"], arrays[f"{split}.documents"], self.facts["bos_token_id"])
 
     @cached_property
     def _token_arrays(self) -> dict[str, np.ndarray]:
-        arrays: dict[str, np.ndarray] = load_arrays(self.path / "tokens.safetensors")
+        arrays: dict[str, np.ndarray] = load_arrays(self.file(_TOKENS))
         return arrays
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -331,7 +346,7 @@ class Track(Sequence[Snapshot]):
             run was killed between writing it and writing its resume file, and the two are then equal.
         """
         step = metadata["llm"]["step"]
-        final = self.path / "snapshots" / f"{position:04d}-step{step}"
+        final = self.path / _SNAPSHOTS / f"{position:04d}-step{step}"
         try:
             with whole_folder(final) as folder:
                 save_saelens(sae, folder, self._saelens_metadata(metadata))

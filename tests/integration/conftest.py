@@ -18,12 +18,6 @@ WORDS = "the cat sat on a mat and dog ran home while birds sang over hills near 
 Config = dict[str, Any]
 
 
-@pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LightningCLI warns when it is given arguments while the process has others, here pytest's."""
-    monkeypatch.setattr(sys, "argv", ["saetrack"])
-
-
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A glob of 200 documents of 150 words."""
@@ -34,42 +28,53 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder / "*.txt")
 
 
-@pytest.fixture
-def config(tiny_series: Path, text: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """The configuration as a dictionary, to be changed by a test before ``write`` puts it into a file."""
-    return {
-        "seed_everything": 1,
-        "scheduler": {
-            "track_dir": str(tmp_path / "run"),
-            "steps": [0, 2, 10],
-            "tokens_first": 6_000,
-            "tokens_next": 3_000,
-        },
-        "data": {
-            "source": {"class_path": "FolderSource", "init_args": {"path": str(tiny_series)}},
-            "hookpoints": ["gpt_neox.layers.0"],
-            "corpus": {"class_path": "TextCorpus", "init_args": {"paths": [text]}},
-            "batch_size": 128,
-            "chunk_tokens": 1024,
-            "tokens": {
-                "context_size": 32,
-                "calibration_tokens": 2000,
-                "selection_tokens": 2000,
-                "evaluation_tokens": 2000,
-                "ce_tokens": 1000,
-                "split_share": 0.1,
-                "cache_dir": str(tmp_path_factory.getbasetemp() / "tokens"),
+@pytest.fixture(scope="session")
+def configure(tiny_series: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Config]:
+    """The configuration of a run in a folder, over LLM steps 0, 2 and 10 of the tiny series: ``configure(run)``."""
+    cache = tmp_path_factory.mktemp("tokens")
+
+    def configuration(run: Path) -> Config:
+        return {
+            "seed_everything": 1,
+            "scheduler": {
+                "track_dir": str(run),
+                "steps": [0, 2, 10],
+                "tokens_first": 6_000,
+                "tokens_next": 3_000,
             },
-        },
-        "model": {
-            "sae": {"class_path": "TopKSAE", "init_args": {"expansion_factor": 4, "k": 4}},
-            "optimizer": {"warmup_tokens": 500},
-            "dead_after_tokens": 2000,
-            "log_every_tokens": 512,
-        },
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
-        "resume": {"every_tokens": 1500},
-    }
+            "data": {
+                "source": {"class_path": "FolderSource", "init_args": {"path": str(tiny_series)}},
+                "hookpoints": ["gpt_neox.layers.0"],
+                "corpus": {"class_path": "TextCorpus", "init_args": {"paths": [text]}},
+                "batch_size": 128,
+                "chunk_tokens": 1024,
+                "tokens": {
+                    "context_size": 32,
+                    "calibration_tokens": 2000,
+                    "selection_tokens": 2000,
+                    "evaluation_tokens": 2000,
+                    "ce_tokens": 1000,
+                    "split_share": 0.1,
+                    "cache_dir": str(cache),
+                },
+            },
+            "model": {
+                "sae": {"class_path": "TopKSAE", "init_args": {"expansion_factor": 4, "k": 4}},
+                "optimizer": {"warmup_tokens": 500},
+                "dead_after_tokens": 2000,
+                "log_every_tokens": 512,
+            },
+            "trainer": {"accelerator": "cpu", "enable_progress_bar": False},
+            "resume": {"every_tokens": 1500},
+        }
+
+    return configuration
+
+
+@pytest.fixture
+def config(configure: Callable[[Path], Config], tmp_path: Path) -> Config:
+    """The configuration as a dictionary, to be changed by a test before ``write`` puts it into a file."""
+    return configure(tmp_path / "run")
 
 
 @pytest.fixture

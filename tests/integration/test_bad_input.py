@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from saetrack import Track
 from saetrack.cli import main
+from saetrack.storage import claimed
 
 Config = dict[str, Any]
 
@@ -214,3 +215,11 @@ def test_files_have_the_rights_of_other_files(config: Config, fit_here: Callable
     (tmp_path / "plain").write_text("")
     modes = {p.stat().st_mode & 0o777 for p in Path(config["scheduler"]["track_dir"]).glob("gpt*/**/*") if p.is_file()}
     assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}
+
+
+def test_a_folder_that_another_run_writes_into_is_refused(
+    config: Config, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    with claimed(tmp_path / "run"):
+        assert "Another saetrack is writing into" in fails(config)
+    assert not list((tmp_path / "run").glob("*/track.json"))

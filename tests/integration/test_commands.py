@@ -24,7 +24,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stopped.value.code == 0
     out = capsys.readouterr().out
-    assert all(f"{command}: " in out for command in ("pretrain", "checkpoints", "analyze", "analyses"))
+    assert all(f"{command}: " in out for command in ("pretrain", "checkpoints", "control", "analyze", "report", "analyses", "export", "import"))
 
 
 @pytest.mark.parametrize("typed", [["frobnicate"], []], ids=["unknown", "none"])
@@ -34,7 +34,7 @@ def test_a_command_that_is_not_there_is_one_line(typed: list[str], capsys: pytes
     assert stopped.value.code == 2
     err = capsys.readouterr().err
     assert err.startswith("saetrack: error: ")
-    assert "fit, pretrain, checkpoints, analyze, analyses" in err
+    assert "fit, pretrain, checkpoints, control, analyze, report, analyses, export, import" in err
     assert err.count("\n") == 1
 
 

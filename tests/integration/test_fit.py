@@ -84,11 +84,23 @@ def test_fit_writes_the_documented_track_and_a_second_run_changes_nothing(
     assert [e.step for e in events.Scalars("track/fvu")] == [0, 2, 10]
     assert [e.value for e in events.Scalars("track/fvu")] == pytest.approx([s.metadata["fvu"] for s in track])
     assert {"train/loss", "train/l0", "train/lr", "track/l0", "track/dead_share"} <= set(tags["scalars"])
-    assert {e.step for e in events.Scalars("track/drift/drift")} == {2, 10}
-    assert "track/decoder_cosine_to_previous_snapshot" in tags["histograms"]
-    assert any(tag.startswith("track/quality/") for tag in tags["images"])
+    assert {e.step for e in events.Scalars("track_drift/drift")} == {2, 10}
+    assert "track_features/decoder_cosine_to_previous" in tags["histograms"]
+    assert any(tag.startswith("track_quality/") for tag in tags["images"])
+    (panel, *_) = [tag for tag in tags["tensors"] if tag.startswith("track_contexts/feature_")]
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors(panel)]
+    assert all(line.startswith("    ") and ">>>" in line for text in texts for line in text.splitlines())
+    assert {event.step for event in events.Tensors(panel)} <= {0, 2, 10}
     assert list((folder / "tensorboard").rglob("projector_config.pbtxt"))
     assert list((folder / "tensorboard").rglob("metadata.tsv"))
+
+
+def test_a_run_that_is_refused_leaves_no_folder(config: dict[str, Any], fit_here: Run) -> None:
+    config["scheduler"]["tokens_next"] = 100
+    done = fit_here(config)
+    assert done.returncode == 1
+    assert "scheduler.tokens_next is 100" in done.stderr
+    assert not Path(config["scheduler"]["track_dir"]).exists()
 
 
 def test_a_dry_run_writes_nothing(config: dict[str, Any], fit_here: Run) -> None:

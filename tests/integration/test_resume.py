@@ -11,18 +11,19 @@ import pytest
 from saetrack import Track
 
 KILLER = '''
-import os, signal
+import os
 from lightning import Callback
 
 class KillAt(Callback):
-    """Ends the process as a power cut would, after so many optimizer steps."""
+    """Ends the process as a power cut would (9), or as a batch system does (15), after so many optimizer steps."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, signal: int = 9) -> None:
         self.step = step
+        self.signal = signal
 
     def on_train_batch_end(self, trainer, pl_module, *args) -> None:
         if trainer.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.signal)
 '''
 
 
@@ -82,6 +83,16 @@ def test_thresholds_are_in_the_resume_file(
     done = run(killable, "--ckpt_path", "last")
     assert done.returncode == 0, done.stderr
     assert hashes(tmp_path / "killed") == expected
+
+
+def test_a_run_stopped_by_sigterm_says_how_to_go_on_and_does(
+    killable: dict[str, Any], run: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    killer = {"class_path": "killer.KillAt", "init_args": {"step": 60, "signal": 15}}
+    stopped = run({**killable, "trainer": {**killable["trainer"], "callbacks": [killer]}})
+    assert stopped.returncode == 128 + 15
+    assert stopped.stderr.splitlines()[-1].endswith("Go on with the same command and `--ckpt_path last`.")
+    assert run(killable, "--ckpt_path", "last").returncode == 0
 
 
 def test_a_finished_track_takes_more_steps_and_refuses_changes(

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import matplotlib as mpl
 import numpy as np
@@ -20,6 +20,7 @@ from saetrack.storage import whole_folder, write_json
 
 if TYPE_CHECKING:
     import scipy.sparse
+    import torch
     from matplotlib.figure import Figure
 
     from saetrack.lm.tokens import TokenRows
@@ -39,6 +40,7 @@ class AnalysisResult:
         scalars: Name to ``{LLM step: value}``. They go to TensorBoard with the LLM step as the x axis.
         settings: Every selection, seed and threshold that the numbers depend on; json-able.
         summary: One or two sentences with numbers.
+        captions: Name of a figure to what it shows and what it cannot show.
     """
 
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
@@ -46,6 +48,7 @@ class AnalysisResult:
     scalars: dict[str, dict[int, float]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     summary: str = ""
+    captions: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write the result into ``folder``, in place of what an earlier run left there.
@@ -83,6 +86,7 @@ class AnalysisResult:
             "scalars": {name: {str(k): v for k, v in by_step.items()} for name, by_step in self.scalars.items()},
             "tables": list(self.tables),
             "figures": list(self.figures),
+            "captions": self.captions,
         }
         write_json(folder / RESULT_FILE, _plain(facts))
 
@@ -108,7 +112,13 @@ class AnalysisResult:
             for name, by_step in facts["scalars"].items()
         }
         tables = {name: pd.read_parquet(path.parent / f"{name}.parquet") for name in facts["tables"]}
-        return cls(tables=tables, scalars=scalars, settings=facts["settings"], summary=facts["summary"])
+        return cls(
+            tables=tables,
+            scalars=scalars,
+            settings=facts["settings"],
+            summary=facts["summary"],
+            captions=facts.get("captions", {}),  # 0.1.0 wrote none
+        )
 
 
 class Analysis(ABC):
@@ -117,6 +127,11 @@ class Analysis(ABC):
     Subclasses take plain typed arguments, documented under ``Args:`` in the class docstring; they are what
     ``saetrack analyze --analyses.NAME value`` sets. The first line of the docstring is shown by `saetrack analyses`.
     """
+
+    reads_results: ClassVar[bool] = False
+    """Whether it reads the results of other analyses; it then runs after them."""
+    min_snapshots: ClassVar[int] = 1
+    """On shorter tracks `saetrack analyze` leaves it out, unless it is asked for by name."""
 
     @abstractmethod
     def run(self, track: Track) -> AnalysisResult:
@@ -139,10 +154,14 @@ class Probe:
     Args:
         selection_rows: Rows of the split that selections are made on (top contexts, thresholds).
         evaluation_rows: Rows of the split that what was selected is evaluated on.
+        embeddings: Whether the LLM's input embeddings are wanted too.
+        unembedding: Whether its unembedding is.
     """
 
     selection_rows: int = 0
     evaluation_rows: int = 0
+    embeddings: bool = False
+    unembedding: bool = False
 
     def __post_init__(self) -> None:
         for name in ("selection_rows", "evaluation_rows"):
@@ -179,10 +198,20 @@ class SplitObservation:
 
 @dataclass(frozen=True)
 class Observation:
-    """What a `SweepAnalysis` is shown at one LLM checkpoint. A split it did not ask for is None."""
+    """What a `SweepAnalysis` is shown at one LLM checkpoint. What it did not ask for is None.
+
+    Args:
+        selection: The rows of the selection split.
+        evaluation: The rows of the evaluation split.
+        embeddings: ``[vocabulary, d_model]`` float32, the LLM's input embeddings.
+        unembedding: ``[vocabulary, d_model]`` float32, with the final norm's gain folded in, see
+            `saetrack.lm.read_unembedding`. Both are shared between analyses: do not write into them.
+    """
 
     selection: SplitObservation | None = None
     evaluation: SplitObservation | None = None
+    embeddings: torch.Tensor | None = None
+    unembedding: torch.Tensor | None = None
 
 
 class SweepAnalysis(ABC):

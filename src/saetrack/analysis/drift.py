@@ -9,8 +9,17 @@ import numpy as np
 import pandas as pd
 
 from .base import Analysis, AnalysisResult
-from .drift_figures import adjacent_figure, identity_figure, ridge_figure, to_last_figure, trajectory_figure
-from .drift_geometry import Plane, principal_plane, procrustes, row_cosines, unit_rows
+from .drift_controls import COVERAGE, Calibration, calibrate
+from .drift_figures import (
+    adjacent_figure,
+    controls_figure,
+    identity_figure,
+    ridge_figure,
+    to_last_figure,
+    trajectory_figure,
+)
+from .drift_geometry import Plane, principal_plane, row_cosines, unit_rows
+from .drift_rows import FROZEN, alive, decoder_rows, encoder_rows, fitted_rotation, flags, frozen, transport_into
 from .figures import step_position
 from .resampling import bootstrap_means
 
@@ -20,9 +29,6 @@ if TYPE_CHECKING:
     from saetrack.track import Snapshot, Track
 
     Floats = NDArray[np.floating]
-
-FROZEN = 1e-9
-"""A decoder row that turned by less than this (1 - cosine) had no gradient in the stage."""
 
 PREVIOUS = (
     "decoder_to_previous",
@@ -37,8 +43,15 @@ MEASURES = (*PREVIOUS, "functional_correlation", *LAST, *WALKS)
 NULLS = (
     "A random direction has cosine 0 with sd 1/sqrt(d_in). If the stages' movements were independent, the cosine to "
     "the last snapshot would still rise to 1: it would be the product of the later adjacent cosines, which is "
-    "`..._if_random_walk` gives; only the difference from it says that features head for their end. How much "
-    "of the adjacent drift the retraining itself makes is not in this table: no null steps were trained."
+    "`..._if_random_walk` gives; only the difference from it says that features head for their end."
+)
+CONTROLS = (
+    "How much of the drift training once more makes, without any change of the LLM, is in the tables `calibration` (by "
+    "stage), `excess` (by feature) and `null_chain`. Intervals there are over training runs."
+)
+NO_CONTROLS = (
+    "Not available: how much of the drift training once more makes. Run `saetrack control {path} --kind null`, the "
+    "same with `--kind replica` and with `--kind null --chain true`, then this analysis again."
 )
 ROTATION = {
     "transport": "The orthogonal map between the activations of the two LLM checkpoints, kept in each snapshot.",
@@ -120,7 +133,8 @@ class Drift(Analysis):
         chosen = self._choose(table, steps, rng)
         plane = principal_plane(np.stack([unit_rows(s) for s in track.decoder(chosen).numpy()]))
         counts = table.groupby(["step", "status"]).size().unstack(fill_value=0).reindex(steps, fill_value=0)
-        scalars = _scalars(population, counts)
+        calibration = calibrate(track)
+        scalars = _scalars(population, counts) | _calibrated_scalars(calibration)
         random_sd = 1 / np.sqrt(track.facts["d_in"])
         figures = {
             "adjacent": adjacent_figure(population, steps),
@@ -135,6 +149,11 @@ class Drift(Analysis):
             "status": counts.reset_index().rename_axis(columns=None),
             "trajectories": _trajectory_table(plane, chosen, steps),
         }
+        if len(calibration.stages):
+            figures["controls"] = controls_figure(calibration.stages, calibration.chain, steps)
+            tables |= {"calibration": calibration.stages, "excess": calibration.features}
+        if len(calibration.chain):
+            tables["null_chain"] = calibration.chain
         settings = {
             "seed": self.seed,
             "replicates": self.replicates,
@@ -143,6 +162,8 @@ class Drift(Analysis):
             "rotation_meaning": ROTATION[rotation],
             "random_direction_sd": random_sd,
             "nulls": NULLS,
+            "controls": CONTROLS if len(calibration.stages) else NO_CONTROLS.format(path=track.path),
+            "coverage": COVERAGE,
             "trajectory_features": chosen,
             "trajectory_features_drawn": self.features is None,
             "trajectory_axes": TRAJECTORIES,
@@ -169,7 +190,7 @@ class Drift(Analysis):
 def _compare(track: Track) -> tuple[list[dict[str, Floats]], str]:
     """Cosines of every snapshot to the one before and to the last; at most three dictionaries are held at once."""
     snapshots = list(track)
-    transports = [_transport(snapshot) for snapshot in snapshots]
+    transports = [transport_into(snapshot) for snapshot in snapshots]
     known = [transport for transport in transports[1:] if transport is not None]
     to_last = _maps_to_last(known) if len(known) == len(snapshots) - 1 else None
     last = _directions(snapshots[-1])
@@ -179,14 +200,16 @@ def _compare(track: Track) -> tuple[list[dict[str, Floats]], str]:
         here = _directions(snapshot)
         cosines: dict[str, Floats] = {}
         if previous is not None:
-            frozen = _frozen(previous["decoder"], here["decoder"], transports[t])
-            use = _alive(snapshots[t - 1]) & _alive(snapshot) & ~_column(snapshot, "revived") & ~frozen
-            rotation = transports[t] if to_last is not None else _fitted(previous, here, use)
+            still = frozen(previous["decoder"], here["decoder"], transports[t])
+            use = alive(snapshots[t - 1]) & alive(snapshot) & ~flags(snapshot, "revived") & ~still
+            rotation = (
+                transports[t] if to_last is not None else fitted_rotation(previous["decoder"], here["decoder"], use)
+            )
             cosines |= _cosines(previous, here, rotation, "previous")
-            cosines["frozen"] = frozen.astype(np.float64)
+            cosines["frozen"] = still.astype(np.float64)
         if t < len(snapshots) - 1:
-            use = _alive(snapshot) & _alive(snapshots[-1]) & ~_revived_after(snapshots, t)
-            rotation = to_last[t] if to_last is not None else _fitted(here, last, use)
+            use = alive(snapshot) & alive(snapshots[-1]) & ~_revived_after(snapshots, t)
+            rotation = to_last[t] if to_last is not None else fitted_rotation(here["decoder"], last["decoder"], use)
             cosines |= _cosines(here, last, rotation, "last")
         else:
             cosines |= {name: np.ones(len(here["decoder"])) for name in LAST}
@@ -196,10 +219,7 @@ def _compare(track: Track) -> tuple[list[dict[str, Floats]], str]:
 
 
 def _directions(snapshot: Snapshot) -> dict[str, Floats]:
-    return {
-        "decoder": unit_rows(snapshot.tensor("W_dec").numpy()),
-        "encoder": unit_rows(snapshot.tensor("W_enc").numpy().T),
-    }
+    return {"decoder": decoder_rows(snapshot), "encoder": encoder_rows(snapshot)}
 
 
 def _cosines(
@@ -216,25 +236,6 @@ def _cosines(
     return cosines
 
 
-def _fitted(source: dict[str, Floats], target: dict[str, Floats], use: NDArray[np.bool_]) -> Floats | None:
-    if use.sum() < 2 * source["decoder"].shape[1]:
-        return None
-    return procrustes(source["decoder"][use], target["decoder"][use])
-
-
-def _frozen(previous: Floats, here: Floats, transport: Floats | None) -> NDArray[np.bool_]:
-    """Which rows end the stage where it began; a `transported` stage began with the rows already turned."""
-    began = previous if transport is None else previous @ transport
-    return row_cosines(began, here) > 1 - FROZEN
-
-
-def _transport(snapshot: Snapshot) -> Floats | None:
-    if snapshot.metadata["warm_start"] != "transported":
-        return None
-    transport: Floats = snapshot.statistics("transport").float().numpy()
-    return transport
-
-
 def _maps_to_last(transports: list[Floats]) -> list[Floats]:
     """The composition of all later maps, for each snapshot; ``transports`` begins with the map into the second."""
     maps: list[Floats] = [np.eye(len(transports[0]), dtype=np.float32)]
@@ -243,16 +244,8 @@ def _maps_to_last(transports: list[Floats]) -> list[Floats]:
     return maps[::-1]
 
 
-def _column(snapshot: Snapshot, name: str) -> NDArray[np.bool_]:
-    return snapshot.features[name].to_numpy(dtype=bool)
-
-
-def _alive(snapshot: Snapshot) -> NDArray[np.bool_]:
-    return ~_column(snapshot, "dead")
-
-
 def _revived_after(snapshots: list[Snapshot], t: int) -> NDArray[np.bool_]:
-    revived: NDArray[np.bool_] = np.logical_or.reduce([_column(s, "revived") for s in snapshots[t + 1 :]])
+    revived: NDArray[np.bool_] = np.logical_or.reduce([flags(s, "revived") for s in snapshots[t + 1 :]])
     return revived
 
 
@@ -264,17 +257,17 @@ def _feature_table(track: Track, cosines: list[dict[str, Floats]]) -> pd.DataFra
         snapshot, found = snapshots[t], cosines[t]
         count = len(found[LAST[0]])
         missing = np.full(count, np.nan)
-        revived, alive = _column(snapshot, "revived"), _alive(snapshot)
-        frozen = found.get("frozen", np.zeros(count)) > 0
+        revived, living = flags(snapshot, "revived"), alive(snapshot)
+        still = found.get("frozen", np.zeros(count)) > 0
         later = _revived_after(snapshots, t) if t < len(snapshots) - 1 else np.zeros(count, dtype=bool)
-        from_alive = _alive(snapshots[t - 1]) if t else np.ones(count, dtype=bool)
+        from_alive = alive(snapshots[t - 1]) if t else np.ones(count, dtype=bool)
         columns: dict[str, Any] = {
             "feature": np.arange(count),
             "step": snapshot.step,
-            "status": np.select([~alive, revived, frozen], ["dead", "revived", "frozen"], "alive"),
+            "status": np.select([~living, revived, still], ["dead", "revived", "frozen"], "alive"),
             "alive_before": from_alive,
             "revived_later": later,
-            "followed_to_last": alive & _alive(snapshots[-1]) & ~later,
+            "followed_to_last": living & alive(snapshots[-1]) & ~later,
         }
         columns |= {name: found.get(name, missing) for name in PREVIOUS}
         columns["functional_correlation"] = snapshot.features["functional_correlation"].to_numpy(dtype=np.float64)
@@ -339,6 +332,17 @@ def _scalars(population: pd.DataFrame, counts: pd.DataFrame) -> dict[str, dict[i
     return scalars
 
 
+def _calibrated_scalars(calibration: Calibration) -> dict[str, dict[int, float]]:
+    """The curves that need controls, at the stages that have them."""
+    stages = calibration.stages
+    names = ("null_share", "excess", "energy", "correlation_null")
+    return {
+        name: {int(step): float(v) for step, v in zip(stages["step"], stages[name], strict=True) if np.isfinite(v)}
+        for name in names
+        if len(stages)
+    }
+
+
 def _trajectory_table(plane: Plane, chosen: list[int], steps: list[int]) -> pd.DataFrame:
     return pd.DataFrame(
         {
@@ -364,4 +368,7 @@ def _summary(scalars: dict[str, dict[int, float]], steps: list[int]) -> str:
     if correlation:
         lowest = min(correlation, key=lambda step: correlation[step])
         text += f" The median functional correlation is lowest at step {lowest} ({correlation[lowest]:.2f})."
+    if shares := scalars.get("null_share"):
+        low, high = min(shares.values()), max(shares.values())
+        text += f" Training once more without a change of the LLM makes {low:.0%} to {high:.0%} of the drift."
     return text

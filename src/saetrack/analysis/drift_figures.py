@@ -43,6 +43,7 @@ def adjacent_figure(population: pd.DataFrame, steps: list[int]) -> Figure:
             look.line(ax, steps, 1 - rows["mean"], color=shade, label=label)
         look.describe(ax, title=f"{title}: drift from snapshot to snapshot", ylabel="1 - cosine to the previous")
         look.step_axis(ax, steps)
+        look.band_key(ax)
         look.legend(ax)
     axes[0].set_ylim(bottom=0)
     return figure
@@ -74,6 +75,44 @@ def to_last_figure(population: pd.DataFrame, steps: list[int], random_sd: float)
         look.describe(ax, title=f"{title}: cosine to the last snapshot", ylabel="cosine")
         look.step_axis(ax, steps)
         look.legend(ax)
+    return figure
+
+
+def controls_figure(stages: pd.DataFrame, chain: pd.DataFrame, steps: list[int]) -> Figure:
+    """The track beside its controls: drift, its part that the LLM made, functional correlation, cosine to the last.
+
+    Args:
+        stages: The analysis' table ``calibration``.
+        chain: Its table ``null_chain``; empty where there is none, and the last panel is then left out.
+        steps: The track's LLM steps, increasing.
+    """
+    figure, axes = look.small_multiples(3 + bool(len(chain)), panel_width=_WIDTH, panel_height=_HEIGHT)
+    at = stages["step"].tolist()
+    for kind, label, colour in (("real", "next LLM checkpoint", look.BLUE), ("null", "same once more", look.GREY)):
+        look.line(axes[0], at, stages[f"drift_{kind}"], color=colour, label=label)
+        look.line(axes[2], at, stages[f"correlation_{kind}"], color=colour, label=label)
+    look.describe(axes[0], title="Decoder drift while training a stage", ylabel="1 - cosine, rotation removed")
+    look.describe(axes[2], title="Same feature as before? (median)", ylabel="functional correlation")
+    for name, label, colour in (
+        ("excess", "excess over null", look.VERMILION),
+        ("energy", "common to arms", look.GREEN),
+    ):
+        look.band(axes[1], at, stages[f"{name}_low"], stages[f"{name}_high"], color=colour)
+        look.line(axes[1], at, stages[name], color=colour, label=label)
+    axes[1].axhline(0, color=look.BLACK, linewidth=0.8)
+    look.describe(axes[1], title="Drift that the LLM's change made", ylabel="1 - cosine")
+    if len(chain):
+        look.line(axes[3], chain["step"].tolist(), chain["real"], color=look.BLUE, label="track")
+        look.line(axes[3], chain["step"].tolist(), chain["null"], color=look.GREY, label="null chain")
+        look.band(
+            axes[3], chain["step"].tolist(), chain["null_low"], chain["null"], color=look.GREY, label="its lower 5 %"
+        )
+        look.describe(axes[3], title="Cosine to the last snapshot", ylabel="cosine, rotation removed")
+    for ax in axes:
+        look.step_axis(ax, steps)
+        look.legend(ax)
+    for ax in (axes[0], axes[2]):
+        ax.set_ylim(bottom=0)
     return figure
 
 

@@ -215,6 +215,12 @@ def band(
     ax.vlines(x[alone], low[alone], high[alone], color=color, alpha=min(1.0, 2 * alpha), linewidth=3)
 
 
+def band_key(ax: Axes) -> None:
+    """Say in the legend what the light and the dark band of every curve are; call it before `legend`."""
+    for alpha, label in ((0.14, "light: quartiles"), (0.4, "dark: 95 % interval")):
+        ax.fill_between([], [], [], color=GREY, alpha=alpha, linewidth=0, label=label)
+
+
 def log_y(ax: Axes, *, base: float = 10.0) -> None:
     """Make the y axis logarithmic with plain numbers at its ticks, unless nothing positive is drawn; call it last."""
     drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=np.float64) for line in ax.lines])

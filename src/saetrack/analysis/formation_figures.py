@@ -27,18 +27,49 @@ _PANELS = {
         "feature_weighted_jaccard_without_own": "without own latent",
     },
 }
-_FORMED = {
-    "activation_cosine_centred": ("activations, centred cosine", look.BLUE),
-    "feature_cosine_without_own": ("latents, cosine without own", look.VERMILION),
-    "feature_jaccard_without_own": ("latents, Jaccard without own", look.GREEN),
+_BASELINES = {
+    "uniform": ("Against any random positions", look.SKY),
+    "position": ("Same places in the row", look.GREEN),
+    "token": ("Same tokens", look.BLUE),
+}
+_STATUS_COLOURS = {
+    "at-init": look.SKY,
+    "formed": look.BLUE,
+    "not plateaued": look.ORANGE,
+    "transient": look.PURPLE,
+    "unresolved": look.GREY,
+    "never": look.VERMILION,
+    "insufficient": "0.85",
 }
 
 
 def progress_figure(population: pd.DataFrame, steps: list[int]) -> Figure:
-    """Mean progress over features in four panels, with its interval, the quartiles and the band of a random set.
+    """Mean progress over features against each baseline, with interval, quartiles and the band of a random set.
 
     Args:
         population: The analysis' table ``population``.
+        steps: The track's LLM steps, increasing.
+    """
+    figure, axes = look.small_multiples(3, columns=3, sharey=True, title="How alike a feature's positions are")
+    for ax, (baseline, (title, color)) in zip(axes, _BASELINES.items(), strict=True):
+        rows = population[population["baseline"] == baseline].set_index("step").loc[steps]
+        look.band(ax, steps, rows["q25"], rows["q75"], color=color, alpha=0.15, label="quartiles")
+        look.band(ax, steps, rows["low"], rows["high"], color=color, alpha=0.5)
+        look.line(ax, steps, rows["mean"], color=color, label="mean, 95 % interval")
+        null: dict[str, Any] = {"color": look.GREY, "alpha": 0.4, "label": "one random set, 95 %"}
+        look.band(ax, steps, rows["null_low"], rows["null_high"], **null)
+        _zero(ax)
+        look.describe(ax, title=title, ylabel="progress M (cosine)")
+        look.step_axis(ax, steps)
+        look.legend(ax)
+    return figure
+
+
+def paper_figure(population: pd.DataFrame, steps: list[int]) -> Figure:
+    """The paper's measures and their corrected forms, with interval, quartiles and the band of a random set.
+
+    Args:
+        population: The analysis' table ``paper_population``.
         steps: The track's LLM steps, increasing.
     """
     figure, axes = look.small_multiples(len(_PANELS), panel_width=3.9, panel_height=3.1)
@@ -59,35 +90,42 @@ def progress_figure(population: pd.DataFrame, steps: list[int]) -> Figure:
     return figure
 
 
-def formed_figure(shares: pd.DataFrame, steps: list[int]) -> Figure:
-    """Share of the features that have formed by each step, and of random sets that would count as formed.
+def formed_figure(shares: pd.DataFrame, counts: pd.Series, steps: list[int]) -> Figure:
+    """Share of the features formed by each step, with that of false features, and how many have each status.
 
     Args:
         shares: The analysis' table ``formed``.
+        counts: Status to number of features.
         steps: The track's LLM steps, increasing.
     """
-    figure, (ax,) = look.small_multiples(1, panel_width=5.0, panel_height=3.5)
-    for measure, (label, color) in _FORMED.items():
-        rows = shares[shares["measure"] == measure].set_index("step").loc[steps]
-        look.band(ax, steps, rows["low"], rows["high"], color=color)
-        look.line(ax, steps, rows["share"], color=color, label=label)
-        look.line(ax, steps, rows["null_share"], color=color, linestyle=":", marker="", linewidth=1.2)
-    ax.plot([], [], color=look.GREY, linestyle=":", label="random sets")
-    ax.set_ylim(-0.02, 1.02)
-    look.describe(ax, title="Features formed by each checkpoint", ylabel="share of computed features")
-    look.step_axis(ax, steps)
-    look.legend(ax)
+    figure, (curve, bars) = look.small_multiples(2, panel_width=4.3, panel_height=3.3)
+    for kind, color, label in (("", look.BLUE, "features"), ("null_", look.GREY, "false features")):
+        look.band(curve, steps, shares[f"{kind}low"], shares[f"{kind}high"], color=color, alpha=0.25)
+        look.line(curve, steps, shares[f"{kind}share"], color=color, label=f"{label}, 95 % interval")
+    curve.set_ylim(-0.02, 1.02)
+    look.describe(curve, title="Formed by each checkpoint", ylabel="share of computed features")
+    look.step_axis(curve, steps)
+    look.legend(curve)
+    present = [name for name in reversed(_STATUS_COLOURS) if name in counts.index]
+    numbers = [int(counts[name]) for name in present]
+    drawn = bars.barh(present, numbers, color=[_STATUS_COLOURS[name] for name in present])
+    bars.bar_label(drawn, fontsize=8, padding=2)
+    bars.margins(x=0.15)
+    bars.grid(visible=False, axis="y")
+    place = bars.get_position()
+    bars.set_position((place.x0 + 0.05, place.y0, place.width - 0.05, place.height))
+    look.describe(bars, title="Status", ylabel="", xlabel="features")
     return figure
 
 
-def map_figure(values: Floats, formed: NDArray[np.integer], steps: list[int], measure: str) -> Figure:
+def map_figure(values: Floats, formed: NDArray[np.integer], steps: list[int], baseline: str) -> Figure:
     """Every computed feature's progress, sorted by when it formed and then by its final value.
 
     Args:
         values: ``[T, F]`` progress.
         formed: ``[F]`` index of the checkpoint where it formed, -1 for never.
         steps: The track's LLM steps, increasing.
-        measure: Name of the measure, for the title.
+        baseline: Name of the baseline, for the title.
     """
     when = np.where(formed < 0, len(steps), formed)
     order = np.lexsort((-values[-1], when))
@@ -107,13 +145,13 @@ def map_figure(values: Floats, formed: NDArray[np.integer], steps: list[int], me
     every = max(1, -(-len(steps) // 10))
     ticks = np.arange(len(steps) - 1, -1, -every)[::-1]
     ax.set_xticks(ticks, [look.step_label(steps[t]) for t in ticks])
-    title = f"Every feature's progress: {measure.replace('_', ' ')}"
+    title = f"Every feature's progress, {baseline} baseline"
     look.describe(ax, title=title, ylabel="features, sorted by formed step (line)", xlabel="LLM training step")
     place = ax.get_position()
     ax.set_position((place.x0, place.y0, 0.84 * place.width, place.height))
     bar = figure.colorbar(drawn, cax=figure.add_axes((place.x0 + 0.87 * place.width, place.y0, 0.02, place.height)))
     bar.ax.tick_params(labelsize=8)
-    bar.ax.set_title("M", fontsize=9)
+    bar.ax.set_title("progress", fontsize=8)
     return figure
 
 

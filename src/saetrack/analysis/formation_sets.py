@@ -1,72 +1,129 @@
-"""The positions that formation is measured on: each feature's strongest, and seeded random sets to compare with."""
+"""The sets of positions that formation is measured on: each feature's, false ones, and random ones to compare with."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .coherence import matched_sets
+from .positions import TOP_SHARE, firing_quantiles, first_of_context, matched_positions, spread_positions
+
 if TYPE_CHECKING:
-    import scipy.sparse
     from numpy.typing import NDArray
 
+    from .base import SplitObservation
+
     Integers = NDArray[np.integer]
+    Bools = NDArray[np.bool_]
 
-# stored latents sorted at once
-_BLOCK = 4_000_000
+BASELINES = ("token", "position", "uniform")
 
 
-def top_positions(
-    latents: scipy.sparse.csr_array, documents: Integers, n_positions: int, per_document: int = 1
-) -> Integers:
-    """Positions where each feature is most active, few from any one document.
-
-    Only positions where the feature fires are taken, so a rare feature gets fewer than ``n_positions`` and a silent
-    one none. Among equal activations the earlier position wins.
+@dataclass(frozen=True)
+class FormationSets:
+    """Positions on the evaluation rows, the same at every LLM checkpoint. F counts features and false features.
 
     Args:
-        latents: ``[P, d_sae]``, non-negative, no stored zeros.
-        documents: ``[P]``, the document of each position.
-        n_positions: Most positions of a feature.
-        per_document: Most positions of a feature in one document.
-
-    Returns:
-        ``[d_sae, n_positions]`` positions, strongest first; -1 where there are no more.
-
-    Example:
-        >>> import scipy.sparse as sp
-        >>> latents = sp.csr_array([[3.0], [2.0], [0.0], [1.0]])
-        >>> top_positions(latents, np.array([0, 0, 1, 1]), n_positions=3).tolist()
-        [[0, 3, -1]]
+        features: ``[F]``, index of the feature; a false feature has the index of the one that it was made from.
+        false: ``[F]``, whether the positions are random ones with the feature's tokens: the instrument's own control.
+        members: ``[F, n]``, -1 for unused places.
+        sizes: ``[F]``, places in use.
+        available: ``[d_sae]``, positions that each feature of the SAE has, also where they are too few.
+        random: ``[B, n]``, uniform random sets, at most one position of a document.
+        matched: Baseline to ``[F, B, n]``, for token and for position in the row.
+        keys: Baseline to ``[P]``, what its random sets match.
+        documents: ``[P]``, each position's document, numbered from 0.
     """
-    by_feature = latents.tocsc()
-    d_sae = by_feature.shape[1]
-    chosen = np.full((d_sae, n_positions), -1, dtype=np.int64)
-    start = 0
-    while start < d_sae:
-        # at least one feature, however dense
-        end = int(np.searchsorted(by_feature.indptr, by_feature.indptr[start] + _BLOCK, side="right")) - 1
-        end = min(max(end, start + 1), d_sae)
-        entries = slice(by_feature.indptr[start], by_feature.indptr[end])
-        position, value = by_feature.indices[entries], by_feature.data[entries]
-        feature = np.repeat(np.arange(start, end), np.diff(by_feature.indptr[start : end + 1]))
-        document = documents[position]
-        order = np.lexsort((position, -value, document, feature))
-        order = order[_rank_in_run(feature[order], document[order]) < per_document]
-        order = order[np.lexsort((position[order], -value[order], feature[order]))]
-        rank = _rank_in_run(feature[order])
-        order, rank = order[rank < n_positions], rank[rank < n_positions]
-        chosen[feature[order], rank] = position[order]
-        start = end
-    return chosen
+
+    features: Integers
+    false: Bools
+    members: Integers
+    sizes: Integers
+    available: Integers
+    random: Integers
+    matched: dict[str, Integers]
+    keys: dict[str, Integers]
+    documents: Integers
+
+    @classmethod
+    def choose(
+        cls,
+        selection: SplitObservation,
+        evaluation: SplitObservation,
+        *,
+        n_positions: int,
+        n_min: int,
+        draws: int,
+        false_features: int,
+        seed: int,
+    ) -> FormationSets:
+        """Choose on the last snapshot: thresholds on the selection rows, positions on the evaluation rows.
+
+        Repeated contexts are left out, and positions whose token or place in the row nothing else has, for they
+        cannot be matched.
+
+        Args:
+            selection: The last snapshot on the selection rows.
+            evaluation: The last snapshot on the evaluation rows.
+            n_positions: Most positions of a feature.
+            n_min: Features with fewer are not computed.
+            draws: Random sets of each kind.
+            false_features: Number of false features.
+            seed: Of all draws.
+        """
+        rng = np.random.default_rng([seed, 0])
+        keys = {"token": evaluation.tokens, "position": evaluation.positions[:, 1]}
+        usable = first_of_context(evaluation)
+        for key in keys.values():
+            usable &= np.bincount(key)[key] > 1
+        median, top = firing_quantiles(selection.latents, (0.5, 1 - TOP_SHARE))
+        chosen = spread_positions(evaluation, usable, median, top, n_positions, rng)
+        available = (chosen >= 0).sum(axis=1)
+        features = np.flatnonzero(available >= n_min)
+        members = chosen[features]
+        made_from, false_members = _false_features(members, evaluation, n_min, false_features, rng)
+        members = np.concatenate([members, false_members])
+        return cls(
+            features=np.concatenate([features, features[made_from]]),
+            false=np.arange(len(members)) >= len(features),
+            members=members,
+            sizes=(members >= 0).sum(axis=1),
+            available=available,
+            random=random_sets(evaluation.documents, n_positions, draws, rng),
+            matched={
+                name: matched_sets(members, key, draws, (seed, 1, number))
+                for number, (name, key) in enumerate(keys.items())
+            },
+            keys={**keys, "uniform": np.zeros_like(evaluation.tokens)},
+            documents=np.unique(evaluation.documents, return_inverse=True)[1],
+        )
 
 
-def random_sets(
-    documents: Integers, n_positions: int, sets: int, rng: np.random.Generator, per_document: int = 1
-) -> Integers:
+def _false_features(
+    members: Integers, split: SplitObservation, n_min: int, count: int, rng: np.random.Generator
+) -> tuple[Integers, Integers]:
+    """Random positions with the tokens of features drawn at random: which rows of ``members``, and the positions.
+
+    As for a real feature, of several positions in a document only the first one stays.
+    """
+    drawn = np.sort(rng.choice(len(members), size=min(count, len(members)), replace=False))
+    matched = matched_positions(members[drawn], split.tokens, rng)
+    document = np.where(matched >= 0, split.documents[matched], -1)
+    order = np.argsort(document, axis=1, kind="stable")
+    ordered = np.take_along_axis(document, order, axis=1)
+    repeated = np.zeros(matched.shape, dtype=bool)
+    repeated[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    np.put_along_axis(matched, order, np.where(repeated, -1, np.take_along_axis(matched, order, axis=1)), axis=1)
+    enough = (matched >= 0).sum(axis=1) >= n_min
+    return drawn[enough], matched[enough]
+
+
+def random_sets(documents: Integers, n_positions: int, sets: int, rng: np.random.Generator) -> Integers:
     """Sets of random positions, with as few as possible from any one document.
 
-    Positions are drawn uniformly without replacement; those that would exceed ``per_document`` are passed over
+    Positions are drawn uniformly without replacement; those in a document that the set has already are passed over
     while there are others. Every leading part of a set is itself such a random set, so one draw serves all sizes.
 
     Args:
@@ -74,7 +131,6 @@ def random_sets(
         n_positions: Positions in a set.
         sets: Number of sets.
         rng: Source of the draws.
-        per_document: Positions of a set in one document, where the documents suffice.
 
     Returns:
         ``[sets, n_positions]``.
@@ -84,24 +140,15 @@ def random_sets(
     """
     if len(documents) < n_positions:
         raise ValueError(
-            f"The selection rows hold {len(documents)} positions, fewer than the {n_positions} of one set. "
-            "Raise `selection_rows`, or give the track a longer corpus."
+            f"The evaluation rows hold {len(documents)} positions, fewer than the {n_positions} of one set. "
+            "Lower `n_positions`, or give the track a longer corpus."
         )
     drawn = np.empty((sets, n_positions), dtype=np.int64)
     for i in range(sets):
         order = rng.permutation(len(documents))
         by_document = np.argsort(documents[order], kind="stable")
-        rank = np.empty(len(order), dtype=np.int64)
-        rank[by_document] = _rank_in_run(documents[order][by_document])
-        drawn[i] = order[np.argsort(rank >= per_document, kind="stable")[:n_positions]]
+        again = np.empty(len(order), dtype=bool)
+        repeats = np.diff(documents[order][by_document], prepend=-1) == 0
+        again[by_document] = repeats
+        drawn[i] = order[np.argsort(again, kind="stable")[:n_positions]]
     return drawn
-
-
-def _rank_in_run(*keys: Integers) -> Integers:
-    """Place of each element in its run of equal keys, from 0."""
-    index = np.arange(len(keys[0]))
-    new = np.zeros(len(index), dtype=bool)
-    new[:1] = True
-    for key in keys:
-        new[1:] |= key[1:] != key[:-1]
-    return index - np.maximum.accumulate(np.where(new, index, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,13 +57,30 @@ def bootstrap_means(
     Returns:
         Mean, low and high, each ``[rows]``; NaN where a row has no value.
     """
+    rows = len(values)
+    counts = np.isfinite(values).sum(axis=1)
+    mean = np.divide(np.nansum(values, axis=1), counts, out=np.full(rows, np.nan), where=counts > 0)
+    interval = np.full((2, rows), np.nan)
+    some = counts > 0
+    if some.any():
+        means = bootstrap_replicates(values, rng, replicates)
+        interval[:, some] = np.nanquantile(means[:, some], [(1 - coverage) / 2, (1 + coverage) / 2], axis=0)
+    return mean, interval[0], interval[1]
+
+
+def bootstrap_replicates(values: Floats, rng: np.random.Generator, replicates: int) -> Floats:
+    """Means over features of resampled features, ``[replicates, rows]``.
+
+    The same generator and number of features give the same draws, so that several tables can be resampled together.
+
+    Args:
+        values: ``[rows, features]``; NaN entries are left out.
+        rng: Source of the draws.
+        replicates: Number of bootstrap replicates.
+    """
     rows, features = values.shape
     known = np.isfinite(values)
     filled = np.where(known, values, 0.0)
-    counts = known.sum(axis=1)
-    mean = np.divide(filled.sum(axis=1), counts, out=np.full(rows, np.nan), where=counts > 0)
-    if features == 0:
-        return mean, mean.copy(), mean.copy()
     means = np.full((replicates, rows), np.nan)
     block = max(1, _BLOCK // features)
     for start in range(0, replicates, block):
@@ -72,8 +90,51 @@ def bootstrap_means(
         ).astype(np.float64)
         weight = drawn @ known.T
         np.divide(drawn @ filled.T, weight, out=means[start:stop], where=weight > 0)
-    interval = np.full((2, rows), np.nan)
-    some = counts > 0
-    if some.any():
-        interval[:, some] = np.nanquantile(means[:, some], [(1 - coverage) / 2, (1 + coverage) / 2], axis=0)
-    return mean, interval[0], interval[1]
+    return means
+
+
+def population_table(steps: list[int], values: Floats, rng: np.random.Generator, replicates: int) -> pd.DataFrame:
+    """Mean over features with its interval from a bootstrap over features, and quartiles, by step.
+
+    Args:
+        steps: LLM steps.
+        values: ``[T, F]``.
+        rng: Source of the draws.
+        replicates: Bootstrap replicates.
+    """
+    mean, low, high = bootstrap_means(values.astype(np.float64), rng, replicates)
+    quartiles = np.quantile(values, [0.25, 0.5, 0.75], axis=1) if values.size else np.full((3, len(steps)), np.nan)
+    return pd.DataFrame(
+        {
+            "step": steps,
+            "mean": mean,
+            "low": low,
+            "high": high,
+            "q25": quartiles[0],
+            "median": quartiles[1],
+            "q75": quartiles[2],
+            "n_features": values.shape[1],
+        }
+    )
+
+
+def share_interval(counts: NDArray[np.integer], of: NDArray[np.integer]) -> tuple[Floats, Floats, Floats]:
+    """Shares with Wilson's 95 % interval (Wilson 1927), which does not shrink to nothing at 0 and 1.
+
+    Args:
+        counts: ``[N]``.
+        of: ``[N]``, what they are counted out of.
+
+    Returns:
+        Share, low and high ``[N]``; NaN where ``of`` is 0.
+
+    Example:
+        >>> [round(float(x[0]), 3) for x in share_interval(np.array([0]), np.array([10]))]
+        [0.0, 0.0, 0.278]
+    """
+    z = 1.959964
+    n = np.where(of > 0, of, np.nan)
+    share = counts / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return share, np.maximum(centre - half, 0.0), np.minimum(centre + half, 1.0)

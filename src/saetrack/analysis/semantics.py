@@ -7,7 +7,7 @@ bytes more while it is written.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,12 @@ from . import semantics_figures
 from .base import AnalysisResult, Observation, Probe, SweepAnalysis
 from .columns import TokenStatistics, token_share, token_statistics, top_positions, values_at
 from .resampling import bootstrap_means
+from .semantics_classes import SemanticThresholds
+from .semantics_meaning import Meaning
+from .semantics_patterns import null_patterns
+from .semantics_scores import Vocabulary
+from .semantics_turnover import NULL_DRAWS, turnover_series
+from .token_text import token_strings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,8 +35,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.floating]
     Integers = NDArray[np.integer]
 
-NULL_DRAWS = 10
-MIN_FIRINGS = 25  # below this a token distribution says little (METHOD: "insufficient"); only for the examples drawn
+REPLICATES = 500
+MIN_FIRINGS = 25  # of the examples drawn
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,11 @@ class Semantics(SweepAnalysis):
     * its top token (most activation mass). Its share is given on the selection rows, where it was chosen, and on the
       evaluation rows.
 
+    * its scores and its class: token, token-in-context, word-family, concept, positional, unresolved or insufficient
+      (``semantics_classes``), and how it comes to the end: maintaining, shifting, grouping, splitting, death or other
+      (``semantics_patterns``). The null chain's patterns stand beside, where semantics was run on it
+      (``saetrack analyze TRACK/controls/null-chain-0``).
+
     Turnover between a checkpoint and the one before it in LLM steps is ``1 - Jaccard`` of a feature's two sets of top
     positions, over features that fire at both; the interval is a bootstrap over features. It has two nulls, each the
     mean over features of 10 seeded draws. *Other feature*: the set after is that of another feature drawn at random
@@ -70,8 +81,8 @@ class Semantics(SweepAnalysis):
         right: Tokens shown after it.
         examples: Features in the figure of examples, drawn at random among those that fire at 25 positions or more
             at the last snapshot.
-        bootstrap: Bootstrap replicates.
-        seed: Of the nulls, the bootstrap and the draw of examples.
+        seed: Of the nulls, the random sets, the bootstrap and the draw of examples.
+        thresholds: Of the classes.
     """
 
     def __init__(
@@ -82,8 +93,8 @@ class Semantics(SweepAnalysis):
         left: int = 10,
         right: int = 5,
         examples: int = 12,
-        bootstrap: int = 500,
         seed: int = 0,
+        thresholds: SemanticThresholds = SemanticThresholds(),
     ) -> None:
         self.settings = {
             "selection_rows": selection_rows,
@@ -92,10 +103,9 @@ class Semantics(SweepAnalysis):
             "left": left,
             "right": right,
             "examples": examples,
-            "bootstrap": bootstrap,
             "seed": seed,
         }
-        for name in ("selection_rows", "evaluation_rows", "contexts", "bootstrap"):
+        for name in ("selection_rows", "evaluation_rows", "contexts"):
             if self.settings[name] < 1:
                 raise ValueError(f"{name} is {self.settings[name]}; expected 1 or more.")
         for name in ("left", "right", "examples", "seed"):
@@ -103,14 +113,16 @@ class Semantics(SweepAnalysis):
                 raise ValueError(f"{name} is {self.settings[name]}; expected 0 or more.")
         self.selection_rows, self.evaluation_rows = selection_rows, evaluation_rows
         self.contexts, self.left, self.right = contexts, left, right
-        self.examples, self.bootstrap, self.seed = examples, bootstrap, seed
+        self.examples, self.seed, self.thresholds = examples, seed, thresholds
 
     def begin(self, track: Track) -> Probe:
         """Forget what was seen; ask for the rows."""
         self._track = track
-        self._seen: dict[int, _Seen] = {}
+        self._seen: dict[int, _Seen] = {}  # by place in the track: a null chain has one LLM step many times
+        self._steps: dict[int, int] = {}
+        self._meaning: Meaning | None = None
         self._selection: tuple[TokenRows, Integers] | None = None
-        return Probe(self.selection_rows, self.evaluation_rows)
+        return Probe(self.selection_rows, self.evaluation_rows, embeddings=True)
 
     def observe(self, snapshot: Snapshot, observation: Observation) -> None:
         """Reduce one checkpoint to statistics by feature, top positions and the activations around them."""
@@ -119,10 +131,25 @@ class Semantics(SweepAnalysis):
         assert evaluation is not None
         self._selection = (selection.rows, selection.positions)
         self._rows_read = {"selection": len(selection.rows.tokens), "evaluation": len(evaluation.rows.tokens)}
+        if self._meaning is None:  # the last snapshot comes first
+            self._strings = token_strings(
+                self._track.tokenizer(), np.union1d(selection.rows.tokens, evaluation.rows.tokens)
+            )
+            assert observation.embeddings is not None
+            self._meaning = Meaning(
+                self.thresholds,
+                Vocabulary.of(self._strings.tolist()),
+                observation.embeddings[: len(self._strings)].numpy(),
+                selection,
+                evaluation,
+                self.seed,
+            )
+        self._steps[snapshot.position] = snapshot.step
+        self._meaning.observe(snapshot.position, selection, evaluation)
         statistics = token_statistics(selection.latents, selection.tokens)
         shuffled = np.random.default_rng([self.seed, 0]).permutation(selection.tokens)
         top, values = top_positions(selection.latents, selection.documents, self.contexts)
-        self._seen[snapshot.step] = _Seen(
+        self._seen[snapshot.position] = _Seen(
             statistics=statistics,
             evaluation_share=token_share(evaluation.latents, evaluation.tokens, statistics.top_token),
             shuffled_entropy=token_statistics(selection.latents, shuffled).entropy,
@@ -135,25 +162,36 @@ class Semantics(SweepAnalysis):
         """Tables of features, contexts and checkpoints, and two figures."""
         if self._selection is None:
             raise RuntimeError("Semantics.finish was called before observe: nothing was seen yet.")
-        steps = sorted(self._seen)
+        assert self._meaning is not None
+        places = sorted(self._seen)
+        steps = [self._steps[place] for place in places]
         rows, positions = self._selection
-        strings = _token_strings(self._track.tokenizer(), np.unique(rows.tokens))
-        features = pd.concat([self._feature_table(step, strings) for step in steps], ignore_index=True)
-        contexts = pd.concat([self._context_table(step, strings) for step in steps], ignore_index=True)
-        turnover = self._turnovers(steps, rows.tokens[positions[:, 0], positions[:, 1]])
-        features["turnover"] = turnover.pop("by_feature")[_index(features, steps)]
-        by_step = self._step_table(steps, turnover)
+        features = pd.concat([self._feature_table(place) for place in places], ignore_index=True)
+        contexts = pd.concat([self._context_table(place) for place in places], ignore_index=True)
+        tops = [self._seen[place].top for place in places]
+        tokens = rows.tokens[positions[:, 0], positions[:, 1]]
+        turnover = turnover_series(tops, tokens, np.random.default_rng([self.seed, 1]), REPLICATES)
+        where = _index(features, places)
+        features["turnover"] = turnover.pop("by_feature")[where]
+        meaning = self._meaning.tables(steps, null_patterns(self._track.path))
+        scores = meaning.pop("meaning").drop(columns=["step", "feature"])
+        scores = scores.iloc[np.ravel_multi_index(where, (len(places), len(tops[0])))]
+        features = pd.concat([features.drop(columns="place"), scores.reset_index(drop=True)], axis=1)
+        by_step = self._step_table(places, turnover)
         examples = self._draw_examples(features)
         settings = {
             **self.settings,
+            "thresholds": asdict(self.thresholds),
             "rows_read": self._rows_read,
             "null_draws": NULL_DRAWS,
             "example_features": examples,
+            "false_concept_share": self._meaning.false_concepts,
         }
         return AnalysisResult(
-            tables={"features": features, "contexts": contexts, "steps": by_step},
+            tables={"features": features, "contexts": contexts, "steps": by_step, **meaning},
             figures={
                 "semantics": semantics_figures.curves(by_step),
+                "classes": semantics_figures.class_shares(meaning["classes"], steps, self._meaning.false_concepts),
                 "examples": semantics_figures.examples(features, steps, examples, self.seed),
             },
             scalars={
@@ -161,8 +199,19 @@ class Semantics(SweepAnalysis):
                 for name in ("firing_features", "n_eff_median", "top_token_share_median", "turnover")
             },
             settings=settings,
-            summary=_summary(by_step),
+            summary=_summary(by_step) + self._class_summary(meaning["classes"]),
         )
+
+    def _class_summary(self, classes: pd.DataFrame) -> str:
+        assert self._meaning is not None
+        last = classes.tail(classes["class"].nunique())
+        if not last["features"].sum():
+            return ""
+        shares = ", ".join(
+            f"{row.share:.0%} {kind}" for kind, row in zip(last["class"], last.itertuples(), strict=True)
+        )
+        false = self._meaning.false_concepts
+        return f" In the end {shares}; with the text permuted {false:.1%} would be called a concept."
 
     def _windows(self, selection: SplitObservation, top: Integers) -> Floats:
         """Activations of the feature around its top positions ``[N, w]``; NaN beyond the row and at BOS."""
@@ -177,12 +226,13 @@ class Semantics(SweepAnalysis):
         values = values_at(selection.latents, position, feature[:, None])
         return np.where(position >= 0, values, np.float32(np.nan))
 
-    def _feature_table(self, step: int, strings: NDArray[np.object_]) -> pd.DataFrame:
-        seen, statistics = self._seen[step], self._seen[step].statistics
+    def _feature_table(self, place: int) -> pd.DataFrame:
+        seen, statistics, strings = self._seen[place], self._seen[place].statistics, self._strings
         feature = np.flatnonzero(statistics.firing_positions)
         return pd.DataFrame(
             {
-                "step": step,
+                "place": place,
+                "step": self._steps[place],
                 "feature": feature,
                 "firing_positions": statistics.firing_positions[feature],
                 "max_activation": seen.values[feature, 0],
@@ -196,10 +246,10 @@ class Semantics(SweepAnalysis):
             }
         )
 
-    def _context_table(self, step: int, strings: NDArray[np.object_]) -> pd.DataFrame:
+    def _context_table(self, place: int) -> pd.DataFrame:
         assert self._selection is not None
         rows, positions = self._selection
-        seen = self._seen[step]
+        seen, strings = self._seen[place], self._strings
         feature, rank = np.nonzero(seen.top >= 0)
         row, column = positions[seen.top[feature, rank]].T
         columns = column[:, None] + np.arange(-self.left, self.right + 1)
@@ -209,7 +259,7 @@ class Semantics(SweepAnalysis):
         end = np.minimum(width - column + self.left, columns.shape[1])
         return pd.DataFrame(
             {
-                "step": step,
+                "step": self._steps[place],
                 "feature": feature,
                 "rank": rank,
                 "document": rows.documents[row, column],
@@ -223,40 +273,10 @@ class Semantics(SweepAnalysis):
             }
         )
 
-    def _turnovers(self, steps: list[int], tokens: Integers) -> dict[str, Any]:
-        """Turnover into each step with its interval and nulls, arrays ``[T]``, and by feature ``[T, F]``."""
-        rng = np.random.default_rng([self.seed, 1])
-        tops = [self._seen[step].top for step in steps]
-        by_feature = np.full((len(steps), len(tops[0])), np.nan)
-        nulls = {name: np.full((len(steps), NULL_DRAWS), np.nan) for name in ("other_feature", "same_tokens")}
-        for t in range(1, len(steps)):
-            by_feature[t] = turnover(tops[t - 1], tops[t])
-            both = np.flatnonzero(np.isfinite(by_feature[t]))
-            if len(both) < 2:
-                continue
-            before, after = tops[t - 1][both], tops[t][both]
-            for draw in range(NULL_DRAWS):
-                shift = rng.integers(1, len(both))
-                order = rng.permutation(len(both))
-                other = after[order][np.roll(np.arange(len(both)), shift)][
-                    np.argsort(order)
-                ]  # never the feature itself
-                nulls["other_feature"][t, draw] = turnover(before, other).mean()
-                nulls["same_tokens"][t, draw] = turnover(before, same_tokens(before, tokens, rng)).mean()
-        mean, low, high = bootstrap_means(by_feature, rng, self.bootstrap)
-        return {
-            "by_feature": by_feature,
-            "turnover": mean,
-            "turnover_low": low,
-            "turnover_high": high,
-            "features_compared": np.isfinite(by_feature).sum(axis=1),
-            **{f"turnover_{name}": draws.mean(axis=1) for name, draws in nulls.items()},
-        }
-
-    def _step_table(self, steps: list[int], turnovers: dict[str, Any]) -> pd.DataFrame:
-        seen = [self._seen[step] for step in steps]
+    def _step_table(self, places: list[int], turnovers: dict[str, Any]) -> pd.DataFrame:
+        seen = [self._seen[place] for place in places]
         columns: dict[str, Any] = {
-            "step": steps,
+            "step": [self._steps[place] for place in places],
             "firing_features": [int((s.statistics.firing_positions > 0).sum()) for s in seen],
         }
         series = {
@@ -275,7 +295,7 @@ class Semantics(SweepAnalysis):
                 columns[f"{name}_{suffix}"] = [q[place] for q in quartiles]
         entropy = np.stack([s.statistics.entropy for s in seen])
         rng = np.random.default_rng([self.seed, 2])
-        for suffix, values in zip(("", "_low", "_high"), bootstrap_means(entropy, rng, self.bootstrap), strict=True):
+        for suffix, values in zip(("", "_low", "_high"), bootstrap_means(entropy, rng, REPLICATES), strict=True):
             columns[f"entropy_mean{suffix}"] = values
         return pd.DataFrame({**columns, **turnovers})
 
@@ -286,69 +306,8 @@ class Semantics(SweepAnalysis):
         return [int(feature) for feature in np.sort(drawn)]
 
 
-def turnover(before: Integers, after: Integers) -> Floats:
-    """``1 - Jaccard`` of two sets of positions, for every feature.
-
-    Args:
-        before: ``[F, k]``, distinct positions in each row; -1 for none.
-        after: ``[F, k]``, likewise.
-
-    Returns:
-        ``[F]``; NaN where either set is empty.
-
-    Example:
-        >>> turnover(np.array([[3, 5], [4, -1]]), np.array([[5, 9], [-1, -1]])).tolist()
-        [0.6666666666666667, nan]
-    """
-    sizes = [(part >= 0).sum(axis=1) for part in (before, after)]
-    merged = np.sort(np.hstack([before, np.where(after >= 0, after, -2)]), axis=1)
-    shared = ((merged[:, 1:] == merged[:, :-1]) & (merged[:, 1:] >= 0)).sum(axis=1)
-    known = (sizes[0] > 0) & (sizes[1] > 0)
-    union = np.where(known, sizes[0] + sizes[1] - shared, 1)
-    result: Floats = np.where(known, 1 - shared / union, np.nan)
-    return result
-
-
-def same_tokens(positions: Integers, tokens: Integers, rng: np.random.Generator) -> Integers:
-    """Random sets of positions with the same tokens: for each feature, as many positions of each token, all distinct.
-
-    Args:
-        positions: ``[F, k]``; -1 for none.
-        tokens: Token at every position, ``[P]``.
-        rng: Source of the draw.
-
-    Returns:
-        ``[F, k]``; -1 for none.
-    """
-    shuffled = rng.permutation(len(tokens))
-    by_token = shuffled[np.argsort(tokens[shuffled], kind="stable")]  # positions by token, in random order within each
-    ordered = np.sort(np.where(positions >= 0, tokens[positions], -1), axis=1)  # [F, k]
-    starts = np.searchsorted(tokens[by_token], ordered)
-    counts = np.searchsorted(tokens[by_token], ordered, side="right") - starts
-    place = np.broadcast_to(np.arange(ordered.shape[1]), ordered.shape)
-    begins = np.ones(ordered.shape, dtype=bool)
-    begins[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    rank = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)  # among equal tokens of the feature
-    offset = (rng.random((len(ordered), 1)) * counts).astype(np.int64)
-    drawn = by_token[np.minimum(starts + (offset + rank) % np.maximum(counts, 1), len(tokens) - 1)]
-    result: Integers = np.where(ordered >= 0, drawn, -1)
-    return result
-
-
-def _token_strings(tokenizer: Any, ids: Integers) -> NDArray[np.object_]:
-    """Text of the token ids in ``ids``, at their own index; spaces as spaces, broken UTF-8 as the raw token."""
-    strings = np.full(int(ids.max()) + 1, "", dtype=object)
-    raws = tokenizer.convert_ids_to_tokens([int(i) for i in ids])
-    for i, raw in zip(ids, raws, strict=True):
-        text = tokenizer.decode([int(i)], clean_up_tokenization_spaces=False)
-        # SentencePiece marks a space with U+2581 and drops it when it decodes a single token
-        text = f" {text}" if str(raw).startswith("\u2581") and not text.startswith(" ") else text
-        strings[i] = str(raw) if not text or "\ufffd" in text else text
-    return strings
-
-
-def _index(features: pd.DataFrame, steps: list[int]) -> tuple[Integers, Integers]:
-    return np.searchsorted(steps, features["step"].to_numpy()), features["feature"].to_numpy()
+def _index(features: pd.DataFrame, places: list[int]) -> tuple[Integers, Integers]:
+    return np.searchsorted(places, features["place"].to_numpy()), features["feature"].to_numpy()
 
 
 def _summary(table: pd.DataFrame) -> str:

@@ -55,6 +55,27 @@ def curves(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def class_shares(table: pd.DataFrame, steps: list[int], false_concepts: float) -> Figure:
+    """Share of each class by LLM step as stacked areas, with the share of false concepts on permuted text.
+
+    Args:
+        table: The analysis' table ``classes``.
+        steps: The track's LLM steps.
+        false_concepts: Of the instrument, at the last step.
+    """
+    figure, (ax,) = figures.small_multiples(1, panel_width=5.6, panel_height=3.5)
+    names = list(dict.fromkeys(table["class"]))
+    shares = table["share"].to_numpy().reshape(len(steps), len(names)).T
+    ax.stackplot(figures.step_position(steps), np.nan_to_num(shares), labels=names, colors=figures.PALETTE, alpha=0.85)
+    ax.set_ylim(0, 1)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    title = f"What features are features of (false concepts: {false_concepts:.1%})"
+    figures.describe(ax, title=title, ylabel="share of features that fire enough")
+    figures.step_axis(ax, steps)
+    figures.legend(ax, columns=3)
+    return figure
+
+
 def examples(table: pd.DataFrame, steps: list[int], features: list[int], seed: int) -> Figure:
     """Top token of some features at every checkpoint, shaded by its share of the feature's activation."""
     figure = Figure(

@@ -26,6 +26,7 @@ import torch
 from saetrack.lm.checkpoints import load_llm
 from saetrack.lm.forward import read_activations
 from saetrack.lm.tokens import TokenRows
+from saetrack.lm.unembedding import read_unembedding
 from saetrack.sae import SAE
 from saetrack.track import Snapshot, Track
 
@@ -44,7 +45,8 @@ def run_analyses(
     """Run analyses on a track and save each result under ``analyses/NAME`` of the track as soon as it is there.
 
     Those that need only the track run first. The others share one sweep over the LLM checkpoints, the last snapshot
-    first and the others in the order of the track. An analysis that raises is left out from there on; the others go on.
+    first and the others in the order of the track. Those that read the results of others run last. An
+    analysis that raises is left out from there on; the others go on.
 
     Args:
         track: The track, with at least one snapshot.
@@ -63,7 +65,7 @@ def run_analyses(
     _check(track, analyses, rows_per_batch)
     runs = _Runs(track)
     for name, analysis in analyses.items():
-        if isinstance(analysis, Analysis):
+        if isinstance(analysis, Analysis) and not analysis.reads_results:
             runs.finish(name, partial(analysis.run, track))
     sweeping = {name: a for name, a in analyses.items() if isinstance(a, SweepAnalysis)}
     probes: dict[str, Probe] = {}
@@ -73,6 +75,9 @@ def run_analyses(
             probes[name] = probe
     if probes:
         _sweep(track, {name: sweeping[name] for name in probes}, probes, runs, torch.device(device), rows_per_batch)
+    for name, analysis in analyses.items():
+        if isinstance(analysis, Analysis) and analysis.reads_results:
+            runs.finish(name, partial(analysis.run, track))
     runs.raise_failures()
     return {name: runs.results[name] for name in analyses}
 
@@ -143,16 +148,23 @@ def _sweep(
         "evaluation": max(probe.evaluation_rows for probe in probes.values()),
     }
     rows = {split: _first_rows(track.tokens(split), n) for split, n in wanted.items() if n}
-    reader = _Reader(track.facts["hookpoint"], track.facts["llm_dtype"], device, rows_per_batch)
+    reader = _Reader(
+        track.facts["hookpoint"],
+        track.facts["llm_dtype"],
+        device,
+        rows_per_batch,
+        embeddings=any(probe.embeddings for probe in probes.values()),
+        unembedding=any(probe.unembedding for probe in probes.values()),
+    )
     order = [len(track) - 1, *range(len(track) - 1)]
     for number, index in enumerate(order, start=1):
         snapshot = track[index]
         logger.info("LLM checkpoint %d of %d (step %d)", number, len(order), snapshot.step)
-        splits = reader.read(snapshot, rows)
+        whole = reader.read(snapshot, rows)
         for name, analysis in analyses.items():
             if name not in runs.failures:
-                runs.attempt(name, partial(analysis.observe, snapshot, _part(splits, probes[name])))
-        del splits
+                runs.attempt(name, partial(analysis.observe, snapshot, _part(whole, probes[name])))
+        del whole
         if all(name in runs.failures for name in analyses):
             return
     for name, analysis in analyses.items():
@@ -172,14 +184,21 @@ class _Reader:
     dtype: str
     device: torch.device
     rows_per_batch: int
+    embeddings: bool
+    unembedding: bool
 
-    def read(self, snapshot: Snapshot, rows: Mapping[str, TokenRows]) -> dict[str, SplitObservation]:
+    def read(self, snapshot: Snapshot, rows: Mapping[str, TokenRows]) -> Observation:
         """Load the snapshot's LLM checkpoint and run all rows through it and the SAE."""
-        if not rows:
-            return {}
+        if not (rows or self.embeddings or self.unembedding):
+            return Observation()
         model = load_llm(snapshot.llm, dtype=self.dtype, device=self.device)
         sae = snapshot.sae().to(self.device)
-        return {split: self._read_split(model, sae, split_rows) for split, split_rows in rows.items()}
+        splits = {split: self._read_split(model, sae, split_rows) for split, split_rows in rows.items()}
+        return Observation(
+            **splits,
+            embeddings=model.get_input_embeddings().weight.detach().float().cpu() if self.embeddings else None,
+            unembedding=read_unembedding(model) if self.unembedding else None,
+        )
 
     @torch.inference_mode()
     def _read_split(self, model: Any, sae: SAE, rows: TokenRows) -> SplitObservation:
@@ -208,13 +227,19 @@ def _join(batches: list[scipy.sparse.csr_array], d_sae: int) -> scipy.sparse.csr
     return joined
 
 
-def _part(splits: Mapping[str, SplitObservation], probe: Probe) -> Observation:
+def _part(whole: Observation, probe: Probe) -> Observation:
     """What one analysis asked for: the first rows of what was read, without copying."""
-    wanted = {"selection": probe.selection_rows, "evaluation": probe.evaluation_rows}
-    return Observation(**{split: _head(splits[split], n) for split, n in wanted.items() if n})
+    return Observation(
+        selection=_head(whole.selection, probe.selection_rows),
+        evaluation=_head(whole.evaluation, probe.evaluation_rows),
+        embeddings=whole.embeddings if probe.embeddings else None,
+        unembedding=whole.unembedding if probe.unembedding else None,
+    )
 
 
-def _head(whole: SplitObservation, rows: int) -> SplitObservation:
+def _head(whole: SplitObservation | None, rows: int) -> SplitObservation | None:
+    if whole is None or rows == 0:
+        return None
     if rows >= len(whole.rows.tokens):
         return whole
     count = int(np.searchsorted(whole.positions[:, 0], rows))

@@ -8,6 +8,7 @@ from saetrack.lm.checkpoints import (
     ListSource,
     LLMCheckpoint,
     PretrainSource,
+    RepositoriesSource,
     commit_sha,
     load_llm,
     release_memory,
@@ -23,6 +24,7 @@ from saetrack.lm.forward import (
     resolve_hookpoint,
 )
 from saetrack.lm.tokens import TokenizedCorpus, TokenRows, tokenize_corpus
+from saetrack.lm.unembedding import read_unembedding
 
 __all__ = [
     "AuditRow",
@@ -34,6 +36,7 @@ __all__ = [
     "LLMCheckpoint",
     "ListSource",
     "PretrainSource",
+    "RepositoriesSource",
     "StdlibCorpus",
     "TextCorpus",
     "TokenRows",
@@ -48,6 +51,7 @@ __all__ = [
     "next_token_losses",
     "problems",
     "read_activations",
+    "read_unembedding",
     "release_memory",
     "resolve_hookpoint",
     "source_from_string",

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from saetrack.lm import files
-from saetrack.lm.checkpoints import CheckpointSource, LLMCheckpoint, commit_sha
+from saetrack.lm.checkpoints import CheckpointSource, LLMCheckpoint, commit_sha, weight_hash
 from saetrack.lm.loading import fingerprint
+from saetrack.lm.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class AuditRow:
         commit: The commit of its revision; None for a folder.
         weight_hash: As ``weight_hash``; None when ``fault`` is set.
         equal_to: Step of the first checkpoint of the series with the same weights; None when there is no earlier one.
-        fault: Why it cannot be loaded: weights missing, incomplete or truncated; None when it can.
+        fault: Why it cannot be loaded: weights or config.json missing, incomplete or truncated; None when it can.
+        is_main: Whether it serves the weights of its repository's ``main`` although a later checkpoint follows.
     """
 
     checkpoint: LLMCheckpoint
@@ -29,10 +31,11 @@ class AuditRow:
     weight_hash: str | None
     equal_to: int | None
     fault: str | None
+    is_main: bool = False
 
 
 def audit(checkpoints: Sequence[LLMCheckpoint]) -> list[AuditRow]:
-    """Look at the weights of every checkpoint, without loading any.
+    """Look at the weights of every checkpoint, without loading any, and at those of ``main`` beside them.
 
     Files in folders are read once to hash them; on the Hub their hashes are asked for, and nothing is downloaded.
 
@@ -45,12 +48,19 @@ def audit(checkpoints: Sequence[LLMCheckpoint]) -> list[AuditRow]:
 def problems(rows: Sequence[AuditRow]) -> list[str]:
     """One line for each thing that is wrong: faults, which stop a run, then repeated weights, which may be meant."""
     faults = [f"The LLM checkpoint of {row.checkpoint} cannot be used. {row.fault}" for row in rows if row.fault]
-    return faults + [
+    of_main = [
+        f"The LLM checkpoint of {row.checkpoint} has the weights of main, the finished LLM, so it is not what its name "
+        f"says. Leave it out."
+        for row in rows
+        if row.is_main
+    ]
+    repeated = [
         f"The LLM checkpoint of {row.checkpoint} has the same weights as that of step {row.equal_to}: between them "
         f"nothing can drift. Leave one out, or keep both as a null."
         for row in rows
-        if row.equal_to is not None
+        if row.equal_to is not None and not row.is_main
     ]
+    return faults + of_main + repeated
 
 
 def format_audit(rows: Sequence[AuditRow]) -> str:
@@ -62,7 +72,7 @@ def format_audit(rows: Sequence[AuditRow]) -> str:
                 *_columns(row.checkpoint),
                 (row.commit or "-")[:10],
                 "ok" if row.fault is None else "FAULT",
-                "-" if row.equal_to is None else f"step {row.equal_to}",
+                ", ".join([*["main"][: row.is_main], *[f"step {s}" for s in [row.equal_to] if s is not None]]) or "-",
             ]
             for row in rows
         ],
@@ -70,35 +80,69 @@ def format_audit(rows: Sequence[AuditRow]) -> str:
     return "\n".join([table, *(["", *problems(rows)] if problems(rows) else [])])
 
 
-def describe_checkpoints(source: CheckpointSource, audit: bool = False) -> str:
+def describe_checkpoints(source: CheckpointSource, audit: bool = False, select: str = "all") -> str:
     """What ``saetrack checkpoints SOURCE`` prints: the series as a plain text table.
 
     Args:
         source: The series.
         audit: Also look at the weights, as ``audit`` does.
+        select: Which of them, as ``Selection`` reads it.
 
     Raises:
         FileNotFoundError: If the source holds nothing.
-        ValueError: If its steps are not in order.
+        ValueError: If its steps are not in order, or ``select`` is no choice among them.
     """
-    series = source.checkpoints()
+    series = Selection(select).of(source.checkpoints())
     if audit:
-        return format_audit(_audited(series))
+        return f"{format_audit(_audited(series))}\n\n{_describe_tokenizer(source, series)}"
     return _table(["step", "tokens", "LLM checkpoint"], [_columns(checkpoint) for checkpoint in series])
 
 
 def _audited(checkpoints: Sequence[LLMCheckpoint]) -> list[AuditRow]:
     first: dict[str, int] = {}
     rows: list[AuditRow] = []
+    main = _main_hashes(checkpoints)
+    # the last one may well be the finished LLM
+    last = max((checkpoint.step for checkpoint in checkpoints), default=0)
     for checkpoint in checkpoints:
         try:
-            commit, digest = commit_sha(checkpoint), fingerprint(checkpoint)
+            commit, digest = commit_sha(checkpoint), _loadable(checkpoint)
         except (FileNotFoundError, ValueError) as error:
             rows.append(AuditRow(checkpoint, None, None, None, str(error)))
             continue
-        rows.append(AuditRow(checkpoint, commit, digest, first.get(digest), None))
+        is_main = checkpoint.step < last and digest == main.get(checkpoint.model)
+        rows.append(AuditRow(checkpoint, commit, digest, first.get(digest), None, is_main))
         first.setdefault(digest, checkpoint.step)
     return rows
+
+
+def _loadable(checkpoint: LLMCheckpoint) -> str:
+    """The fingerprint of the weights, once there is a configuration to load them with."""
+    digest = fingerprint(checkpoint)
+    if "config.json" not in files.file_names(checkpoint.model, checkpoint.revision, checkpoint.cache_dir):
+        raise FileNotFoundError(
+            f"{files.label(checkpoint.model, checkpoint.revision)} has weights but no config.json, which says what LLM "
+            f"they are of. Put that of another checkpoint beside them, or leave this one out."
+        )
+    return digest
+
+
+def _main_hashes(checkpoints: Sequence[LLMCheckpoint]) -> dict[str, str | None]:
+    """Fingerprint of ``main`` by repository; None where main has no weights, or they cannot be reached."""
+    repos = {c.model: c.cache_dir for c in checkpoints if c.revision not in (None, "main")}
+    return {repo: weight_hash(LLMCheckpoint(repo, "main", 0, cache_dir=cache)) for repo, cache in repos.items()}
+
+
+def _describe_tokenizer(source: CheckpointSource, series: Sequence[LLMCheckpoint]) -> str:
+    without = sum(not files.has_tokenizer(c.model, c.revision, c.cache_dir) for c in series)
+    try:
+        name, revision = source.tokenizer_name
+    except FileNotFoundError as error:
+        return str(error)
+    if not files.has_tokenizer(name, revision, series[-1].cache_dir):
+        return f"There is no tokenizer in {files.label(name, revision)}. Name one as `tokenizer` of the source."
+    absent = f"; {without} of {len(series)} LLM checkpoints have none of their own" if without else ""
+    return f"The tokenizer of the whole series is that of {files.label(name, revision)}{absent}."
 
 
 def _columns(checkpoint: LLMCheckpoint) -> list[str]:

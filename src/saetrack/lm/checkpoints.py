@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Optional
 
 from saetrack.lm import files
 from saetrack.lm.loading import LLMCheckpoint, commit_sha, load_llm, release_memory, weight_hash
+from saetrack.lm.names import Family, NamedStep, family_of, parse_name, parse_repo_id, series_of_names, tokens_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ __all__ = [
     "LLMCheckpoint",
     "ListSource",
     "PretrainSource",
+    "RepositoriesSource",
     "commit_sha",
     "load_llm",
     "release_memory",
@@ -34,7 +36,6 @@ __all__ = [
     "weight_hash",
 ]
 
-_STEP_NAME = re.compile(r"(?:step|checkpoint)[-_]?(\d+)", re.IGNORECASE)
 _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 
 
@@ -74,6 +75,8 @@ class CheckpointSource(ABC):
 class FolderSource(CheckpointSource):
     """A folder of Hugging Face checkpoints: ``step*``, as ``saetrack pretrain`` writes them, or ``checkpoint-*``.
 
+    Every name that ``saetrack.lm.names`` reads will do; folders with other names are left out.
+
     Args:
         path: The folder that holds ``step0``, ``step1``, ... or ``checkpoint-500``, ``checkpoint-1000``, ...
         tokenizer: Folder or repository of the tokenizer. By default that of the last checkpoint that has one, or the
@@ -96,16 +99,17 @@ class FolderSource(CheckpointSource):
                 f"{self.path} is not a folder. Give the one that holds the LLM checkpoints step0, step1, ... as `path`."
             )
         folders = {path.name: path for path in sorted(self.path.iterdir()) if path.is_dir()}
-        steps = _steps(folders)
-        if not steps:
+        series = _named_steps(folders, str(self.path), "Move one of them elsewhere.")
+        if not series:
             one = (self.path / "config.json").is_file()
             found = ", ".join(list(folders)[:6]) or "no folders"
             raise FileNotFoundError(
                 f"{self.path} holds no LLM checkpoints: expected folders named step{{N}} or checkpoint-{{N}}, found "
                 + ("one model; give the folder above it." if one else f"{found}. Check `path`, or use a ListSource.")
             )
-        _refuse_duplicates(steps, str(self.path), "Move one of them elsewhere.")
-        return [LLMCheckpoint(str(folders[name]), None, step, _tokens_seen(folders[name])) for step, name in steps]
+        return [
+            LLMCheckpoint(str(folders[n.name]), None, n.step, _tokens_seen(folders[n.name]) or n.tokens) for n in series
+        ]
 
     @property
     def tokenizer_name(self) -> tuple[str, str | None]:
@@ -125,8 +129,8 @@ class FolderSource(CheckpointSource):
 class HubSource(CheckpointSource):
     """A repository on the Hub with a branch for every checkpoint, such as Pythia's ``step1000``.
 
-    CRFM's ``checkpoint-1000`` is read as well. Branches with other names, ``main`` among them, are skipped. Without a
-    network the revisions in the Hub's cache are the series.
+    The names of the usual families are read (``saetrack.lm.names``); branches with other names, ``main`` among them,
+    are skipped. Without a network the revisions in the Hub's cache are the series.
 
     Args:
         repo: The repository, such as ``EleutherAI/pythia-160m-deduped``.
@@ -136,7 +140,8 @@ class HubSource(CheckpointSource):
         cache_dir: The Hub's cache, where it is not the one that ``HF_HOME`` names. Reading a track later needs
             ``HF_HUB_CACHE`` set to it.
         tokens_per_step: Tokens in a batch of the LLM's training (2_097_152 for Pythia), which gives every checkpoint
-            its number of tokens.
+            its number of tokens. By default what is known of the repository.
+        ingredient: Which of several parallel branches of a stage to take, such as OLMo 2's ``stage2-ingredient1-...``.
     """
 
     def __init__(
@@ -147,6 +152,7 @@ class HubSource(CheckpointSource):
         tokenizer_revision: str | None = None,
         cache_dir: str | Path | None = None,
         tokens_per_step: int | None = None,
+        ingredient: int | None = None,
     ) -> None:
         self.repo = repo
         self._revisions = revisions
@@ -154,6 +160,7 @@ class HubSource(CheckpointSource):
         self._tokenizer_revision = tokenizer_revision
         self._cache_dir = None if cache_dir is None else str(cache_dir)
         self._tokens_per_step = tokens_per_step
+        self._ingredient = ingredient
 
     def checkpoints(self) -> list[LLMCheckpoint]:
         """The revisions, sorted by the number in their names.
@@ -163,32 +170,29 @@ class HubSource(CheckpointSource):
             ValueError: If no revision names a step, two name the same one, or a chosen step has none.
         """
         names = self._revisions if self._revisions is not None else files.hub_branches(self.repo, self._cache_dir)
-        steps = _steps(names)
-        if self._revisions is not None and len(steps) < len(names):
-            odd = next(name for name in names if not _STEP_NAME.fullmatch(name))
+        family = family_of(self.repo, self._tokens_per_step)
+        advice = "Name the ones to take as `revisions`."
+        series = _named_steps(names, self.repo, advice, family, self._ingredient)
+        odd = next((name for name in self._revisions or [] if parse_name(name) is None), None)
+        if odd is not None:
             raise ValueError(
                 f"Revision {odd!r} of {self.repo} does not say its step: expected step{{N}} or checkpoint-{{N}} in "
                 f"`revisions`. Name it with its step in a ListSource instead."
             )
-        if not steps:
+        if not series:
             raise ValueError(
                 f"{self.repo} has no revision named step{{N}} or checkpoint-{{N}}, only {', '.join(names[:6])}. "
                 f"Name its checkpoints with their steps in a ListSource instead."
             )
-        _refuse_duplicates(steps, self.repo, "Name the ones to take as `revisions`.")
         if self._chosen is not None:
-            missing = sorted(set(self._chosen) - {step for step, _ in steps})
+            missing = sorted(set(self._chosen) - {named.step for named in series})
             if missing:
                 raise ValueError(
                     f"{self.repo} has no checkpoint of step {missing[0]}, which `steps` asks for ({len(missing)} of "
                     f"{len(self._chosen)} are missing). `saetrack checkpoints {self.repo}` lists what there is."
                 )
-            steps = [(step, name) for step, name in steps if step in set(self._chosen)]
-        rate = self._tokens_per_step
-        return [
-            LLMCheckpoint(self.repo, name, step, None if rate is None else rate * step, self._cache_dir)
-            for step, name in steps
-        ]
+            series = [named for named in series if named.step in set(self._chosen)]
+        return [LLMCheckpoint(self.repo, named.name, named.step, named.tokens, self._cache_dir) for named in series]
 
     @property
     def tokenizer_name(self) -> tuple[str, str | None]:
@@ -243,6 +247,30 @@ class ListSource(CheckpointSource):
         )
 
 
+class RepositoriesSource(ListSource):
+    """Repositories on the Hub that hold one checkpoint each, such as TinyLlama's and the MultiBERTs'.
+
+    Args:
+        repos: Their names, which say the steps, in any order: ``TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T``.
+        tokenizer: Repository of the tokenizer. By default that of the last checkpoint that has one.
+
+    Raises:
+        ValueError: If a name does not say its step, or two say the same one.
+    """
+
+    def __init__(self, repos: list[str], tokenizer: str | None = None) -> None:
+        series = []
+        for repo in repos:
+            parsed = parse_repo_id(repo)
+            if parsed is None:
+                raise ValueError(
+                    f"The repository {repo!r} does not say its step: expected a name like org/llm-step-20k in `repos`. "
+                    f"Name it with its step in a ListSource instead."
+                )
+            series.append(LLMCheckpoint(repo, None, parsed.step, tokens_of(parsed, family_of(repo))))
+        super().__init__(sorted(series, key=lambda checkpoint: checkpoint.step), tokenizer)
+
+
 class PretrainSource(CheckpointSource):
     """A folder that a small LLM is pretrained into when it is empty or unfinished; from then on a ``FolderSource``.
 
@@ -274,8 +302,12 @@ class PretrainSource(CheckpointSource):
         return self._series.tokenizer_name
 
 
-def source_from_string(text: str) -> CheckpointSource:
+def source_from_string(text: str, ingredient: int | None = None) -> CheckpointSource:
     """The source that a word on the command line means: an existing folder, or a repository on the Hub.
+
+    Args:
+        text: The word.
+        ingredient: As of ``HubSource``; a folder has none.
 
     Raises:
         ValueError: If it is neither a folder nor of the form ``org/name``.
@@ -283,23 +315,20 @@ def source_from_string(text: str) -> CheckpointSource:
     if text and Path(text).is_dir():
         return FolderSource(text)
     if _HUB_NAME.fullmatch(text):
-        return HubSource(text)
+        return HubSource(text, ingredient=ingredient)
     raise ValueError(
         f"{text!r} is neither a folder nor a repository on the Hub. Type an existing folder that holds step0, step1, "
         f"..., or a name like EleutherAI/pythia-160m-deduped."
     )
 
 
-def _steps(names: Iterable[str]) -> list[tuple[int, str]]:
-    """(step, name) of the names that say a step, by step: ``step10`` comes after ``step2``."""
-    matches = ((_STEP_NAME.fullmatch(name), name) for name in names)
-    return sorted((int(match[1]), name) for match, name in matches if match)
-
-
-def _refuse_duplicates(steps: Sequence[tuple[int, str]], where: str, advice: str) -> None:
-    for (step, name), (after, other) in pairwise(steps):
-        if step == after:
-            raise ValueError(f"{name} and {other} of {where} are both LLM checkpoints of step {step}. {advice}")
+def _named_steps(
+    names: Iterable[str], where: str, advice: str, family: Family | None = None, ingredient: int | None = None
+) -> list[NamedStep]:
+    try:
+        return series_of_names(names, family, ingredient)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error} {advice}") from error
 
 
 def _tokens_seen(folder: Path) -> int | None:

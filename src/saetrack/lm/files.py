@@ -133,13 +133,17 @@ def commit_of(model: str, revision: str | None, cache_dir: str | Path | None = N
 
 def has_tokenizer(model: str, revision: str | None, cache_dir: str | Path | None = None) -> bool:
     """Whether a checkpoint comes with its tokenizer's vocabulary."""
+    return not TOKENIZER_FILES.isdisjoint(file_names(model, revision, cache_dir))
+
+
+def file_names(model: str, revision: str | None, cache_dir: str | Path | None = None) -> set[str]:
+    """Names of a checkpoint's files; empty where there is no such checkpoint."""
     try:
         remote = None if is_folder(model) else hub_files(model, revision)
     except FileNotFoundError:
-        return False
+        return set()
     folder = local_folder(model, revision, cache_dir)
-    names = remote.sha256.keys() if remote else {path.name for path in folder.iterdir()} if folder else set()
-    return not TOKENIZER_FILES.isdisjoint(names)
+    return set(remote.sha256) if remote else {path.name for path in folder.iterdir()} if folder else set()
 
 
 def weight_digests(model: str, revision: str | None, cache_dir: str | Path | None = None) -> dict[str, str]:

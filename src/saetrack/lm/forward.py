@@ -1,7 +1,8 @@
 """The LLM's forward pass to a hookpoint, with what a module gives there read or replaced.
 
 A hookpoint is the dotted name of any module, such as ``gpt_neox.layers.3`` or ``transformer.h.3.mlp``; the activation
-is that module's output, or the first element where it gives several.
+is that module's output, or the first element where it gives several. ``NAME@LANE`` is the same module again, for one of
+several SAEs on it.
 """
 
 import difflib
@@ -21,6 +22,27 @@ Hook = Callable[[nn.Module, Any, Any], Any]
 
 class _AllReadError(Exception):
     """Ends the forward pass where the last hookpoint has been read."""
+
+
+def module_name(hookpoint: str) -> str:
+    """The module that a hookpoint is the output of: its name without a lane.
+
+    Example:
+        >>> module_name("gpt_neox.layers.3@null-0")
+        'gpt_neox.layers.3'
+    """
+    return hookpoint.partition("@")[0]
+
+
+def lane_numbers(hookpoints: Sequence[str]) -> dict[str, int]:
+    """For each hookpoint, how many before it are of the same module: 0 unless there are lanes.
+
+    Example:
+        >>> lane_numbers(["layers.1@a", "layers.2", "layers.1@b"])
+        {'layers.1@a': 0, 'layers.2': 0, 'layers.1@b': 1}
+    """
+    modules = [module_name(hookpoint) for hookpoint in hookpoints]
+    return {hookpoint: modules[:i].count(modules[i]) for i, hookpoint in enumerate(hookpoints)}
 
 
 def resolve_hookpoint(model: nn.Module, name: str) -> nn.Module:
@@ -54,12 +76,13 @@ def read_activations(model: "PreTrainedModel", tokens: Tensor, hookpoints: Seque
 
     Returns:
         For each hookpoint, in the order given, its activations, shape ``[batch, context, d_in]``, in the LLM's dtype
-        and on its device. Ordinary tensors, which autograd may save: only the LLM itself runs in inference mode.
+        and on its device; the lanes of a module share one tensor. Ordinary tensors, which autograd may save: only the
+        LLM itself runs in inference mode.
 
     Raises:
         ValueError: If a hookpoint is unknown, is not run, or does not give one vector for each token.
     """
-    modules = {name: resolve_hookpoint(model, name) for name in hookpoints}
+    modules = {name: resolve_hookpoint(model, name) for name in map(module_name, hookpoints)}
     if not modules:
         raise ValueError("No hookpoint was given. Name at least one module, such as gpt_neox.layers.3.")
     seen: dict[str, Tensor] = {}
@@ -80,7 +103,7 @@ def read_activations(model: "PreTrainedModel", tokens: Tensor, hookpoints: Seque
         try:
             _run(model, tokens)
         except _AllReadError:
-            return {name: seen[name] for name in modules}
+            return {hookpoint: seen[module_name(hookpoint)] for hookpoint in hookpoints}
     raise ValueError(_not_run([name for name in modules if name not in seen]))
 
 
@@ -120,7 +143,7 @@ def edit_activations(
             )
         return _with_activation(output, edited.to(activation))
 
-    with _hooks([(resolve_hookpoint(model, hookpoint), replace)]):
+    with _hooks([(resolve_hookpoint(model, module_name(hookpoint)), replace)]):
         logits = _run(model, tokens)
     if not ran:
         raise ValueError(_not_run([hookpoint]))

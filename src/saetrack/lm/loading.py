@@ -25,7 +25,9 @@ class LLMCheckpoint:
     Args:
         model: A folder in Hugging Face's format, or a repository on the Hub.
         revision: Branch, tag or commit of the repository; None for a folder.
-        step: Optimizer step of the LLM's training.
+        step: Optimizer step of the LLM's training, which increases over a series: where a later stage counts from 0
+            again, the stages before it are added, and the revision or folder still names the stage and its own step.
+            For families that number their checkpoints (Amber's ``ckpt_042``) it is that number.
         tokens: Tokens that the LLM had seen by then, where it is known.
         cache_dir: The Hub's cache on this machine, where it is not the usual one; no part of what the checkpoint is.
     """

@@ -2,13 +2,14 @@
 
 from .base import SAE, LossTerms
 from .batchtopk import BatchTopKSAE
+from .formats.saelens import save_saelens
 from .gated import GatedSAE
 from .geometric_median import geometric_median
 from .jumprelu import JumpReLUSAE
 from .matryoshka import MatryoshkaSAE
 from .native import Kernels, use_kernels
 from .precision import Precision, resolve_precision
-from .saelens import save_saelens
+from .record import sae_from_record, sae_record
 from .saetrack import SAETrackSAE
 from .standard import StandardSAE
 from .topk import TopKSAE
@@ -27,6 +28,8 @@ __all__ = [
     "TopKSAE",
     "geometric_median",
     "resolve_precision",
+    "sae_from_record",
+    "sae_record",
     "save_saelens",
     "use_kernels",
 ]

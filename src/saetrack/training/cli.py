@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
 from lightning import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import saetrack
 from saetrack.analysis.base import RESULT_FILE
 from saetrack.analysis.sweep import run_analyses
 from saetrack.errors import OneLineErrors
-from saetrack.storage import write_text
+from saetrack.storage import claimed, write_text
 from saetrack.track import Track, tracks_in
-from saetrack.training.callbacks import AnalyzeTrack, ResumeFile, TrackLogger, TrackProgressBar
+from saetrack.training.callbacks import AnalyzeTrack, ResumeFile
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.grid import select_checkpoints
 from saetrack.training.module import SAEModule
+from saetrack.training.progress import TrackProgressBar
 from saetrack.training.scheduler import CheckpointScheduler
+from saetrack.training.track_logger import TrackLogger
 
 _SERIES = ("data", "model", "scheduler")
 """The sections of a configuration that say what the track is; the others say how it is made."""
 
+ADMISSIBLE_RISE = 0.5
+"""Relative rise of FVU after the warm start up to which features kept 90 % of their identity's ceiling where it was
+measured (the density analysis, docs/validation.md)."""
 
 _EXPECTED_WARNINGS = (
     ".*does not have many workers.*",  # the stream is a forward of the LLM in this process; workers would each load it
     ".*LeafSpec.*is deprecated.*",  # lightning's own pytree helper with torch 2.13
+    "LightningCLI.s args parameter is intended to run from within Python.*",  # a control does
     ".*is smaller than the logging interval.*",  # what is logged, and when, is the module's own business
 )
 
@@ -44,37 +53,12 @@ def fit(args: list[str] | None, other_commands: str) -> None:
         args: What was typed after ``saetrack``, or None for the process's own arguments.
         other_commands: What ``saetrack --help`` says below Lightning's own command.
     """
-    # Lightning's news about hardware, tips, and defaults that are set here would bury what a user must read
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in _EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message)
-    FitCLI(
-        SAEModule,
-        ActivationDataModule,
-        args=args,
-        save_config_callback=SaveTrackConfig,
-        save_config_kwargs={"save_to_log_dir": False},
-        parser_class=FitParser,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        parser_kwargs={
-            "prog": "saetrack",
-            "version": saetrack.__version__,
-            "description": "Follow the features of a language model through its training.",
-            "epilog": f"Other commands: {other_commands}",
-        },
-        trainer_defaults={
-            "max_epochs": -1,  # the scheduler sets the real number, one for each stage
-            "reload_dataloaders_every_n_epochs": 1,
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": {"save_dir": "runs", "name": "tensorboard", "version": ""},
-            },
-            "enable_model_summary": False,
-            "callbacks": [TrackLogger()],
-        },
-    )
+    try:
+        with ExitStack() as held:
+            FitCLI(args, SaveTrackConfig, epilog=f"Other commands: {other_commands}", held=held)
+    except SIGTERMException:  # Lightning's is a SystemExit that says nothing and means success
+        sys.stderr.write("saetrack: stopped by SIGTERM. Go on with the same command and `--ckpt_path last`.\n")
+        sys.exit(128 + signal.SIGTERM)
 
 
 class FitParser(OneLineErrors, LightningArgumentParser):
@@ -99,7 +83,54 @@ class SaveTrackConfig(SaveConfigCallback):
 
 
 class FitCLI(LightningCLI):
-    """LightningCLI with one command, ``fit``, and saetrack's sections in its configuration."""
+    """LightningCLI with one command, ``fit``, and saetrack's sections in its configuration.
+
+    Args:
+        args: What was typed after ``saetrack``, None for the process's own arguments, or a parsed configuration.
+        save_config_callback: Keeps the configuration.
+        epilog: Last paragraph of the help.
+        held: Takes what is to be held until the run ends: the claim on its folder.
+    """
+
+    def __init__(
+        self,
+        args: ArgsType,
+        save_config_callback: type[SaveConfigCallback] | None = None,
+        epilog: str = "",
+        held: ExitStack | None = None,
+    ) -> None:
+        self._held = held or ExitStack()
+        # Lightning's news about hardware, tips, and defaults that are set here would bury what a user must read
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        super().__init__(
+            SAEModule,
+            ActivationDataModule,
+            args=args,
+            save_config_callback=save_config_callback,
+            save_config_kwargs={"save_to_log_dir": False},
+            parser_class=FitParser,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "prog": "saetrack",
+                "version": saetrack.__version__,
+                "description": "Follow the features of a language model through its training.",
+                "epilog": epilog,
+            },
+            trainer_defaults={
+                "max_epochs": -1,  # the scheduler sets the real number, one for each stage
+                "reload_dataloaders_every_n_epochs": 1,
+                "logger": {
+                    "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                    "init_args": {"save_dir": "runs", "name": "tensorboard", "version": ""},
+                },
+                "enable_model_summary": False,
+                "callbacks": [TrackLogger()],
+            },
+        )
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -123,10 +154,16 @@ class FitCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Pretrain the LLM if the source asks for it, and say so when the track is complete already."""
+        if not self.trainer.fast_dev_run and self.trainer.is_global_zero:  # type: ignore[attr-defined]
+            self._held.enter_context(claimed(self._scheduler.track_dir))
+            self._leave_if_complete()
+        self._find_resume_file(self._scheduler.track_dir)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, TrackLogger):
+                callback.hold_loggers(self.trainer)
+
+    def _leave_if_complete(self) -> None:
         data, scheduler = self.datamodule, self._scheduler
-        if self.trainer.fast_dev_run or not self.trainer.is_global_zero:  # type: ignore[attr-defined]
-            self._find_resume_file(scheduler.track_dir)
-            return
         data.source.prepare()
         wanted = select_checkpoints(data.source.checkpoints(), scheduler.steps, scheduler.direction)
         tracks = [Track.open(path) for path in tracks_in(scheduler.track_dir)]
@@ -141,7 +178,6 @@ class FitCLI(LightningCLI):
             did = f"ran {', '.join(sorted(set(ran)))}, which had no result yet" if ran else "nothing was changed"
             self._say_summary(f"The track in {scheduler.track_dir} is complete; {did}.")
             sys.exit(0)
-        self._find_resume_file(scheduler.track_dir)
 
     def _run_missing_analyses(self, track: Track) -> list[str]:
         """Run the configured analyses that a killed run did not come to, and give their names."""
@@ -195,6 +231,12 @@ class FitCLI(LightningCLI):
         for path in tracks_in(self._scheduler.track_dir):
             track = Track.open(path)
             lines += ["", f"{path} ({track.facts['hookpoint']})", snapshot_table(track)]
+            if wide := wide_gaps(track.metrics()):
+                lines.append(
+                    f"  Wide gaps: entering LLM step {', '.join(map(str, wide))} the FVU rose by over "
+                    f"{ADMISSIBLE_RISE:.0%}, warm start included. Many features do not keep their meaning over such a "
+                    "gap (docs/validation.md): visit LLM checkpoints in between if there are any."
+                )
             found = sorted(p for p in track.analyses_dir.glob("*") if not p.name.startswith("."))
             lines += [f"  {p}: {', '.join(sorted(f.name for f in p.iterdir()))}" for p in found]
             if not found:
@@ -214,6 +256,20 @@ def _same(now: Any, saved: Any) -> bool:
 def _covers(have: list[int], wanted: list[int], may_skip: bool) -> bool:
     """Whether a track has all the LLM steps that are wanted, or all that its grid has chosen of them."""
     return have[-1:] == wanted[-1:] and set(have) <= set(wanted) if may_skip else have == wanted
+
+
+def wide_gaps(metrics: pd.DataFrame) -> list[int]:
+    """LLM steps that were entered over a gap wider than features are known to survive.
+
+    Args:
+        metrics: As ``Track.metrics`` gives them.
+
+    Example:
+        >>> wide_gaps(pd.DataFrame({"step": [0, 4, 64], "fvu_before": [0.9, 0.12, 0.3], "fvu": [0.1, 0.1, 0.1]}))
+        [64]
+    """
+    rise = metrics["fvu_before"] / metrics["fvu"].shift() - 1
+    return [int(step) for step in metrics.loc[rise > ADMISSIBLE_RISE, "step"]]
 
 
 def snapshot_table(track: Track) -> str:

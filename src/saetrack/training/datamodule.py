@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from saetrack.lm.checkpoints import CheckpointSource, LLMCheckpoint, load_llm, release_memory
 from saetrack.lm.corpus import Corpus, StdlibCorpus
-from saetrack.lm.forward import activation_widths
+from saetrack.lm.forward import activation_widths, module_name
 from saetrack.lm.tokens import TokenizedCorpus, TokenRows, tokenize_corpus
 from saetrack.training.stream import ActivationStream, Batch, StageOrder, harvest
 
@@ -66,7 +66,8 @@ class ActivationDataModule(LightningDataModule):
     Args:
         source: Where the LLM checkpoints are.
         hookpoints: Dotted names of the modules whose output is read, e.g. ``gpt_neox.layers.3``. Each gets its
-            own SAE and its own track; the LLM runs once for all of them.
+            own SAE and its own track; the LLM runs once for all of them. ``gpt_neox.layers.3@b`` is a lane: one more
+            SAE on that module, with an initialisation and a shuffle of its own.
         corpus: The text. By default the source code of Python's standard library, which is on every machine.
         tokens: How the corpus becomes token rows.
         batch_size: Activations in an optimizer step, over all processes.
@@ -109,6 +110,8 @@ class ActivationDataModule(LightningDataModule):
         """The batches of the current stage; set by ``begin_stage``."""
         self.before: LLMCheckpoint | None = None
         """The LLM checkpoint whose activations come beside the current one's; set by ``begin_stage``."""
+        self.arm = 0
+        """Which repetition of the stage the current one is, 0 for the track's own; set by ``begin_stage``."""
 
     def prepare_data(self) -> None:
         """Make the checkpoints and the token rows exist; Lightning calls this on one process."""
@@ -168,7 +171,9 @@ class ActivationDataModule(LightningDataModule):
             )
         self.widths = activation_widths(llm, self.hookpoints)
 
-    def begin_stage(self, checkpoint: LLMCheckpoint, tokens: int, before: LLMCheckpoint | None = None) -> None:
+    def begin_stage(
+        self, checkpoint: LLMCheckpoint, tokens: int, before: LLMCheckpoint | None = None, arm: int = 0
+    ) -> None:
         """Make ``train_dataloader`` yield the activations of ``checkpoint``, ``tokens`` of them over all ranks.
 
         Args:
@@ -176,6 +181,7 @@ class ActivationDataModule(LightningDataModule):
             tokens: Its budget.
             before: The LLM checkpoint of the stage before, whose activations at the same positions come with the
                 batches; None for none.
+            arm: Which repetition of the stage; each has another order of the same rows.
 
         Raises:
             ValueError: If the budget does not fill a batch, or the corpus is shorter than the budget.
@@ -189,9 +195,10 @@ class ActivationDataModule(LightningDataModule):
             step=checkpoint.step,
             rank=self.trainer.global_rank if self.trainer is not None else 0,
             world_size=self.trainer.world_size if self.trainer is not None else 1,
+            arm=arm,
         )
         order.chunk_rows(0)  # holds the budget against the corpus before the LLM is loaded
-        self.checkpoint, self.before = checkpoint, before
+        self.checkpoint, self.before, self.arm = checkpoint, before, arm
         self.stream = ActivationStream(order, self._fill)
 
     def train_dataloader(self) -> ActivationStream:
@@ -211,15 +218,16 @@ class ActivationDataModule(LightningDataModule):
     def _harvested(
         self, checkpoint: LLMCheckpoint, rows: TokenRows, indices: NDArray[np.int64], scales: Mapping[str, float]
     ) -> dict[str, Tensor]:
-        """Activations of token rows, times their scale (1 where none is given), in one buffer per hookpoint."""
+        """Activations of token rows, times their scale (1 where none is given), in one buffer per module."""
         n = int(rows.usable(indices).sum())
-        buffers = {h: torch.empty(n, self.widths[h], device=self.device) for h in self.hookpoints}
+        modules = {module_name(h): h for h in self.hookpoints}  # lanes of one module have one scale
+        buffers = {module: torch.empty(n, self.widths[h], device=self.device) for module, h in modules.items()}
         filled = 0
-        for _, activations in harvest(self.llm(checkpoint), checkpoint, rows, self.hookpoints, indices):
-            for hookpoint, x in activations.items():
-                torch.mul(x, scales.get(hookpoint, 1.0), out=buffers[hookpoint][filled : filled + len(x)])
+        for _, activations in harvest(self.llm(checkpoint), checkpoint, rows, list(modules), indices):
+            for module, x in activations.items():
+                torch.mul(x, scales.get(modules[module], 1.0), out=buffers[module][filled : filled + len(x)])
             filled += len(x)
-        return buffers
+        return {hookpoint: buffers[module_name(hookpoint)] for hookpoint in self.hookpoints}
 
     def held_out_activations(self, checkpoint: LLMCheckpoint) -> dict[str, Tensor]:
         """Activations of an LLM checkpoint that no SAE is trained on, in its own units, ``[n, d_in]`` by hookpoint.
@@ -235,17 +243,19 @@ class ActivationDataModule(LightningDataModule):
         rows = self.corpus_rows.train
         n_rows = min(-(-self.tokens.calibration_tokens // self.tokens.context_size), len(rows.tokens))
         indices = _evenly(n_rows, len(rows.tokens))
-        parts: dict[str, list[Tensor]] = {h: [] for h in self.hookpoints}
-        for _, activations in harvest(self.llm(checkpoint), checkpoint, rows, self.hookpoints, indices):
+        widths = {module_name(hookpoint): width for hookpoint, width in self.widths.items()}
+        parts: dict[str, list[Tensor]] = {module: [] for module in widths}
+        for _, activations in harvest(self.llm(checkpoint), checkpoint, rows, list(widths), indices):
             for hookpoint, x in activations.items():
-                if x.shape[1] != self.widths[hookpoint]:
+                if x.shape[1] != widths[hookpoint]:
                     raise ValueError(
                         f"{hookpoint} of LLM checkpoint step {checkpoint.step} ({checkpoint.model}) is {x.shape[1]} "
                         f"wide, but that of the first is {self.widths[hookpoint]}; all must be checkpoints of one LLM. "
                         "Take it out of `data.source`, or choose the others with `scheduler.steps`."
                     )
                 parts[hookpoint].append(x)
-        return {h: torch.cat(x) for h, x in parts.items()}
+        whole = {module: torch.cat(x) for module, x in parts.items()}
+        return {hookpoint: whole[module_name(hookpoint)] for hookpoint in self.hookpoints}
 
     def measuring_rows(self, split: str) -> TokenRows:
         """The rows of ``selection`` or ``evaluation`` that are kept in the track.

@@ -7,31 +7,27 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from saetrack.lm.checkpoints import LLMCheckpoint
+from saetrack.lm.selection import Selection, pick_steps
 
 
 def select_checkpoints(
-    available: list[LLMCheckpoint], steps: list[int] | None, direction: Literal["forward", "backward"]
+    available: list[LLMCheckpoint], steps: list[int] | str | None, direction: Literal["forward", "backward"]
 ) -> list[LLMCheckpoint]:
     """The LLM checkpoints to visit, in the order of the track.
 
     Args:
         available: What the source has, by increasing step.
-        steps: The steps wanted, or None for all.
+        steps: The steps wanted, a text as ``Selection`` reads it, or None for all.
         direction: ``backward`` reverses the order.
 
     Raises:
-        ValueError: If a wanted step is not there; the message names the nearest ones that are.
+        ValueError: If a wanted step is not there, or the text takes none.
     """
-    by_step = {checkpoint.step: checkpoint for checkpoint in available}
-    for step in steps or []:
-        if step not in by_step:
-            nearest = sorted(sorted(by_step, key=lambda s: abs(s - step))[:3])
-            raise ValueError(
-                f"scheduler.steps asks for LLM step {step}, which the source does not have; the nearest are {nearest}. "
-                "`saetrack checkpoints` lists them all."
-            )
-    chosen = available if steps is None else [by_step[step] for step in steps]
-    return chosen[::-1] if direction == "backward" else list(chosen)
+    try:
+        chosen = pick_steps(available, steps) if isinstance(steps, list) else Selection(steps or "all").of(available)
+    except ValueError as error:
+        raise ValueError(f"scheduler.steps: {error}") from error
+    return chosen[::-1] if direction == "backward" else chosen
 
 
 @dataclass(frozen=True)

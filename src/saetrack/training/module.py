@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from saetrack.metrics import fraction_variance_unexplained
 from saetrack.sae import SAE, Kernels, LossTerms, Precision, TopKSAE, resolve_precision, use_kernels
-from saetrack.track import sae_record
+from saetrack.sae import sae_record
 from saetrack.training.adam import ColumnAdam
 from saetrack.training.convergence import Curve, check_points, has_converged
 from saetrack.training.datamodule import ActivationDataModule, require_positive
@@ -139,8 +139,6 @@ class SAEModule(LightningModule):
         self.kernels = kernels
         self.first_stage = True
         """Whether the current stage is the first; set by the scheduler, chooses the learning rate."""
-        self.latest_loss = float("nan")
-        """Loss at the last logging step, for the progress bar."""
         self.previous: dict[str, SAE] = {}
         """Snapshots of the stage before, in the LLM's own units; set by the scheduler where continuity needs them."""
         self.held_out: dict[str, Tensor] = {}
@@ -242,7 +240,6 @@ class SAEModule(LightningModule):
         """Log this rank's batch against the optimizer step."""
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         values = {"loss": out.loss.detach(), "l0": out.l0, "dead_share": dead.float().mean(), "lr": lr, **out.terms}
-        self.latest_loss = out.loss.item()
         self._log(hookpoint, {name: float(value) for name, value in values.items()})
 
     def _log(self, hookpoint: str, numbers: Mapping[str, float]) -> None:
@@ -347,7 +344,7 @@ def refuse_changes(saved: Mapping[str, Any], now: Mapping[str, Any], where: str)
             refuse_changes(_with_prefix(key, before), _with_prefix(key, value), where)
         else:
             raise ValueError(
-                f"{key} is {value}, but {where} was written with {before}. A resumed run must keep it; "
+                f"{key} is {value}, but {where} was written with {before}. What goes on from there must keep it; "
                 "set it back, or begin another track with another `scheduler.track_dir`."
             )
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 
-import saetrack
 from saetrack.lm.audit import audit, problems
 from saetrack.lm.checkpoints import LLMCheckpoint
-from saetrack.track import Snapshot, Track, sae_record, tracks_in
+from saetrack.lm.selection import Selection
+from saetrack.track import Snapshot, Track
+from saetrack.training import tracks
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.grid import Choice, farthest_within, select_checkpoints
 from saetrack.training.module import SAEModule, refuse_changes
@@ -45,7 +46,8 @@ class CheckpointScheduler(Callback):
 
     Args:
         track_dir: The run's folder; each hookpoint's track is a folder in it.
-        steps: LLM steps to visit, increasing. By default every checkpoint of the source.
+        steps: LLM steps to visit, increasing, or a text such as ``every:10``, ``log:20``, ``dense:512+every:10``,
+            ``tokens:1B-10B`` or ``paper:pythia-410m-deduped``. By default every checkpoint of the source.
         direction: ``forward`` through the LLM's training, or ``backward`` from its end.
         warm_start: How a stage's SAE begins. ``prior`` copies the weights of the SAE before (SAE-Track,
             arXiv 2412.17626); ``recentred`` also moves ``b_dec`` by the change of the mean activation;
@@ -63,7 +65,7 @@ class CheckpointScheduler(Callback):
     def __init__(
         self,
         track_dir: Path,
-        steps: list[int] | None = None,
+        steps: list[int] | str | None = None,
         direction: Literal["forward", "backward"] = "forward",
         warm_start: WarmStart = "transported",
         tokens_first: int = 10_000_000,
@@ -78,7 +80,10 @@ class CheckpointScheduler(Callback):
             )
         if steps is not None and not steps:
             raise ValueError("scheduler.steps is empty; name the LLM steps to visit, or leave it out for all.")
-        for i, (before, after) in enumerate(zip(steps or [], (steps or [])[1:], strict=False), start=1):
+        if isinstance(steps, str):
+            Selection(steps)  # refuses what is none before anything is pretrained or loaded
+        listed = steps if isinstance(steps, list) else []
+        for i, (before, after) in enumerate(pairwise(listed), start=1):
             if after <= before:
                 raise ValueError(
                     f"scheduler.steps must increase strictly, but {after} follows {before} at position {i}. "
@@ -98,12 +103,13 @@ class CheckpointScheduler(Callback):
         """Those visited and those ahead, in the order of the track; with ``max_rise``, the skipped are taken out."""
         self._choice: Choice | None = None
         self.tracks: dict[str, Track] = {}
-        self._start: dict[str, StageStart] = {}
+        self.start: dict[str, StageStart] = {}
+        """What was measured when the current stage began; before that, of the stage before it."""
         self._begun = False
         """Whether the current stage has: until then another LLM checkpoint may take its place."""
         self._equipped: int | None = None
         self._weight_hashes: dict[int, str | None] = {}
-        self._recipe: dict[str, Any] = {}
+        self.recipe: dict[str, Any] = {}
 
     @property
     def finished(self) -> bool:
@@ -120,7 +126,7 @@ class CheckpointScheduler(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the LLM checkpoints and audit them."""
         data = _data(trainer)
-        self.checkpoints = select_checkpoints(data.checkpoints, self.steps, self.direction)
+        self.checkpoints = self.choose_checkpoints(data)
         self._audit(trainer)
         data.read_widths(self.checkpoints[0])
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -138,7 +144,7 @@ class CheckpointScheduler(Callback):
                     "or lower `data.batch_size`."
                 )
         trainer.fit_loop.max_epochs = len(self.checkpoints)
-        self._recipe = self._make_recipe(trainer, _module(pl_module), data)
+        self.recipe = self._make_recipe(trainer, _module(pl_module), data)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open or create the tracks, and point the data at the current stage."""
@@ -146,17 +152,15 @@ class CheckpointScheduler(Callback):
         self._work = StageWork(trainer, module, data)
         trainer.fit_loop.max_epochs = len(self.checkpoints)  # less those that a resumed run had skipped
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._refuse_other_tracks(data)
-            for hookpoint in data.hookpoints:
-                self._open_track(trainer, module, data, hookpoint)
+            self.open_tracks(trainer, module, data)
         self._enter_stage(module, data)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a stage. Lightning does not call this when a stage is resumed in its middle, and rightly so."""
         module, data = _module(pl_module), _data(trainer)
-        self._start = self._work.begin(self.stage, self._start)
+        self.start = self._work.begin(self.stage, self.start)
         self._begun = True
-        data.scales = {hookpoint: start.calibration.scale for hookpoint, start in self._start.items()}
+        data.scales = {hookpoint: start.calibration.scale for hookpoint, start in self.start.items()}
         module.curves = {}
         trainer.strategy.setup_optimizers(trainer)
 
@@ -182,7 +186,7 @@ class CheckpointScheduler(Callback):
             "seed": data.seed,
             "tokens_trained": module.stream.end * data.batch_size,
         }
-        self._work.finish(self.stage, self._start, self.tracks, facts)
+        self._work.finish(self.stage, self.start, self.tracks, facts)
         if trainer.is_global_zero:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, SnapshotCallback):
@@ -200,12 +204,12 @@ class CheckpointScheduler(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Position, what the current stage began with, what was skipped, and the recipe: for the resume file."""
-        start = {hookpoint: start.state_dict() for hookpoint, start in self._start.items()}
+        start = {hookpoint: start.state_dict() for hookpoint, start in self.start.items()}
         left = {checkpoint.step for checkpoint in self.checkpoints}
-        skipped = [step for step in self._recipe.get(_STEPS, []) if step not in left]
+        skipped = [step for step in self.recipe.get(_STEPS, []) if step not in left]
         choice = None if self._choice is None else self._choice.facts
         where = {"position": self.position, "begun": self._begun, "skipped": skipped, "choice": choice}
-        return {**where, "start": start, "recipe": self._recipe}
+        return {**where, "start": start, "recipe": self.recipe}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the resume file was written.
@@ -214,7 +218,7 @@ class CheckpointScheduler(Callback):
             ValueError: If a setting has changed that would make the rest of the series another one. Steps may be
                 added after those that are done.
         """
-        saved, now = state_dict["recipe"], self._recipe
+        saved, now = state_dict["recipe"], self.recipe
         skipped = set(state_dict.get("skipped", ()))
         begun = state_dict.get("begun", True)
         done = min(state_dict["position"] + len(skipped) + begun, len(saved[_STEPS]))
@@ -222,7 +226,11 @@ class CheckpointScheduler(Callback):
         self.position, self._begun = state_dict["position"], begun
         self.checkpoints = [checkpoint for checkpoint in self.checkpoints if checkpoint.step not in skipped]
         self._choice = None if state_dict["choice"] is None else Choice(**state_dict["choice"])
-        self._start = {h: StageStart.from_state_dict(state) for h, state in state_dict["start"].items()}
+        self.start = {h: StageStart.from_state_dict(state) for h, state in state_dict["start"].items()}
+
+    def choose_checkpoints(self, data: ActivationDataModule) -> list[LLMCheckpoint]:
+        """The LLM checkpoints to visit, in order."""
+        return select_checkpoints(data.checkpoints, self.steps, self.direction)
 
     def _make_recipe(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule) -> dict[str, Any]:
         """What a resumed run must share with the one it continues, beside the facts of the track."""
@@ -243,7 +251,9 @@ class CheckpointScheduler(Callback):
 
     def _audit(self, trainer: Trainer) -> None:
         # one rank reads the weights of the whole series for all
-        rows = trainer.strategy.broadcast(audit(self.checkpoints) if trainer.is_global_zero else [])
+        rows = trainer.strategy.broadcast(
+            audit(list(dict.fromkeys(self.checkpoints))) if trainer.is_global_zero else []
+        )
         self._weight_hashes = {row.checkpoint.step: row.weight_hash for row in rows}
         found = problems(rows)
         faulty = any(row.fault for row in rows)
@@ -275,29 +285,15 @@ class CheckpointScheduler(Callback):
         self.checkpoints = self.checkpoints[: self.position + 1] + ahead[taken:]
         trainer.fit_loop.max_epochs = len(self.checkpoints)
 
-    def _refuse_other_tracks(self, data: ActivationDataModule) -> None:
-        """Refuse a run folder with other hookpoints: there is one resume file, and it would be lost."""
-        others = [path.name for path in tracks_in(self.track_dir) if path.name not in data.hookpoints]
-        if others:
-            raise FileExistsError(
-                f"{self.track_dir} holds the track of {', '.join(others)}, which is not in data.hookpoints "
-                f"{data.hookpoints}. A run's hookpoints are trained together; choose another `scheduler.track_dir`."
-            )
+    def open_tracks(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule) -> None:
+        """Open or create the track of every hookpoint."""
+        tracks.refuse_other_hookpoints(self.track_dir, data.hookpoints)
+        for hookpoint in data.hookpoints:
+            self.tracks[hookpoint] = self._open_track(trainer, module, data, hookpoint)
 
-    def _refuse_other_weights(self, track: Track) -> None:
-        """Refuse to go on when an LLM checkpoint that is done has other weights now."""
-        for snapshot in track[: self.position]:
-            was, now = snapshot.metadata["llm"]["weight_hash"], self._weight_hashes.get(snapshot.step)
-            if was is not None and now is not None and was != now:
-                raise ValueError(
-                    f"The LLM checkpoint of step {snapshot.step} has other weights now ({now[:19]}...) than when "
-                    f"{snapshot.path} was trained on it ({was[:19]}...). Restore them, or begin another track with "
-                    "another `scheduler.track_dir`."
-                )
-
-    def _open_track(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule, hookpoint: str) -> None:
+    def _open_track(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule, hookpoint: str) -> Track:
         path = self.track_dir / hookpoint
-        facts = _track_facts(module, data, hookpoint)
+        facts = tracks.track_facts(module, data, hookpoint)
         exists = (path / "track.json").is_file()
         snapshots = len(Track.open(path)) if exists else 0
         trainer.strategy.barrier()  # every rank has looked before rank zero creates anything
@@ -310,29 +306,41 @@ class CheckpointScheduler(Callback):
         if trainer.is_global_zero and (not exists or trainer.ckpt_path is None):
             # killed before its first resume file, a run leaves a track without snapshots: begin it again
             (path / "track.json").unlink(missing_ok=True)
-            rows = {split: data.measuring_rows(split) for split in ("selection", "evaluation")}
-            Track.create(path, {"saetrack": saetrack.__version__, **facts}, rows)
+            tracks.begin(path, facts, self.recipe, data)
         trainer.strategy.barrier()
-        track = self.tracks[hookpoint] = Track.open(path)
-        # the tokenizer by what it does, which is in the corpus hash: in a growing folder its name changes
-        same = {name: fact for name, fact in facts.items() if name != "tokenizer"}
-        refuse_changes(track.facts, same, str(path / "track.json"))
-        self._refuse_other_weights(track)
-        have = {snapshot.position for snapshot in track}
-        missing = [i for i in range(self.position) if i not in have]
-        if missing:
-            raise FileNotFoundError(
-                f"{path} should hold the snapshots 0 to {self.position - 1}, but {missing} are not there. Restore them "
-                "from a copy, or start again in another `scheduler.track_dir`."
-            )
+        track = Track.open(path)
+        tracks.refuse_another(track, facts)
+        tracks.refuse_other_weights(track[: self.position], self._weight_hashes)
+        tracks.refuse_gaps(track, self.position)
+        return track
 
     def _enter_stage(self, module: SAEModule, data: ActivationDataModule) -> None:
         stage = self.stage
-        module.first_stage = stage.position == 0
-        data.scales = {hookpoint: start.calibration.scale for hookpoint, start in self._start.items()}
+        module.first_stage = self.is_first(stage)
+        data.scales = {hookpoint: start.calibration.scale for hookpoint, start in self.start.items()}
         tokens = self.tokens_first if module.first_stage else self.tokens_next
         before = stage.previous if module.continuity and stage.warm_start != "scratch" else None
-        data.begin_stage(stage.checkpoint, tokens, before)
+        data.begin_stage(stage.checkpoint, tokens, before, self.arm(stage))
+
+    def is_first(self, stage: Stage) -> bool:
+        """Whether a stage has the budget and the learning rate of the first."""
+        return stage.position == 0
+
+    def arm(self, stage: Stage) -> int:
+        """Which repetition of the stage it is; a control's are not 0."""
+        return 0
+
+
+def scheduler_of(trainer: Trainer) -> CheckpointScheduler:
+    """The scheduler among a trainer's callbacks.
+
+    Raises:
+        RuntimeError: If there is none.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, CheckpointScheduler):
+            return callback
+    raise RuntimeError("This callback needs a CheckpointScheduler beside it in the trainer's callbacks.")
 
 
 def _refuse_what_cuts_stages(trainer: Trainer) -> None:
@@ -350,30 +358,6 @@ def _refuse_what_cuts_stages(trainer: Trainer) -> None:
             f"{changed[0]}, which would cut every stage short or change its steps. Leave it out; a stage is as long as "
             "`scheduler.tokens_first` and `scheduler.tokens_next`, and a run can be killed and continued at any moment."
         )
-
-
-def _track_facts(module: SAEModule, data: ActivationDataModule, hookpoint: str) -> dict[str, Any]:
-    """What makes a track this one and no other: the part of ``track.json`` that may not change."""
-    sae = module.sae(hookpoint)
-    return {
-        "model": _series_name(data.checkpoints),
-        "hookpoint": hookpoint,
-        "tokenizer": list(data.source.tokenizer_name),
-        "d_in": sae.d_in,
-        "d_sae": sae.d_sae,
-        "sae": sae_record(sae),
-        "seed": data.seed,
-        "corpus_hash": data.corpus_rows.hash,
-        "context_size": data.tokens.context_size,
-        "bos_token_id": data.corpus_rows.train.bos_token_id,
-        "llm_dtype": data.llm_dtype,
-    }
-
-
-def _series_name(checkpoints: list[LLMCheckpoint]) -> str:
-    """The repository, or the folder that holds all the checkpoints' folders."""
-    models = {checkpoint.model for checkpoint in checkpoints}
-    return models.pop() if len(models) == 1 else os.path.commonpath(models) or ", ".join(sorted(models))
 
 
 def _module(pl_module: LightningModule) -> SAEModule:

@@ -15,10 +15,12 @@ from lightning import Trainer
 from torch import Tensor
 
 from saetrack.lm.checkpoints import LLMCheckpoint, commit_sha
+from saetrack.lm.forward import lane_numbers
 from saetrack.lm.tokens import TokenRows
 from saetrack.metrics import dead_share, dense_share, fraction_variance_unexplained
 from saetrack.sae import SAE
-from saetrack.track import Snapshot, Track, sae_record
+from saetrack.track import Snapshot, Track
+from saetrack.sae import sae_record
 from saetrack.training import evaluation
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.module import SAEModule, reconstruct
@@ -106,6 +108,7 @@ class StageWork:
         activations = self._calibration_activations(stage.checkpoint)
         calibrations = {h: Calibration.measure(x) for h, x in activations.items()}
         rotations: dict[str, Tensor] = {}
+        lanes = lane_numbers(list(calibrations))
         candidates: dict[str, dict[str, SAE]] = {}
         for hookpoint, now in calibrations.items():
             sae = self.module.sae(hookpoint)
@@ -113,7 +116,7 @@ class StageWork:
             if stage.previous is not None:
                 candidates[hookpoint]["shift"] = sae.folded(last[hookpoint].calibration.scale)
             if stage.previous is None or stage.warm_start == "scratch":
-                generator = torch.Generator().manual_seed(self.data.seed * 1_000_003 + stage.checkpoint.step)
+                generator = self._generator(stage, lanes[hookpoint])
                 sae.initialise(activations[hookpoint][:INITIALISE_ON] * now.scale, generator)
             elif stage.warm_start == "recentred":
                 recentre(sae, last[hookpoint].calibration, now)
@@ -204,6 +207,11 @@ class StageWork:
             self.trainer.strategy.barrier()
             tracks[hookpoint].refresh()
         self._latents = (stage.checkpoint, latents)
+
+    def _generator(self, stage: Stage, lane: int) -> torch.Generator:
+        """Draws of an SAE that starts anew; the repetitions of a stage have others."""
+        repetition = 1_000_000_007 * (1_009 * self.data.arm + lane)
+        return torch.Generator().manual_seed(self.data.seed * 1_000_003 + stage.checkpoint.step + repetition)
 
     def _calibration_activations(self, checkpoint: LLMCheckpoint) -> dict[str, Tensor]:
         """Activations of a checkpoint on the calibration rows; those of the last one asked for are remembered."""

@@ -7,7 +7,7 @@ so resuming needs one number and no buffer is ever saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from saetrack.lm.checkpoints import LLMCheckpoint
-from saetrack.lm.forward import read_activations
+from saetrack.lm.forward import lane_numbers, module_name, read_activations
 from saetrack.lm.tokens import TokenRows, usable_counts
 
 ROWS_PER_FORWARD = 32
@@ -41,7 +41,7 @@ def harvest(
 
     Yields:
         The tokens of one forward ``[rows, context_size]`` and, for each hookpoint, the float32 activations of
-        their usable positions ``[n_usable, d_in]``, in reading order.
+        their usable positions ``[n_usable, d_in]``, in reading order; lanes of one module share a tensor.
 
     Raises:
         ValueError: If an activation is NaN or infinite.
@@ -51,7 +51,7 @@ def harvest(
         tokens = torch.from_numpy(rows.tokens[chosen].astype(np.int64)).to(llm.device)
         usable = torch.from_numpy(rows.usable(chosen)).to(llm.device)
         activations = {}
-        for hookpoint, x in read_activations(llm, tokens, hookpoints).items():
+        for hookpoint, x in read_activations(llm, tokens, list(dict.fromkeys(map(module_name, hookpoints)))).items():
             kept = x[usable].float()
             if not bool(torch.isfinite(kept).all()):
                 advice = "Leave" if x.dtype == torch.float32 else "Try `data.llm_dtype: float32`, or leave"
@@ -62,7 +62,7 @@ def harvest(
                     f"{advice} this checkpoint out of `scheduler.steps`."
                 )
             activations[hookpoint] = kept
-        yield tokens, activations
+        yield tokens, {hookpoint: activations[module_name(hookpoint)] for hookpoint in hookpoints}
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class StageOrder:
         step: LLM step; each LLM checkpoint sees the same rows in another order.
         rank: This process.
         world_size: Number of processes.
+        arm: Which repetition of the stage: the same sample of rows in an order of its own. 0 is the track's.
     """
 
     rows: TokenRows
@@ -91,6 +92,7 @@ class StageOrder:
     step: int
     rank: int = 0
     world_size: int = 1
+    arm: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world_size:
@@ -142,7 +144,7 @@ class StageOrder:
         # one seeded sample of the corpus for the whole series: stages of equal budget see the same rows
         sample = np.random.default_rng([self.seed]).permutation(len(counts))
         n_rows = int(np.searchsorted(np.cumsum(counts[sample]), wanted)) + 1
-        shuffle = np.random.default_rng([self.seed, self.step]).permutation(n_rows)
+        shuffle = np.random.default_rng([self.seed, self.step, *([self.arm] if self.arm else [])]).permutation(n_rows)
         order = sample[shuffle][self.rank :: self.world_size]
         filled = np.cumsum(counts[order])
         starts = [0]
@@ -158,14 +160,15 @@ class StageOrder:
         order, starts = self._bounds
         return order[starts[chunk] : starts[chunk + 1]]
 
-    def shuffle(self, chunk: int, n: int) -> Tensor:
-        """The order of a chunk's ``n`` activations."""
-        rng = np.random.default_rng([self.seed, self.step, self.rank, chunk])
+    def shuffle(self, chunk: int, n: int, lane: int = 0) -> Tensor:
+        """The order of a chunk's ``n`` activations; every lane has one of its own."""
+        repetition = [self.arm, lane] if self.arm or lane else []
+        rng = np.random.default_rng([self.seed, self.step, self.rank, chunk, *repetition])
         return torch.from_numpy(rng.permutation(n))
 
 
 class Batch(NamedTuple):
-    """Activations by hookpoint, ``[n, d_in]``, all at the same positions of the corpus.
+    """Activations by hookpoint, ``[n, d_in]``; all at the same positions of the corpus, but for lanes of one module.
 
     Attributes:
         now: Of the stage's LLM checkpoint, scaled.
@@ -175,9 +178,9 @@ class Batch(NamedTuple):
     now: dict[str, Tensor]
     before: dict[str, Tensor]
 
-    def at(self, positions: Tensor) -> Batch:
-        """The activations at some of the positions."""
-        return Batch(*({name: x[positions.to(x.device)] for name, x in part.items()} for part in self))
+    def at(self, positions: Mapping[str, Tensor]) -> Batch:
+        """The activations at some of the positions, by hookpoint."""
+        return Batch(*({name: x[positions[name].to(x.device)] for name, x in part.items()} for part in self))
 
 
 class ActivationStream:
@@ -211,13 +214,14 @@ class ActivationStream:
         while self._position < self.end:
             chunk, first = divmod(self._position, per_chunk)
             activations = self._fill(chunk)
-            shuffle = self.order.shuffle(chunk, len(next(iter(activations.now.values()))))
+            lanes = lane_numbers(list(activations.now))
+            shuffles = {h: self.order.shuffle(chunk, len(x), lanes[h]) for h, x in activations.now.items()}
             for i in range(first, per_chunk):
                 if self._position >= self.end:
                     break
                 # counted before the batch is handed out: a resume file is written while the batch is in use
                 self._position += 1
-                yield activations.at(shuffle[i * batch : (i + 1) * batch])
+                yield activations.at({h: order[i * batch : (i + 1) * batch] for h, order in shuffles.items()})
             del activations
         self._position = 0
 

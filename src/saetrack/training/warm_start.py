@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saetrack.sae import SAE
+from saetrack.track import Snapshot
 
 WarmStart = Literal["prior", "recentred", "transported", "scratch"]
 
@@ -44,6 +45,12 @@ class Calibration:
         mean = x.double().mean(dim=0)
         centred = x.double() - mean
         return cls(mean.cpu(), (centred.T @ centred / len(x)).cpu(), x.shape[1] ** 0.5 / norm)
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> Calibration:
+        """What a snapshot keeps of its LLM checkpoint's activations."""
+        mean, covariance = (snapshot.statistics(name).double() for name in ("mean", "covariance"))
+        return cls(mean, covariance, snapshot.statistics("scale").item())
 
 
 def orthogonal_map(before: Tensor, after: Tensor) -> Tensor:

@@ -1,198 +1,200 @@
-"""Formation on synthetic activations whose answer is known."""
+"""Formation on planted series whose onsets are known."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import scipy.sparse as sp
 
-from saetrack.analysis.base import AnalysisResult, Observation, SplitObservation
+from saetrack.analysis.base import AnalysisResult, Observation
 from saetrack.analysis.drift import Drift
-from saetrack.analysis.formation import Formation, _formed_at
-from saetrack.analysis.formation_progress import MEASURES
-from saetrack.analysis.formation_sets import random_sets, top_positions
+from saetrack.analysis.figures import step_position
+from saetrack.analysis.formation import Formation
+from saetrack.analysis.formation_times import crossing_times
 from saetrack.analysis.sweep import run_analyses
-from saetrack.lm.tokens import TokenRows
 from saetrack.track import Track
 
-DOCUMENTS, PER_DOCUMENT = 200, 20
+from .planted import STEPS, PlantedFeature, PlantedSeries, rising, sudden, sweep
+
+SMALL = {"n_positions": 40, "draws": 80, "replicates": 200}
 
 
-def split_of(activations: np.ndarray, latents: np.ndarray) -> SplitObservation:
-    """Every row one document, BOS in column 0."""
-    tokens = np.ones((DOCUMENTS, PER_DOCUMENT + 1), dtype=np.int32)
-    tokens[:, 0] = 0
-    documents = np.repeat(np.arange(DOCUMENTS, dtype=np.int32)[:, None], PER_DOCUMENT + 1, axis=1)
-    row, column = np.divmod(np.arange(DOCUMENTS * PER_DOCUMENT), PER_DOCUMENT)
-    positions = np.stack([row, column + 1], axis=1)
-    return SplitObservation(
-        TokenRows(tokens, documents, 0),
-        positions,
-        activations.astype(np.float32),
-        sp.csr_array(latents.astype(np.float32)),
-    )
-
-
-def independent_codes(rng: np.random.Generator, width: int = 256, active: int = 12) -> np.ndarray:
-    """Sparse codes with no meaning at all: every latent fires at random.
-
-    The number of active latents must not be fixed: then one that fires leaves less room for the others.
-    """
-    shape = (DOCUMENTS * PER_DOCUMENT, width)
-    return rng.exponential(size=shape) * (rng.random(shape) < active / width)
-
-
-def sweep(analysis: Formation, splits: dict[int, SplitObservation]) -> AnalysisResult:
-    """As `run_analyses` does it: the last snapshot first."""
-    track: Any = SimpleNamespace(steps=sorted(splits))
-    analysis.begin(track)
-    *others, last = sorted(splits)
-    for step in [last, *others]:
-        snapshot: Any = SimpleNamespace(step=step)
-        analysis.observe(snapshot, Observation(selection=splits[step]))
-    return analysis.finish()
-
-
-def mean_at(result: AnalysisResult, measure: str, step: int) -> pd.Series:
-    rows = result.tables["population"]
-    return rows[(rows["measure"] == measure) & (rows["step"] == step)].iloc[0]
-
-
-@pytest.mark.parametrize("name", ["cosine", "jaccard", "weighted_jaccard"])
-def test_the_own_latent_makes_independent_codes_look_formed_and_leaving_it_out_does_not(name: str) -> None:
-    rng = np.random.default_rng(0)
-    split = split_of(rng.normal(size=(DOCUMENTS * PER_DOCUMENT, 32)), independent_codes(rng))
-    result = sweep(Formation(random_sets=30, replicates=50), {0: split})
-    with_own, without = mean_at(result, f"feature_{name}", 0), mean_at(result, f"feature_{name}_without_own", 0)
-    assert with_own["mean"] > 1.5 * with_own["null_high"]
-    assert with_own["mean"] > 0.025
-    # the random mean, common to all features, is what is left: a thirtieth of a set's variance
-    assert abs(without["mean"]) < 0.2 * without["null_high"]
-
-
-def test_a_dense_latent_left_out_is_left_out_of_the_random_sets_too() -> None:
-    rng = np.random.default_rng(1)
-    codes = independent_codes(rng)
-    codes[:, 7] = 3.0
-    split = split_of(rng.normal(size=(DOCUMENTS * PER_DOCUMENT, 8)), codes)
-    table = sweep(Formation(random_sets=30, replicates=20), {0: split}).tables["formation"].set_index("feature")
-    assert abs(table.loc[7, "feature_cosine_without_own"]) < 0.02
-
-
-def planted(rng: np.random.Generator, strength: np.ndarray) -> np.ndarray:
-    """Activations: a direction for each of four features where it fires, common noise, and a large common mean."""
-    noise = rng.normal(size=(DOCUMENTS * PER_DOCUMENT, 64))
-    directions = np.eye(64)[:4] * strength[:, None] * 8.0
-    fires = np.arange(len(noise)) % PER_DOCUMENT
-    activations = noise + 20.0
-    for i in range(4):
-        activations[fires == i] += directions[i]
-    return activations
+def never(step: int) -> float:
+    return 0.0
 
 
 @pytest.fixture(scope="module")
-def planted_result() -> AnalysisResult:
-    """Feature i fires at column i of every document; features 0-3 form at steps 0, 10, 100, never."""
-    rng = np.random.default_rng(2)
-    column = np.arange(DOCUMENTS * PER_DOCUMENT) % PER_DOCUMENT
-    codes = np.zeros((len(column), 8))
-    for i in range(4):
-        codes[column == i, i] = 1 + rng.random((column == i).sum())
-    codes[:5, 4] = 1.0  # too few documents
-    codes[:, 5] = rng.random(len(column))
-    when = np.array([0, 10, 100, np.inf])
-    splits = {step: split_of(planted(rng, (step >= when).astype(float)), codes) for step in (0, 1, 10, 30, 100, 200)}
-    return sweep(Formation(random_sets=40, replicates=60), splits)
+def many() -> AnalysisResult:
+    """120 features of one law (half formed at step 15) and 80 that never form, each on three of twelve tokens."""
+    rng = np.random.default_rng(3)
+    tokens = [tuple(int(t) for t in rng.choice(np.arange(1, 13), 3, replace=False)) for _ in range(200)]
+    strengths = [rising(15, 0.15)] * 120 + [never] * 80
+    features = tuple(PlantedFeature(t, 0.2, s) for t, s in zip(tokens, strengths, strict=True))
+    series = PlantedSeries(features, amplitude=3.5, seed=3)
+    return sweep(Formation(**SMALL), series.observation, STEPS)
 
 
-def test_planted_formation_steps_are_recovered(planted_result: AnalysisResult) -> None:
-    formed = planted_result.tables["features"].set_index("feature")["formed_step"]
-    np.testing.assert_array_equal(formed.loc[[0, 1, 2, 3]], [0, 10, 100, np.nan])
-    assert planted_result.scalars["share_formed"][0] == pytest.approx(1 / 5)
-    assert planted_result.scalars["share_formed"][200] == pytest.approx(3 / 5)
+def test_the_interval_of_the_formed_step_covers_the_truth_as_often_as_it_says(many: AnalysisResult) -> None:
+    """The truth is the time of the mean curve: every feature has the same law, and Sbar is unbiased at any n."""
+    table = many.tables["formation"].query("feature < 120")
+    curve = table.groupby("step")["progress_token"].mean().to_numpy()[:, None]
+    formed = many.tables["features"].query("feature < 120 and status == 'formed'")
+    assert len(formed) > 60
+    for share, name in ((0.5, "formed"), (0.9, "formed90")):
+        truth = 10 ** crossing_times(curve, step_position(STEPS), share)[0] - 1
+        high = formed[f"{name}_high"].fillna(np.inf)
+        covered = (formed[f"{name}_low"] <= truth) & (truth <= high)
+        assert 0.88 <= covered.mean() <= 0.995  # 0.95 within two binomial errors
+    assert formed["formed_after"].isin([9, 31]).mean() > 0.9  # the cell that holds 15, or the next by noise
 
 
-def test_centring_removes_what_a_common_mean_hides(planted_result: AnalysisResult) -> None:
-    """Raw cosine of vectors around a large mean is near 1 for any set, so progress can hardly rise above 0."""
-    table = planted_result.tables["formation"].set_index(["feature", "step"])
-    assert table.loc[(0, 200), "activation_cosine"] < 0.05
-    assert table.loc[(0, 200), "activation_cosine_centred"] > 0.3
+def test_features_that_never_form_are_hardly_ever_called_formed(many: AnalysisResult) -> None:
+    status = many.tables["features"].query("feature >= 120")["status"]
+    assert status.isin(["formed", "not plateaued", "at-init"]).mean() <= 0.05
+    false = many.settings["status_of_false_features"]
+    assert sum(false.values()) > 100
+    assert false.get("formed", 0) <= 0.05 * sum(false.values())
 
 
-def test_features_without_enough_documents_are_listed_and_not_computed(planted_result: AnalysisResult) -> None:
-    features = planted_result.tables["features"].set_index("feature")
-    assert features["status"].to_dict() == {
-        **dict.fromkeys(range(4), "computed"), 4: "insufficient", 5: "computed", 6: "silent", 7: "silent"
-    }  # fmt: skip
-    assert features.loc[4, "n_positions"] == 1  # five positions, all in one document
-    assert set(planted_result.tables["formation"]["feature"]) == {0, 1, 2, 3, 5}
+KINDS = {
+    "from the beginning": (sudden(0), "at-init"),
+    "sudden": (sudden(31), "formed"),
+    "late": (rising(400, 0.3), "not plateaued"),
+    "passing": (lambda step: float(1 <= step <= 31), "transient"),
+    "none": (never, "never"),
+}
 
 
-def test_positions_are_recorded_at_most_one_per_document(planted_result: AnalysisResult) -> None:
-    positions = planted_result.tables["positions"]
-    assert not positions.duplicated(["feature", "document"]).any()
-    assert (positions["column"] > 0).all()
-    assert (positions[positions["feature"] < 4]["column"] == positions[positions["feature"] < 4]["feature"] + 1).all()
-    assert not planted_result.tables["random_positions"].duplicated(["set", "document"]).any()
+@pytest.fixture(scope="module")
+def kinds() -> AnalysisResult:
+    features = [PlantedFeature((1, 2, 3, 4), 0.25, strength) for strength, _ in KINDS.values()]
+    # the token explains it all: fires wherever its token is
+    features.append(PlantedFeature((6,), 1.0, never))
+    features.append(PlantedFeature((7,), 0.004, never))  # rare
+    series = PlantedSeries(tuple(features), amplitude=8.0)
+    return sweep(Formation(**SMALL), series.observation, STEPS)
 
 
-def test_every_measure_has_its_null_and_interval(planted_result: AnalysisResult) -> None:
-    population = planted_result.tables["population"]
-    assert set(population["measure"]) == set(MEASURES)
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_planted_courses_get_their_status(kinds: AnalysisResult, kind: str) -> None:
+    row = kinds.tables["features"].loc[list(KINDS).index(kind)]
+    assert row["status"] == KINDS[kind][1]
+    known = row["status"] in ("at-init", "formed", "not plateaued")
+    assert np.isfinite(row["formed_step"]) == known
+
+
+def test_a_sudden_onset_lies_between_its_two_checkpoints(kinds: AnalysisResult) -> None:
+    row = kinds.tables["features"].loc[1]
+    assert (row["formed_after"], row["formed_by"]) == (9, 31)
+    assert 9 < row["formed_low"] <= row["formed_step"] <= row["formed_high"] <= 31
+    assert row["formed_step"] < row["formed90_step"]
+    assert row["isotonic_agrees"] == 1
+
+
+def test_a_feature_of_one_token_is_alike_only_against_sets_of_other_tokens(kinds: AnalysisResult) -> None:
+    row = kinds.tables["features"].loc[5]
+    assert row["status"] == "never"
+    assert row["q_token"] > 0.05
+    assert max(row["q_uniform"], row["q_position"]) < 0.05
+
+
+def test_a_rare_feature_is_listed_and_not_computed(kinds: AnalysisResult) -> None:
+    assert kinds.tables["features"].loc[6, "status"] == "insufficient"
+    assert kinds.tables["features"].loc[6, "n_positions"] < 20
+    assert 6 not in set(kinds.tables["formation"]["feature"])
+
+
+def test_the_curve_of_formed_features_rises_where_they_form_and_false_ones_stay_below(kinds: AnalysisResult) -> None:
+    share = kinds.tables["formed"].set_index("step")
+    assert share.loc[0, "share"] == pytest.approx(1 / 6)
+    assert share.loc[9, "share"] == pytest.approx(1 / 6)
+    assert share.loc[31, "share"] == pytest.approx(2 / 6)
+    assert share["null_share"].max() <= 0.2
+    assert kinds.scalars["share_formed"][999] == share.loc[999, "share"]
+    assert "1 at-init, 1 formed, 1 not plateaued, 1 transient, 2 never" in kinds.summary
+
+
+def test_every_curve_has_its_interval_and_null(kinds: AnalysisResult) -> None:
+    population = kinds.tables["population"]
+    assert set(population["baseline"]) == {"token", "position", "uniform"}
     assert population.notna().all().all()
     assert (population["low"] <= population["mean"]).all()
     assert (population["mean"] <= population["high"]).all()
-    assert (population["null_low"] < population["null_high"]).all()
-    assert set(planted_result.figures) == {"progress", "formed", "map"}
-    assert planted_result.summary.startswith("60% of 5 features have formed by LLM step 200")
+    assert (population["null_low"] < 0).all()
+    assert (population["null_high"] > 0).all()
+    assert set(kinds.figures) == {"progress", "formed", "map", "paper"}
+
+
+def test_positions_are_recorded_one_of_a_document_without_repeats(kinds: AnalysisResult) -> None:
+    positions = kinds.tables["positions"]
+    assert not positions.duplicated(["feature", "document"]).any()
+    assert (positions["column"] > 0).all()
+    assert (positions["activation"] > 0).all()
+    counts = positions["feature"].value_counts()
+    features = kinds.tables["features"].set_index("feature")["n_positions"]
+    assert (features.loc[counts.index] == counts).all()
 
 
 def test_the_same_seed_gives_the_same_numbers() -> None:
-    rng = np.random.default_rng(3)
-    split = split_of(rng.normal(size=(DOCUMENTS * PER_DOCUMENT, 8)), independent_codes(rng, width=64))
-    first, second = (sweep(Formation(random_sets=10, replicates=10), {0: split, 5: split}) for _ in range(2))
+    series = PlantedSeries((PlantedFeature((1, 2), 0.3, sudden(9)),), documents=60)
+    arguments = {**SMALL, "draws": 20, "replicates": 20}
+    first, second = (sweep(Formation(**arguments), series.observation, STEPS) for _ in range(2))
     for name, table in first.tables.items():
         pd.testing.assert_frame_equal(table, second.tables[name])
 
 
-def test_the_per_feature_standard_error_matches_simulation() -> None:
-    """Many features with the same law of activations: the spread of M over them is what each estimates."""
-    rng = np.random.default_rng(4)
-    codes = independent_codes(rng, width=400, active=6)
-    activations = rng.normal(size=(len(codes), 16)) + 0.5
-    result = sweep(Formation(random_sets=20, replicates=100), {0: split_of(activations, codes)})
-    table = result.tables["formation"]
-    assert table["activation_cosine_se"].mean() == pytest.approx(table["activation_cosine"].std(), rel=0.2)
+def test_fewer_than_six_checkpoints_give_curves_and_no_times() -> None:
+    series = PlantedSeries((PlantedFeature((1, 2), 0.3, sudden(9)),), documents=60)
+    result = sweep(Formation(**{**SMALL, "draws": 20}), series.observation, STEPS[3:])
+    features = result.tables["features"]
+    assert features["status"].tolist() == ["not available"]
+    assert features.filter(like="formed").isna().all().all()
+    assert result.tables["formed"]["share"].isna().all()
+    assert "share_formed" not in result.scalars
+    assert "they need 6 LLM checkpoints and the track has 5; follow more with `saetrack fit`" in result.summary
+    assert np.isfinite(result.tables["formation"]["p_token"]).all()
 
 
 def test_formation_and_drift_run_on_a_real_track(tiny_track: Track) -> None:
-    analyses: Any = {"formation": Formation(n_min=5, random_sets=10, replicates=10), "drift": Drift(replicates=10)}
+    analyses: Any = {"formation": Formation(n_positions=10, n_min=5, draws=20, replicates=20), "drift": Drift()}
     results = run_analyses(tiny_track, analyses)
     table = results["formation"].tables["formation"]
-    alive = (results["formation"].tables["features"]["status"] == "computed").sum()
-    assert len(table) == alive * len(tiny_track) > 0
-    assert sorted(results["formation"].scalars["share_formed"]) == tiny_track.steps
-    assert len(results["drift"].tables["drift"]) == 64 * len(tiny_track)
+    assert table["feature"].nunique() * len(tiny_track) == len(table) > 0
+    assert len(results["formation"].tables["features"]) == 64
     for name in analyses:
         assert AnalysisResult.load(tiny_track.analyses_dir / name).summary == results[name].summary
 
 
 def test_no_feature_with_enough_documents_gives_empty_tables_and_says_so() -> None:
-    split = split_of(np.random.default_rng(5).normal(size=(DOCUMENTS * PER_DOCUMENT, 4)), np.zeros((4000, 6)))
-    result = sweep(Formation(random_sets=5, replicates=5), {0: split, 1: split})
+    series = PlantedSeries((PlantedFeature((1,), 0.0, never),), documents=70)
+    result = sweep(Formation(**SMALL), series.observation, STEPS)
     assert len(result.tables["formation"]) == 0
-    assert (result.tables["features"]["status"] == "silent").all()
-    assert "not computed" in result.summary
+    assert result.tables["features"]["status"].tolist() == ["insufficient"]
+    assert "formation was not computed" in result.summary
 
 
 def test_another_snapshot_first_is_refused() -> None:
-    split = split_of(np.zeros((4000, 4)), np.zeros((4000, 6)))
-    analysis, track, snapshot = Formation(), SimpleNamespace(steps=[0, 8]), SimpleNamespace(step=0)
-    analysis.begin(track)  # type: ignore[arg-type]
+    series = PlantedSeries((PlantedFeature((1,), 1.0, never),), documents=5)
+    analysis: Any = Formation()
+    analysis.begin(SimpleNamespace(steps=[0, 8], path=""))
     with pytest.raises(RuntimeError, match="last snapshot"):
-        analysis.observe(snapshot, Observation(selection=split))  # type: ignore[arg-type]
+        analysis.observe(SimpleNamespace(step=0), series.observation(0))
+    with pytest.raises(RuntimeError, match="both splits"):
+        analysis.observe(SimpleNamespace(step=8), replace(series.observation(8), selection=None))
+
+
+def test_a_control_of_one_llm_checkpoint_is_refused() -> None:
+    analysis: Any = Formation()
+    with pytest.raises(ValueError, match="follows one LLM checkpoint several times"):
+        analysis.begin(SimpleNamespace(steps=[8, 8, 8], path="controls/null-0"))
+
+
+def test_too_few_positions_for_a_random_set_are_refused() -> None:
+    series = PlantedSeries((PlantedFeature((1,), 1.0, never),), documents=2)
+    with pytest.raises(ValueError, match="hold 46 positions, fewer than the 64"):
+        sweep(Formation(), series.observation, STEPS)
 
 
 def test_finishing_without_a_sweep_is_refused() -> None:
@@ -202,41 +204,15 @@ def test_finishing_without_a_sweep_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"n_min": 1}, "n_min"), ({"random_sets": 1}, "random_sets is 1"), ({"criterion": "cosine"}, "no measure")],
+    [({"n_min": 1}, "n_min"), ({"draws": 1}, "draws is 1"), ({"baseline": "cosine"}, "baseline 'cosine' is none")],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Formation(**arguments)
 
 
-def test_formed_needs_two_checkpoints_half_the_final_value_and_a_final_value_above_the_null() -> None:
-    series = np.array([
-        [0.0, 0.6, 0.6, 1.0],  # from the second on
-        [0.6, 0.1, 0.6, 1.0],  # once is not enough
-        [0.4, 0.4, 0.4, 1.0],  # only at the end
-        [0.6, 0.6, 0.6, 0.1],  # gone in the end
-    ]).T  # fmt: skip
-    np.testing.assert_array_equal(_formed_at(series, np.full((4, 4), 0.2)), [1, 2, 3, -1])
-
-
-def test_top_positions_match_a_plain_loop() -> None:
-    rng = np.random.default_rng(6)
-    codes = np.round(sp.random_array((300, 20), density=0.2, rng=rng).toarray(), 1)
-    documents = rng.integers(40, size=300)
-    got = top_positions(sp.csr_array(codes), documents, n_positions=5, per_document=2)
-    for feature in range(20):
-        taken: list[int] = []
-        for p in sorted(np.flatnonzero(codes[:, feature]), key=lambda p: (-codes[p, feature], p)):
-            if len(taken) < 5 and sum(documents[q] == documents[p] for q in taken) < 2:
-                taken.append(p)
-        assert got[feature].tolist() == taken + [-1] * (5 - len(taken))
-
-
-def test_random_sets_repeat_a_document_only_where_documents_run_out() -> None:
-    documents = np.repeat(np.arange(6), 10)
-    sets = random_sets(documents, n_positions=9, sets=20, rng=np.random.default_rng(7))
-    for members in sets:
-        assert len(set(members)) == 9
-        assert set(documents[members[:6]]) == set(range(6))
-    with pytest.raises(ValueError, match="hold 60 positions"):
-        random_sets(documents, n_positions=61, sets=1, rng=np.random.default_rng(7))
+def test_an_observation_without_evaluation_rows_is_refused() -> None:
+    analysis: Any = Formation()
+    analysis.begin(SimpleNamespace(steps=[0], path=""))
+    with pytest.raises(RuntimeError, match="both splits"):
+        analysis.observe(SimpleNamespace(step=0), Observation())

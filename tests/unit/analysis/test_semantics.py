@@ -10,7 +10,8 @@ import scipy.sparse
 import torch
 
 from saetrack.analysis import AnalysisResult, Observation, SplitObservation
-from saetrack.analysis.semantics import Semantics, same_tokens, turnover
+from saetrack.analysis.semantics import Semantics
+from saetrack.analysis.semantics_turnover import same_tokens, turnover
 from saetrack.analysis.sweep import run_analyses
 from saetrack.lm.checkpoints import load_llm
 from saetrack.lm.tokens import TokenRows
@@ -28,11 +29,15 @@ class Words:
 
 
 class PlantedTrack(list):
+    path = Path("planted")
+
     def tokenizer(self) -> Words:
         return Words()
 
 
 ROWS, CONTEXT, VOCABULARY = 64, 16, 10
+STEPS = (0, 1, 2, 8)
+EMBEDDINGS = torch.from_numpy(np.random.default_rng(9).normal(size=(VOCABULARY, 8)))
 
 
 def planted_rows(seed: int) -> TokenRows:
@@ -54,12 +59,12 @@ def planted(rows: TokenRows, step: int) -> SplitObservation:
 
 
 def run_planted(**arguments: int) -> AnalysisResult:
-    track = PlantedTrack(SimpleNamespace(step=step) for step in (0, 1, 2, 8))
+    track = PlantedTrack(SimpleNamespace(step=step, position=i) for i, step in enumerate(STEPS))
     analysis = Semantics(**{"contexts": 4, "left": 2, "right": 1, **arguments})
     analysis.begin(track)
     for step in (8, 0, 1, 2):
-        observation = Observation(planted(planted_rows(1), step), planted(planted_rows(2), step))
-        analysis.observe(SimpleNamespace(step=step), observation)
+        observation = Observation(planted(planted_rows(1), step), planted(planted_rows(2), step), EMBEDDINGS)
+        analysis.observe(SimpleNamespace(step=step, position=STEPS.index(step)), observation)
     return analysis.finish()
 
 
@@ -124,15 +129,20 @@ def test_activations_in_contexts_are_those_of_the_snapshot(tiny_track: Track) ->
 
 def test_every_firing_feature_is_in_the_tables_and_a_second_run_is_equal(tiny_track: Track) -> None:
     for name in ("a", "b"):
-        run_analyses(tiny_track, {name: Semantics(contexts=3, bootstrap=20)})
+        run_analyses(tiny_track, {name: Semantics(contexts=3)})
     folders = [tiny_track.analyses_dir / name for name in ("a", "b")]
     assert sorted(p.name for p in folders[0].iterdir()) == [
+        "classes.parquet",
+        "classes.svg",
         "contexts.parquet",
         "examples.svg",
         "features.parquet",
+        "patterns.parquet",
         "result.json",
         "semantics.svg",
+        "sensitivity.parquet",
         "steps.parquet",
+        "transitions.parquet",
     ]
     for path in folders[0].iterdir():
         assert path.read_bytes() == (folders[1] / path.name).read_bytes(), path.name
@@ -154,11 +164,11 @@ def test_a_track_of_one_snapshot_has_no_turnover(tiny_track: Track, monkeypatch:
 
 def test_an_sae_that_never_fires_gives_empty_tables_and_figures(tmp_path: Path) -> None:
     analysis = Semantics()
-    analysis.begin(PlantedTrack(SimpleNamespace(step=step) for step in (0, 1)))
+    analysis.begin(PlantedTrack(SimpleNamespace(step=step, position=step) for step in (0, 1)))
     for step in (1, 0):
         split = planted(planted_rows(1), step)
         silent = replace(split, latents=scipy.sparse.csr_array(split.latents.shape, dtype=np.float32))
-        analysis.observe(SimpleNamespace(step=step), Observation(silent, silent))
+        analysis.observe(SimpleNamespace(step=step, position=step), Observation(silent, silent, EMBEDDINGS))
     result = analysis.finish()
     result.save(tmp_path / "semantics")
     assert len(result.tables["features"]) == len(result.tables["contexts"]) == 0

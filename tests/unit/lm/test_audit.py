@@ -1,6 +1,14 @@
+import hashlib
+import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -61,7 +69,97 @@ def test_without_the_audit_only_names_are_read(faulty: FolderSource) -> None:
     text = describe_checkpoints(faulty)
     assert [line.split()[0] for line in text.splitlines()] == ["step", "0", "1", "2", "4", "10", "11"]
     assert "FAULT" not in text
-    assert describe_checkpoints(faulty, audit=True) == format_audit(audit(faulty.checkpoints()))
+    assert describe_checkpoints(faulty, audit=True).startswith(format_audit(audit(faulty.checkpoints())) + "\n\n")
+    assert describe_checkpoints(faulty, select="0,4").splitlines()[1:] == [text.splitlines()[1], text.splitlines()[4]]
+
+
+def test_weights_without_a_configuration_are_a_fault(tmp_path: Path, make_series: Callable[..., Path]) -> None:
+    make_series(tmp_path, steps=[0, 4])
+    (tmp_path / "step4" / "config.json").unlink()
+    good, bad = audit(FolderSource(tmp_path).checkpoints())
+    assert good.fault is None
+    assert bad.weight_hash is None
+    assert "step4 has weights but no config.json" in (bad.fault or "")
+
+
+def test_the_audit_says_whose_tokenizer_serves_the_series(tmp_path: Path, make_series: Callable[..., Path]) -> None:
+    make_series(tmp_path, steps=[0], tokenizer=True)
+    make_series(tmp_path, steps=[4], tokenizer=False)
+    last = describe_checkpoints(FolderSource(tmp_path), audit=True).splitlines()[-1]
+    assert f"that of {tmp_path / 'step0'}; 1 of 2 LLM checkpoints have none of their own." in last
+    shutil.rmtree(tmp_path / "step0")
+    assert "has a tokenizer. Save one there" in describe_checkpoints(FolderSource(tmp_path), audit=True)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers what the audit asks of the Hub: the branches of a repository, and the files of one."""
+
+    # branch -> content of its weights; main is the last one, and step2000 serves it as well
+    weights: ClassVar = {
+        "main": "end",
+        "step0": "a",
+        "step1": "a",
+        "step1000": "b",
+        "step2000": "end",
+        "step3000": "end",
+    }
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        self.asked.append(path)
+        if path == "/api/models/org/llm/refs":
+            branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": "0" * 40} for name in self.weights]
+            return self.answer({"branches": branches, "converts": [], "tags": []})
+        branch = path.removeprefix("/api/models/org/llm/revision/")
+        if branch not in self.weights:
+            return self.answer({"error": "nothing here"}, 404, "RepoNotFound")
+        sha256 = hashlib.sha256(self.weights[branch].encode()).hexdigest()
+        lfs = {"sha256": sha256, "size": 1, "pointerSize": 1}
+        files = [{"rfilename": "config.json"}, {"rfilename": "model.safetensors", "size": 1, "lfs": lfs}]
+        files += [{"rfilename": "tokenizer.json"}] if branch == "step1000" else []
+        return self.answer({"id": "org/llm", "sha": hashlib.sha1(branch.encode()).hexdigest(), "siblings": files})
+
+    def answer(self, content: dict[str, object], status: int = 200, error: str = "") -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        if error:
+            self.send_header("X-Error-Code", error)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+def test_the_audit_of_a_hub_series_downloads_nothing_and_finds_the_final_weights_under_other_names(
+    tmp_path: Path,
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path),
+        "NO_PROXY": "127.0.0.1",
+    }
+    try:
+        command = [sys.executable, "-m", "saetrack", "checkpoints", "org/llm", "--audit"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    finally:
+        server.shutdown()
+        server.server_close()
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in lines[1:6]] == ["0", "1", "1000", "2000", "3000"]
+    assert [line.split("ok")[1].strip() for line in lines[1:6]] == ["-", "step 0", "-", "main", "step 2000"]
+    assert "step 2000 (org/llm@step2000) has the weights of main, the finished LLM" in done.stdout
+    assert lines[-1].startswith("The tokenizer of the whole series is that of org/llm@step1000; 4 of 5")
+    assert not [path for path in Hub.asked if not path.startswith("/api/")], "files are under org/llm/resolve"
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_revision_that_is_nowhere_is_a_fault(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from saetrack.lm.checkpoints import (
     ListSource,
     LLMCheckpoint,
     PretrainSource,
+    RepositoriesSource,
     commit_sha,
     load_llm,
     source_from_string,
@@ -99,7 +100,7 @@ def test_tokens_seen_are_read_from_the_trainers_state(tmp_path: Path) -> None:
 def test_two_folders_of_one_step_are_refused(tmp_path: Path) -> None:
     for name in ("step4", "checkpoint-4", "step1"):
         (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match=r"checkpoint-4 and step4 of .* are both .* of step 4\. Move one"):
+    with pytest.raises(ValueError, match=r": checkpoint-4 and step4 are both .* of step 4\. Move one"):
         FolderSource(tmp_path).checkpoints()
 
 
@@ -125,6 +126,29 @@ def test_a_list_with_steps_out_of_order_is_refused(steps: tuple[int, ...]) -> No
 def test_an_empty_list_is_refused() -> None:
     with pytest.raises(ValueError, match=r"ListSource\.checkpoints is empty"):
         ListSource([])
+
+
+# Repositories
+
+
+def test_repositories_that_are_one_checkpoint_each_are_a_series() -> None:
+    repos = ["T/Tiny-1.1B-intermediate-step-1431k-3T", "T/Tiny-1.1B-step-50K-105b"]
+    series = RepositoriesSource(repos, tokenizer="T/Tiny").checkpoints()
+    assert [(c.model, c.revision, c.step, c.tokens) for c in series] == [
+        (repos[1], None, 50_000, 105 * 10**9),
+        (repos[0], None, 1_431_000, 3 * 10**12),
+    ]
+    with pytest.raises(ValueError, match=r"'google/multiberts-seed_0' does not say its step.*ListSource"):
+        RepositoriesSource(["google/multiberts-seed_0"])
+
+
+def test_the_registry_and_a_chosen_branch_reach_a_hub_series() -> None:
+    names = ["stage1-step1000-tokens5B", "stage2-ingredient1-step10-tokens1B", "stage2-ingredient2-step10-tokens1B"]
+    source = HubSource("allenai/OLMo-2-1124-7B", revisions=names, ingredient=2)
+    assert [(c.step, c.revision) for c in source.checkpoints()] == [(1000, names[0]), (1010, names[2])]
+    with pytest.raises(ValueError, match=r"OLMo-2-1124-7B: .* parallel branches.*`ingredient`"):
+        HubSource("allenai/OLMo-2-1124-7B", revisions=names).checkpoints()
+    assert HubSource("EleutherAI/pythia-70m", revisions=["step2"]).checkpoints()[0].tokens == 2 * 2_097_152
 
 
 # Tokenizers

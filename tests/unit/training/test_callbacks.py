@@ -2,16 +2,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
-from lightning import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
+import yaml
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from saetrack.analysis import Analysis, AnalysisResult
 from saetrack.track import Track
-from saetrack.training import AnalyzeTrack, ResumeFile, SnapshotCallback, TrackLogger, TrackProgressBar
+from saetrack.training import AnalyzeTrack, ResumeFile, SnapshotCallback, TrackLogger
 
 HOOKPOINT = "gpt_neox.layers.0"
 STEPS = [0, 2, 10]
@@ -28,7 +31,12 @@ class Steps(Analysis):
     def run(self, track: Track) -> AnalysisResult:
         figure = Figure(figsize=(1, 1))
         figure.subplots().plot(track.steps, track.steps)
-        return AnalysisResult(scalars={"twice": {step: 2.0 * step for step in track.steps}}, figures={"line": figure})
+        l0 = {snapshot.step: snapshot.metadata["l0"] for snapshot in track}
+        return AnalysisResult(
+            scalars={"twice": {step: 2.0 * step for step in track.steps}, "l0": l0},
+            figures={"line": figure},
+            captions={"line": "What the line says, $5 and all."},
+        )
 
 
 class Told(SnapshotCallback):
@@ -42,34 +50,17 @@ class Told(SnapshotCallback):
         self.seen.append((snapshot.step, Track.open(track.path).steps))
 
 
-class Descriptions(Callback):
-    """Notes what the progress bar says in every stage."""
-
-    def __init__(self) -> None:
-        self.descriptions: list[str] = []
-        self.metrics: list[dict[str, Any]] = []
-        self.totals: set[int] = set()
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        bar = trainer.progress_bar_callback
-        if bar.train_progress_bar.desc not in self.descriptions:
-            self.descriptions.append(bar.train_progress_bar.desc)
-        self.totals.add(bar.train_progress_bar.total)
-        self.metrics.append(bar.get_metrics(trainer, pl_module))
-
-
 class Fit:
     """One fit with all the callbacks, looked at by every test here."""
 
     def __init__(self, tiny_fit: Callable[..., Any], folder: Path) -> None:
-        self.told, self.descriptions = Told(), Descriptions()
+        self.told = Told()
         logger = TensorBoardLogger(folder, name="tensorboard", version="")
         self.fitted = tiny_fit(
             folder / "run",
             # the projector and the histograms come from TrackLogger, the figures from the analyses at the end
-            callbacks=[TrackLogger(), AnalyzeTrack([Steps()]), self.told, TrackProgressBar(), self.descriptions],
+            callbacks=[TrackLogger(), AnalyzeTrack([Steps()]), self.told],
             logger=logger,
-            trainer={"enable_progress_bar": True},
         )
         logger.experiment.flush()
         self.board = Path(logger.log_dir)
@@ -110,24 +101,64 @@ def test_training_curves_have_the_optimizer_step_as_x(fit: Fit) -> None:
 
 
 def test_distributions_over_features_are_histograms_by_llm_step(fit: Fit) -> None:
-    frequency = fit.events.Histograms("track/log10_firing_frequency_of_alive_features")
+    frequency = fit.events.Histograms("track_features/firing_frequency_log10")
     assert [event.step for event in frequency] == STEPS
     alive = [(s.features["firing_frequency"] > 0).sum() for s in fit.fitted.track]
     assert [event.histogram_value.num for event in frequency] == alive
-    cosine = fit.events.Histograms("track/decoder_cosine_to_previous_snapshot")
+    cosine = fit.events.Histograms("track_features/decoder_cosine_to_previous")
     assert [event.step for event in cosine] == STEPS[1:]
     assert [event.histogram_value.num for event in cosine] == [64, 64]
+    correlation = fit.events.Histograms("track_features/functional_correlation_with_previous")
+    known = [s.features["functional_correlation"].notna().sum() for s in fit.fitted.track]
+    assert [event.histogram_value.num for event in correlation] == known[1:]
     assert cosine[0].histogram_value.max <= 1.0 + 1e-6
 
 
 def test_analyses_give_scalars_by_llm_step_and_figures(fit: Fit) -> None:
     tags = fit.events.Tags()
     twice = next(tag for tag in tags["scalars"] if tag.endswith("/twice"))
-    assert twice.startswith("track/")
+    assert twice.startswith("track_")
     assert scalar(fit, twice) == {step: 2.0 * step for step in STEPS}
     figures = [tag for tag in tags["images"] if tag.endswith("/line")]
     assert len(figures) == 1
-    assert [event.step for event in fit.events.Images(figures[0])] == [10]
+    (image,) = fit.events.Images(figures[0])
+    assert image.step == 10
+    assert image.height > 120  # one inch of figure, and the caption below it
+    assert not [
+        tag for tag in tags["scalars"] if tag.startswith("track_") and tag.endswith("/l0") and "final" not in tag
+    ]
+
+
+def test_the_charts_begin_with_the_tracks_quality_and_every_one_of_them_has_curves(fit: Fit) -> None:
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(fit.events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
+    assert [category.title for category in layout.category] == ["quality by LLM step", "training by optimizer step"]
+    assert list(layout.category[0].chart[0].multiline.tag) == ["track/fvu_before", "track/fvu"]
+    named = {tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag}
+    untrained = {"track/ce_recovered_zero", "track/ce_recovered_mean"}  # not defined on the tiny LLM
+    assert named - untrained <= set(fit.events.Tags()["scalars"])
+
+
+def test_the_recipe_stands_beside_the_last_snapshots_numbers(fit: Fit) -> None:
+    last = fit.fitted.track[-1]
+    assert scalar(fit, "track_final/fvu") == pytest.approx({10: last.metadata["fvu"]}, rel=1e-5)
+    content = fit.events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    recipe = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert recipe["scheduler.warm_start"].string_value == "transported"
+    assert recipe["data.batch_size"].number_value == 128
+    assert recipe["sae/arguments/k"].number_value == 4
+
+
+def test_another_logger_gets_the_numbers_and_the_recipe(tiny_fit: Callable[..., Any], tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="csv", version="")
+    fitted = tiny_fit(
+        tmp_path / "run", callbacks=[TrackLogger(), AnalyzeTrack([Steps()])], logger=logger, steps=[0, 10]
+    )
+    rows = pd.read_csv(tmp_path / "csv" / "metrics.csv")
+    got = rows[["step", "track/fvu"]].dropna().set_index("step")["track/fvu"]
+    assert got.to_dict() == pytest.approx({s.step: s.metadata["fvu"] for s in fitted.track})
+    assert any(name.endswith("/twice") for name in rows.columns)
+    assert yaml.safe_load((tmp_path / "csv" / "hparams.yaml").read_text())["scheduler.tokens_next"] == 1000
 
 
 def test_the_projector_holds_the_alive_decoder_rows(fit: Fit) -> None:
@@ -144,44 +175,6 @@ def test_the_projector_holds_the_alive_decoder_rows(fit: Fit) -> None:
 
 def test_a_snapshot_callback_is_told_when_the_snapshot_is_whole(fit: Fit) -> None:
     assert fit.told.seen == [(0, [0]), (2, [0, 2]), (10, [0, 2, 10])]
-
-
-def test_the_progress_bar_says_which_llm_checkpoint_of_how_many_and_how_fast(fit: Fit) -> None:
-    said = [text.rstrip(": ") for text in fit.descriptions.descriptions]
-    assert said == ["LLM step 0 (1 of 3)", "LLM step 2 (2 of 3)", "LLM step 10 (3 of 3)"]
-    for metrics in fit.descriptions.metrics:
-        assert float(metrics["tokens/s"].replace(",", "")) > 0
-        assert float(metrics["loss"]) > 0
-        assert "v_num" not in metrics
-
-
-class Kill(Callback):
-    """Ends the run after an optimizer step, as a power cut would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        if trainer.global_step == self.step:
-            raise KeyError("killed")
-
-
-def test_a_stage_resumed_in_its_middle_is_named_by_the_progress_bar(
-    tiny_fit: Callable[..., Any], tmp_path: Path
-) -> None:
-    descriptions, run = Descriptions(), tmp_path / "run"
-    with pytest.raises(KeyError, match="killed"):
-        tiny_fit(run, callbacks=[Kill(15 + 6)], steps=[0, 10])  # the second stage's resume file is of its step 4
-    tiny_fit(
-        run,
-        callbacks=[TrackProgressBar(), descriptions],
-        ckpt_path=ResumeFile.path(run),
-        steps=[0, 10],
-        trainer={"enable_progress_bar": True},
-    )
-    assert [text.rstrip(": ") for text in descriptions.descriptions] == ["LLM step 10 (2 of 2)"]
-    assert len(descriptions.metrics) == 7 - 4
-    assert descriptions.totals == {7}
 
 
 def test_the_resume_file_is_there_and_says_that_all_is_done(fit: Fit) -> None:

@@ -148,6 +148,27 @@ def test_what_was_before_is_at_the_same_positions() -> None:
         assert torch.equal(batch.before[HOOKPOINT], 2 * batch.now[HOOKPOINT])
 
 
+def test_lanes_of_a_module_see_the_same_activations_in_an_order_of_their_own() -> None:
+    def fill(chunk: int) -> Batch:
+        x = positions(ORDER.chunk_rows(chunk))
+        return Batch({"module@a": x, "module@b": x}, {"module@b": -x})
+
+    got = list(ActivationStream(ORDER, fill))
+    a, b = (
+        torch.cat([batch.now[name] for batch in got[: ORDER.batches_per_chunk]]) for name in ("module@a", "module@b")
+    )
+    assert not torch.equal(got[0].now["module@a"], got[0].now["module@b"])
+    assert len(np.intersect1d(a, b)) > 0.9 * len(a)  # the chunk's; a few fill no batch, and not the same ones
+    assert all(torch.equal(batch.before["module@b"], -batch.now["module@b"]) for batch in got)
+    assert torch.equal(got[0].now["module@a"], next(iter(stream(ORDER))).now[HOOKPOINT])  # the first is as if alone
+
+
+def test_an_arm_sees_the_same_rows_in_another_order() -> None:
+    arm = replace(ORDER, arm=1)
+    assert not np.array_equal(arm.chunk_rows(0), ORDER.chunk_rows(0))
+    assert len(np.intersect1d(rows_used(arm), rows_used(ORDER))) > 0.9 * len(rows_used(ORDER))
+
+
 def test_the_position_counts_the_batch_in_use_and_starts_over_at_the_end() -> None:
     reading = stream(ORDER)
     assert reading.state_dict() == {"position": 0, "end": 25}

@@ -1,0 +1,114 @@
+// The frame about a figure: title, legend, saving as SVG and CSV, the numbers one click away.
+
+function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "style") element.style.cssText = value;
+    else if (value !== undefined && value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+function say(text) {
+  const status = document.getElementById("status");
+  status.textContent = text;
+  status.classList.add("shown");
+  setTimeout(() => status.classList.remove("shown"), 2500);
+}
+
+function save(name, type, text) {
+  const link = h("a", { href: `data:${type};charset=utf-8,${encodeURIComponent(text)}`, download: name });
+  link.click();
+  say(`${name} saved`);
+}
+
+const fileName = (text) => text.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "");
+
+function tableRows(figure, steps) {
+  if (figure.rows) return figure.rows;
+  if (figure.kind === "phases") return [["perspective", "step", "low", "high"], ...figure.marks.map((m) => [m.perspective, m.step, m.low, m.high])];
+  const head = ["step", ...figure.lines.flatMap((l) => (l.low ? [l.name, `${l.name}, low`, `${l.name}, high`] : [l.name]))];
+  const body = steps.map((step, i) => [step, ...figure.lines.flatMap((l) => (l.low ? [l.values[i], l.low[i], l.high[i]] : [l.values[i]]))]);
+  return [head, ...body];
+}
+
+// Quoted where needed; a cell that a spreadsheet would take for a formula gets a quote mark before it.
+function csvCell(value) {
+  if (value === null || value === undefined || Number.isNaN(value)) return "";
+  const text = typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value);
+  return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+}
+
+const csv = (rows) => rows.map((row) => row.map(csvCell).join(",")).join("\r\n") + "\r\n";
+
+// A drawing that stands alone: variables and inherited colours become what they are now; title and legend come in.
+function standalone(figure, plot) {
+  const copy = plot.cloneNode(true);
+  const look = getComputedStyle(document.body);
+  const resolve = (text) => text.replace(/var\((--[a-z0-9-]+)(?:,[^)]*)?\)/g, (_, name) => look.getPropertyValue(name).trim() || "currentColor");
+  for (const element of [copy, ...copy.querySelectorAll("*")]) {
+    for (const { name, value } of [...element.attributes]) if (value.includes("var(")) element.setAttribute(name, resolve(value));
+    if (element.tagName === "style") element.textContent = resolve(element.textContent);
+  }
+  const [width, height] = [plot.width.baseVal.value, plot.height.baseVal.value];
+  const lines = (figure.lines ?? []).filter(() => figure.kind !== "phases");
+  const top = 26 + 16 * lines.length;
+  const svg = d3.create("svg").attr("xmlns", "http://www.w3.org/2000/svg").attr("width", width).attr("height", height + top)
+    .attr("viewBox", `0 0 ${width} ${height + top}`).attr("font-family", "system-ui, sans-serif").attr("color", look.color).attr("fill", look.color);
+  svg.append("rect").attr("width", width).attr("height", height + top).attr("fill", look.getPropertyValue("--paper").trim());
+  svg.append("text").attr("x", 8).attr("y", 18).attr("font-size", 14).attr("font-weight", 600).text(figure.title);
+  lines.forEach((line, i) => {
+    const y = 34 + 16 * i;
+    svg.append("line").attr("x1", 8).attr("x2", 32).attr("y1", y).attr("y2", y).attr("stroke", resolve(colourOf(line, i))).attr("stroke-width", 2).attr("stroke-dasharray", dashOf(line, i));
+    svg.append("text").attr("x", 38).attr("y", y + 4).attr("font-size", 11).text(line.name + (line.band ? ` (band: ${line.band})` : ""));
+  });
+  copy.setAttribute("y", top);
+  svg.node().append(copy);
+  return new XMLSerializer().serializeToString(svg.node());
+}
+
+function legend(figure) {
+  if (!figure.lines || (figure.lines.length === 1 && !figure.lines[0].band)) return null;
+  return h("ul", { class: "legend" }, figure.lines.map((line, i) => {
+    const swatch = d3.create("svg").attr("width", 26).attr("height", 10).attr("aria-hidden", "true");
+    if (figure.kind === "stack" || line.bandOnly) swatch.append("rect").attr("width", 26).attr("height", 10).attr("fill", colourOf(line, i)).attr("opacity", line.bandOnly ? 0.3 : 1);
+    else swatch.append("line").attr("x2", 26).attr("y1", 5).attr("y2", 5).attr("stroke", colourOf(line, i)).attr("stroke-width", 2.5).attr("stroke-dasharray", dashOf(line, i));
+    return h("li", {}, swatch.node(), ` ${line.name}`, line.band ? h("span", { class: "quiet" }, ` – band: ${line.band}`) : null);
+  }));
+}
+
+function numbersTable(rows, caption) {
+  const [head, ...body] = rows;
+  return h("div", { class: "numbers", tabindex: "0", role: "region", "aria-label": caption },
+    h("table", {}, h("caption", { class: "hidden" }, caption),
+      h("thead", {}, h("tr", {}, head.map((name) => h("th", { scope: "col" }, String(name))))),
+      h("tbody", {}, body.map((row) => h("tr", {}, row.map((value) => h("td", {}, typeof value === "number" ? number(value) : String(value ?? "–"))))))));
+}
+
+// `draw(width)` gives the drawing; it is called again when the room changes.
+function frame(figure, steps, draw, level = "h3") {
+  const box = h("div", { class: "drawing" });
+  const rows = () => tableRows(figure, steps);
+  const numbers = h("details", { class: "data" }, h("summary", {}, "Numbers"));
+  numbers.addEventListener("toggle", () => {
+    if (numbers.open && numbers.children.length === 1) {
+      numbers.append(numbersTable(rows(), figure.title), figure.source ? h("p", { class: "quiet" }, `From ${figure.source}`) : "");
+    }
+  });
+  const card = h("figure", { class: "card", id: figure.id },
+    h("figcaption", {}, h(level, {}, figure.title), figure.y ? h("p", { class: "quiet" }, figure.y) : null, figure.note ? h("p", { class: "note" }, figure.note) : null),
+    legend(figure), box,
+    h("div", { class: "actions" }, numbers,
+      h("button", { type: "button", onclick: () => save(`${fileName(figure.title)}.svg`, "image/svg+xml", standalone(figure, box.querySelector("svg"))), "aria-label": `Save ${figure.title} as SVG` }, "SVG"),
+      h("button", { type: "button", onclick: () => save(`${fileName(figure.title)}.csv`, "text/csv", csv(rows())), "aria-label": `Save the data of ${figure.title} as CSV` }, "CSV")));
+  let drawn = 0;
+  new ResizeObserver(() => {
+    const width = Math.floor(box.clientWidth);
+    if (width < 40 || width === drawn) return;
+    drawn = width;
+    box.replaceChildren(asImage(draw(width)));
+  }).observe(box);
+  return card;
+}

@@ -1,0 +1,203 @@
+"""Controls: short tracks made only to calibrate another, by the code that trained it.
+
+A drift, a correlation or a curve says little until it is known what training once more would have done. A control
+repeats a stage with another order of the same data: on the same LLM checkpoint again (``null``), on the one that the
+stage was on (``replica``), or from a fresh SAE (``scratch``); or the series with fewer of its LLM checkpoints
+(``thinned``). Every stage of a control starts from a snapshot on disk,
+so a control that was killed goes on after its last whole snapshot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import yaml
+from lightning import Callback, LightningModule, Trainer
+
+from saetrack.lm.checkpoints import LLMCheckpoint
+from saetrack.storage import claimed
+from saetrack.track import Snapshot, Track
+from saetrack.training import tracks
+from saetrack.training.cli import FitCLI
+from saetrack.training.control_plan import Control, ControlSettings, plan_controls
+from saetrack.training.datamodule import ActivationDataModule
+from saetrack.training.module import SAEModule, refuse_changes
+from saetrack.training.progress import TrackProgressBar
+from saetrack.training.scheduler import CheckpointScheduler
+from saetrack.training.stage import Stage, StageStart
+from saetrack.training.warm_start import Calibration
+
+_ARMS = 1009  # more than a chain has stages: every replica has orders of rows that no other has
+
+
+def run_controls(track: Track, settings: ControlSettings) -> None:
+    """Train the controls that are asked for and not there yet.
+
+    The replicas of ``scratch`` are trained side by side, on one forward of the LLM. Those of other kinds are not: on
+    one forward they would share the order of the chunks, and be more alike than runs are (on the quickstart their
+    displacements had cosine 0.976 with each other and 0.958 with the track's).
+
+    Args:
+        track: The track that they calibrate.
+        settings: What is asked for.
+
+    Raises:
+        FileNotFoundError: If the run's configuration is not beside the track.
+        ValueError: If it is no longer that of the track.
+    """
+    for control in plan_controls(track, settings):
+        missing = [i for i in range(settings.replicas) if not _is_complete(track, f"{control.name}-{i}")]
+        for together in [missing] if control.kind == "scratch" and missing else [[i] for i in missing]:
+            cli = _ControlCLI(track, control, together)
+            with claimed(track.path / "controls") if cli.trainer.is_global_zero else nullcontext():
+                cli.trainer.fit(cli.model, cli.datamodule)
+
+
+def control_table(track: Track) -> str:
+    """The complete controls of a track as a plain text table, one line for each."""
+    rows = []
+    for control in track.controls():
+        last = control[-1].metadata
+        facts = control.facts["control"]
+        rows.append(
+            {
+                "control": control.path.name,
+                "kind": facts["kind"],
+                "LLM steps": ", ".join(map(str, control.steps)) if len(set(control.steps)) < 7 else "all",
+                "FVU": f"{last['fvu']:.3f}",
+                "dead": f"{last['dead_share']:.1%}",
+                "correlation": "-" if facts["kind"] == "scratch" else f"{last['functional_correlation_median']:.2f}",
+            }
+        )
+    return pd.DataFrame(rows).to_string(index=False) if rows else "No controls yet."
+
+
+class ControlScheduler(CheckpointScheduler):
+    """Leads the replicas of a control through its LLM checkpoints, each stage from a snapshot on disk.
+
+    Args:
+        of: The track that is calibrated.
+        control: What is repeated.
+        replicas: Their numbers.
+    """
+
+    def __init__(self, of: Track, control: Control, replicas: Sequence[int]) -> None:
+        recipe = of.facts.get("recipe") or _missing_recipe(of)
+        super().__init__(
+            of.path / "controls",
+            warm_start=control.warm_start or recipe["scheduler.warm_start"],
+            tokens_first=recipe["scheduler.tokens_first"] * control.factor,
+            tokens_next=recipe["scheduler.tokens_next"] * control.factor,
+            allow_duplicates=True,
+        )
+        self.of = of
+        self.control = control
+        self.replicas = list(replicas)
+
+    def choose_checkpoints(self, data: ActivationDataModule) -> list[LLMCheckpoint]:
+        """Those of the control."""
+        return list(self.control.checkpoints)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As for any track, but Lightning counts from the snapshots that are there."""
+        super().on_fit_start(trainer, pl_module)
+        trainer.fit_loop.max_epochs = len(self.checkpoints) - self.position
+
+    def open_tracks(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule) -> None:
+        """Begin the replicas' tracks where they are not there, and go on after the last snapshot that all have."""
+        for replica, hookpoint in zip(self.replicas, data.hookpoints, strict=True):
+            if trainer.is_global_zero:
+                self._begin_track(module, data, hookpoint, replica)
+            trainer.strategy.barrier()
+            self.tracks[hookpoint] = Track.open(self._path(replica))
+        self.position = min(len(track) for track in self.tracks.values())
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a stage, from what is on disk also when the stage before was trained in this process."""
+        assert isinstance(pl_module, SAEModule)
+        if self.position:
+            for hookpoint, track in self.tracks.items():
+                before: Snapshot = track[self.position - 1]
+                calibration = Calibration.of(before)
+                pl_module.sae(hookpoint).load_state_dict(before.sae().folded(1 / calibration.scale).state_dict())
+                since_fired = torch.tensor(before.features["tokens_since_fired"].to_numpy())
+                pl_module.feature_state(hookpoint).tokens_since_fired.copy_(since_fired)
+                self.start[hookpoint] = StageStart(calibration, None, before.metadata["fvu"], None)
+        super().on_train_epoch_start(trainer, pl_module)
+
+    def is_first(self, stage: Stage) -> bool:
+        """Whether the stage has the budget of the track's first one."""
+        return self.control.first_budget
+
+    def arm(self, stage: Stage) -> int:
+        """Every stage has an order of rows that neither the track nor an earlier stage had."""
+        return 1 + stage.position + _ARMS * self.replicas[0]
+
+    def _path(self, replica: int) -> Path:
+        return self.track_dir / f"{self.control.name}-{replica}"
+
+    def _begin_track(self, module: SAEModule, data: ActivationDataModule, hookpoint: str, replica: int) -> None:
+        facts = tracks.track_facts(module, data, hookpoint)
+        tracks.refuse_another(self.of, facts)
+        was = self.of.training_recipe
+        refuse_changes(was, {key: self.recipe[key] for key in was}, str(self.of.path / "track.json"))
+        path = self._path(replica)
+        if not (path / "track.json").is_file():
+            control = {
+                "kind": self.control.kind,
+                "position": self.control.position,
+                "stages": len(self.control.checkpoints),
+                "first_budget": self.control.first_budget,
+                "thin": self.control.thin,
+                "factor": self.control.factor,
+                "replica": replica,
+            }
+            tracks.begin(path, {**facts, "control": control}, self.recipe, data)
+        if self.control.start is not None and not len(Track.open(path)):
+            tracks.adopt(Track.open(path), self.control.start)
+
+
+class _ControlCLI(FitCLI):
+    """The parts of the track's own run, from its configuration, with the control's scheduler in place of its own."""
+
+    def __init__(self, track: Track, control: Control, replicas: Sequence[int]) -> None:
+        path = track.path.parent / "config.yaml"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is not there, and a control is trained by the configuration of its track. Restore the file."
+            )
+        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+        lanes = [f"{track.facts['hookpoint']}@{control.name}-{i}" for i in replicas]
+        options = {name: saved[name] for name in ("seed_everything", "trainer", "model", "data", "scheduler")}
+        options["trainer"] = {**options["trainer"], "logger": False, "callbacks": None}
+        options["data"] = {**options["data"], "hookpoints": lanes}
+        self._control_scheduler = ControlScheduler(track, control, replicas)
+        super().__init__({"subcommand": "fit", "fit": options})
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer of the run without what writes its resume file, its logs and its analyses."""
+        config = {**self._get(self.config_init, "trainer"), **kwargs}
+        callbacks: list[Callback] = [self._control_scheduler]
+        if config["enable_progress_bar"] is not False:
+            callbacks.append(TrackProgressBar())
+        return Trainer(**{**config, "callbacks": callbacks, "enable_checkpointing": False})
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing: who made this object calls ``fit``."""
+
+
+def _is_complete(track: Track, name: str) -> bool:
+    path = track.path / "controls" / name
+    return (path / "track.json").is_file() and Track.open(path).is_complete_control
+
+
+def _missing_recipe(track: Track) -> dict[str, Any]:
+    raise ValueError(
+        f"{track.path} was written by saetrack {track.facts['saetrack']}, which recorded no recipe, so it cannot have "
+        "controls. Train it again."
+    )

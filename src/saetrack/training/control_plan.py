@@ -1,0 +1,141 @@
+"""Which controls a track should have: what each repeats, from which snapshot, on which LLM checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from saetrack.lm.checkpoints import LLMCheckpoint
+from saetrack.track import Snapshot, Track
+from saetrack.training.warm_start import WarmStart
+
+Kind = Literal["null", "replica", "scratch", "thinned"]
+Budget = Literal["next", "first", "total"]
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """What `saetrack control` is asked for."""
+
+    kind: Kind
+    """null: the snapshot before a stage, once more on its own LLM checkpoint; replica: once more on that of the stage,
+    as the track did; scratch: fresh SAEs; thinned: the whole series again with only some of its LLM checkpoints. All
+    with another order of the data."""
+    replicas: int = 3
+    """Tracks of each control."""
+    positions: list[int] | None = None
+    """Stages to repeat, or where scratch SAEs are trained. By default four (five), spread over the track."""
+    chain: bool = False
+    """For null: as many null steps as the track has stages, each from the one before, beginning with its first
+    snapshot, instead of single ones."""
+    thin: int = 2
+    """For thinned: every so manieth snapshot counted from the last, and the first. 1 repeats the whole series."""
+    budget: Budget = "next"
+    """next: a stage has the tokens of the track's later ones; first, for scratch: those of its first; total, for
+    thinned: `thin` times as many, so that the whole series costs the same."""
+    warm_start: WarmStart | None = None
+    """For thinned: another warm start than the track's."""
+
+    def __post_init__(self) -> None:
+        if self.replicas < 1:
+            raise ValueError(f"--replicas is {self.replicas}; it must be at least 1.")
+        if self.thin < 1:
+            raise ValueError(f"--thin is {self.thin}; it must be at least 1, which takes every LLM checkpoint.")
+        if self.chain and (self.kind != "null" or self.positions is not None):
+            raise ValueError(
+                f"--chain is a null chain through the whole track; it goes with --kind null and without --positions, "
+                f"but --kind is {self.kind} and --positions {self.positions}."
+            )
+        allowed = {"next", *({"scratch": ["first"], "thinned": ["total"]}.get(self.kind, []))}
+        if self.budget not in allowed:
+            raise ValueError(
+                f"--budget is {self.budget}, but a {self.kind} control can have {' or '.join(sorted(allowed))}: "
+                "first is for scratch, total for thinned."
+            )
+        if self.kind == "thinned" and self.positions is not None:
+            raise ValueError(
+                f"--positions is {self.positions}, but a thinned series is chosen by --thin; leave it out."
+            )
+        if self.kind != "thinned" and self.warm_start is not None:
+            raise ValueError(f"--warm_start is for --kind thinned; a {self.kind} control has the track's.")
+
+
+@dataclass(frozen=True)
+class Control:
+    """What is repeated. Its replicas are tracks of their own, ``controls/NAME-0`` and so on.
+
+    Args:
+        name: Their common name, such as ``null-0003``.
+        kind: As in :class:`ControlSettings`.
+        position: Of the track's stage that is repeated; None where it is not one stage.
+        start: The snapshot that it begins with, as its own position 0; None for ``scratch``.
+        checkpoints: LLM checkpoint of every snapshot of the control, that of ``start`` among them.
+        first_budget: Whether a stage has the tokens and the learning rate of the track's first.
+        thin: Of ``thinned``, how many stages of the track one of its stages stands for.
+        factor: How many times the track's tokens a stage has.
+        warm_start: None for that of the track.
+    """
+
+    name: str
+    kind: Kind
+    position: int | None
+    start: Snapshot | None
+    checkpoints: tuple[LLMCheckpoint, ...]
+    first_budget: bool = False
+    thin: int = 1
+    factor: int = 1
+    warm_start: WarmStart | None = None
+
+
+def plan_controls(track: Track, settings: ControlSettings) -> list[Control]:
+    """The controls that a track should have.
+
+    Args:
+        track: The track to calibrate.
+        settings: What is asked for.
+
+    Raises:
+        ValueError: If the track is too short, or a position is not in it.
+    """
+    if len(track) < 2:
+        raise ValueError(f"{track.path} has {len(track)} snapshots; a control repeats a stage between two of them.")
+    llms, kind = [snapshot.llm for snapshot in track], settings.kind
+    if kind == "thinned":
+        return [_thinned(track, llms, settings)]
+    if settings.chain:
+        return [Control("null-chain", kind, None, track[0], (llms[0],) * len(track))]
+    if kind == "scratch":
+        chosen = tuple(llms[i] for i in _positions(track, settings.positions, first=0, count=5))
+        first = settings.budget == "first"
+        return [Control(f"scratch-{settings.budget}", kind, None, None, chosen, first, warm_start="scratch")]
+    return [
+        Control(f"{kind}-{i:04d}", kind, i, track[i - 1], (llms[i - 1], llms[i - 1 if kind == "null" else i]))
+        for i in _positions(track, settings.positions, first=1, count=4)
+    ]
+
+
+def _thinned(track: Track, llms: list[LLMCheckpoint], settings: ControlSettings) -> Control:
+    """The series from its first snapshot, over every ``thin``-th LLM checkpoint counted from the last."""
+    chosen = sorted({0, *range(len(track) - 1, 0, -settings.thin)})
+    name = f"thinned-{settings.thin}-{settings.budget}"
+    if settings.warm_start is not None:
+        name += f"-{settings.warm_start}"
+    factor = settings.thin if settings.budget == "total" else 1
+    checkpoints = tuple(llms[i] for i in chosen)
+    return Control(
+        name, "thinned", None, track[0], checkpoints, thin=settings.thin, factor=factor, warm_start=settings.warm_start
+    )
+
+
+def _positions(track: Track, asked: list[int] | None, first: int, count: int) -> list[int]:
+    """The positions asked for, or at most ``count`` spread evenly from ``first`` to the last."""
+    last = len(track) - 1
+    if asked is None:
+        return sorted({first + round(i * (last - first) / (count - 1)) for i in range(count)})
+    for position in asked:
+        if not first <= position <= last:
+            raise ValueError(
+                f"--positions names {position}, but such a control of {track.path} can be at {first} to {last}: "
+                f"{', '.join(f'{s.position} (step {s.step})' for s in track[first:])}."
+            )
+    return sorted(set(asked))

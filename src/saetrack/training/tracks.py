@@ -1,0 +1,96 @@
+"""The tracks of a run: what is written when one is begun, and what must still hold when it is continued."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import saetrack
+from saetrack.lm.checkpoints import LLMCheckpoint
+from saetrack.lm.forward import module_name
+from saetrack.storage import link_or_copy, whole_folder, write_json
+from saetrack.track import Snapshot, Track, tracks_in
+from saetrack.sae import sae_record
+from saetrack.training.datamodule import ActivationDataModule
+from saetrack.training.module import SAEModule, refuse_changes
+
+
+def track_facts(module: SAEModule, data: ActivationDataModule, hookpoint: str) -> dict[str, Any]:
+    """What makes a track this one and no other: the part of ``track.json`` that may not change."""
+    sae = module.sae(hookpoint)
+    return {
+        "model": _series_name(data.checkpoints),
+        "hookpoint": module_name(hookpoint),
+        "tokenizer": list(data.source.tokenizer_name),
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "sae": sae_record(sae),
+        "seed": data.seed,
+        "corpus_hash": data.corpus_rows.hash,
+        "context_size": data.tokens.context_size,
+        "bos_token_id": data.corpus_rows.train.bos_token_id,
+        "llm_dtype": data.llm_dtype,
+    }
+
+
+def begin(path: Path, facts: Mapping[str, Any], recipe: Mapping[str, Any], data: ActivationDataModule) -> Track:
+    """Create a track with the rows that its measures are taken on, and the recipe that its controls must share."""
+    rows = {split: data.measuring_rows(split) for split in ("selection", "evaluation")}
+    return Track.create(path, {"saetrack": saetrack.__version__, **facts, "recipe": dict(recipe)}, rows)
+
+
+def adopt(track: Track, snapshot: Snapshot) -> None:
+    """Begin a track with a snapshot of another: the same files on the disk, which no snapshot's are ever changed."""
+    with whole_folder(track.path / "snapshots" / f"0000-step{snapshot.step}") as folder:
+        for file in snapshot.path.iterdir():
+            if file.name != "metadata.json":
+                link_or_copy(file, folder / file.name)
+        write_json(folder / "metadata.json", {**snapshot.metadata, "position": 0})
+
+
+def refuse_another(track: Track, facts: Mapping[str, Any]) -> None:
+    """Refuse a track that was begun with other facts."""
+    # the tokenizer by what it does, which is in the corpus hash: in a growing folder its name changes
+    same = {name: fact for name, fact in facts.items() if name != "tokenizer"}
+    refuse_changes(track.facts, same, str(track.path / "track.json"))
+
+
+def refuse_other_hookpoints(track_dir: Path, hookpoints: Sequence[str]) -> None:
+    """Refuse a run folder with other hookpoints: there is one resume file, and it would be lost."""
+    others = [path.name for path in tracks_in(track_dir) if path.name not in hookpoints]
+    if others:
+        raise FileExistsError(
+            f"{track_dir} holds the track of {', '.join(others)}, which is not in data.hookpoints {list(hookpoints)}. "
+            "A run's hookpoints are trained together; choose another `scheduler.track_dir`."
+        )
+
+
+def refuse_other_weights(done: Sequence[Snapshot], weight_hashes: Mapping[int, str | None]) -> None:
+    """Refuse to go on when an LLM checkpoint that is done has other weights now."""
+    for snapshot in done:
+        was, now = snapshot.metadata["llm"]["weight_hash"], weight_hashes.get(snapshot.step)
+        if was is not None and now is not None and was != now:
+            raise ValueError(
+                f"The LLM checkpoint of step {snapshot.step} has other weights now ({now[:19]}...) than when "
+                f"{snapshot.path} was trained on it ({was[:19]}...). Restore them, or begin another track with "
+                "another `scheduler.track_dir`."
+            )
+
+
+def refuse_gaps(track: Track, done: int) -> None:
+    """Refuse to go on when a snapshot before position ``done`` is not there."""
+    have = {snapshot.position for snapshot in track}
+    missing = [i for i in range(done) if i not in have]
+    if missing:
+        raise FileNotFoundError(
+            f"{track.path} should hold the snapshots 0 to {done - 1}, but {missing} are not there. Restore them "
+            "from a copy, or start again in another `scheduler.track_dir`."
+        )
+
+
+def _series_name(checkpoints: list[LLMCheckpoint]) -> str:
+    """The repository, or the folder that holds all the checkpoints' folders."""
+    models = {checkpoint.model for checkpoint in checkpoints}
+    return models.pop() if len(models) == 1 else os.path.commonpath(models) or ", ".join(sorted(models))

@@ -1,0 +1,101 @@
+"""Density on tracks whose survival and whose identity by gap are planted."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from saetrack.analysis.density import Density
+from saetrack.analysis.drift_geometry import unit_rows
+from saetrack.lm.tokens import TokenRows
+from saetrack.sae import TopKSAE
+from saetrack.track import Track
+
+D_IN, D_SAE = 16, 128
+STEPS = (0, 1, 2, 4, 8)
+
+
+def identity_after(delta: float) -> float:
+    """Functional correlation that is left after the FVU has risen by so much."""
+    return 0.95 * float(np.exp(-3 * delta))
+
+
+def series(path: Path, steps: tuple[int, ...], last: np.ndarray, **facts: Any) -> Track:
+    """A track whose FVU rises by 0.02 for every LLM step of a gap, and whose features keep their identity by it."""
+    rows = TokenRows(np.zeros((1, 4), dtype=np.int32), np.zeros((1, 4), dtype=np.int32), 0)
+    given = {"hookpoint": "h", "context_size": 4, "bos_token_id": 0, "d_in": D_IN, "d_sae": D_SAE, **facts}
+    track = Track.create(path, given, {"selection": rows, "evaluation": rows})
+    for position, step in enumerate(steps):
+        sae = TopKSAE(D_IN, D_SAE // D_IN, k=4)
+        sae.W_dec.data = torch.from_numpy(last).float()
+        rise = 0.02 * (step - steps[position - 1]) if position else 0.0
+        metadata = {
+            "llm": {"model": "m", "revision": None, "commit": None, "weight_hash": None, "step": step, "tokens": None},
+            "sae": {"class": "saetrack.sae.TopKSAE", "arguments": sae.arguments},
+            "warm_start": "prior" if position else "scratch",
+            "fvu": 0.1,
+            "fvu_shift": 0.3 - rise if position else None,
+            "fvu_before": 0.1 + rise,
+            "functional_correlation_median": identity_after(rise) if position else None,
+            "dead_share": 0.0,
+        }
+        features = pd.DataFrame({"feature": np.arange(D_SAE), "dead": np.arange(D_SAE) < 8, "revived": False})
+        track.write(position, sae, metadata, {"mean": torch.zeros(D_IN)}, features)
+    return Track.open(path)
+
+
+def thinned(track: Track, thin: int, last: np.ndarray, factor: int = 1) -> None:
+    control = {"kind": "thinned", "position": None, "stages": len(STEPS[::thin]), "thin": thin, "factor": factor}
+    series(track.path / "controls" / f"thinned-{thin}-{factor}", STEPS[::thin], last, control=control)
+
+
+@pytest.fixture
+def track(tmp_path: Path) -> Track:
+    """Of the features that are alive, all survive in the whole series and every second one in the thinned one."""
+    rows = unit_rows(np.random.default_rng(0).normal(size=(D_SAE, D_IN)))
+    track = series(tmp_path / "t", STEPS, rows)
+    thinned(track, 1, rows)
+    thinned(track, 2, np.where(np.arange(D_SAE)[:, None] % 2, -rows, rows))
+    return Track.open(track.path)
+
+
+def test_planted_survival_is_found_among_the_alive_and_beside_the_ceiling(track: Track) -> None:
+    table = Density(replicates=200).run(track).tables["thinned"].set_index("thin")
+    assert table["features"].tolist() == [D_SAE - 8] * 2
+    assert table["survival"].tolist() == [1.0, 0.5]
+    assert table["survival_relative"].tolist() == [1.0, 0.5]
+    half = table.loc[2]
+    error = 1.96 * np.sqrt(0.25 / (D_SAE - 8))
+    assert (half["survival_low"], half["survival_high"]) == pytest.approx((0.5 - error, 0.5 + error), abs=0.03)
+
+
+def test_the_largest_admissible_gap_is_where_identity_falls_below_its_share_of_the_ceiling(track: Track) -> None:
+    limits = Density(replicates=20).run(track).tables["admissible"].iloc[0]
+    # gaps of 1, 1, 2 and 4 steps, and 2, 2 and 4 in the thinned series: rises of 0.02, 0.04 and 0.08
+    assert (limits["ceiling"], limits["ceiling_from"]) == (pytest.approx(identity_after(0.02)), "smallest gap")
+    assert identity_after(0.04) > 0.9 * identity_after(0.02) > identity_after(0.08)
+    assert limits["rise"] == pytest.approx(0.04 / 0.1)
+    assert limits["rank_correlation_rise"] == pytest.approx(-1)
+    assert limits["rank_correlation_delta_fvu"] == pytest.approx(1)  # planted to mislead
+
+
+def test_null_steps_give_the_ceiling(track: Track) -> None:
+    control = {"kind": "null", "position": 1, "stages": 2}
+    made = series(track.path / "controls" / "null-0001-0", (0, 0), np.eye(D_SAE, D_IN), control=control)
+    assert made[1].metadata["functional_correlation_median"] == pytest.approx(0.95)
+    limits = Density(replicates=20).run(Track.open(track.path)).tables["admissible"].iloc[0]
+    assert (limits["ceiling"], limits["ceiling_from"]) == (pytest.approx(0.95), "null controls")
+
+
+def test_without_thinned_controls_it_says_what_to_run(tmp_path: Path) -> None:
+    result = Density().run(series(tmp_path / "t", STEPS, np.eye(D_SAE, D_IN)))
+    assert not result.tables
+    assert "--kind thinned" in result.summary
+
+
+def test_one_replicate_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        Density(replicates=1)

@@ -1,0 +1,95 @@
+"""Dictionaries whose partners are planted: copies, permuted copies, splits, and independent ones."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from saetrack.analysis.dictionaries import Dictionaries
+from saetrack.analysis.drift_geometry import unit_rows
+from saetrack.lm.tokens import TokenRows
+from saetrack.sae import TopKSAE
+from saetrack.track import Track
+
+D_IN, D_SAE = 16, 128
+
+
+def random(seed: int) -> np.ndarray:
+    return unit_rows(np.random.default_rng(seed).normal(size=(D_SAE, D_IN)))
+
+
+def write(path: Path, decoders: list[np.ndarray], steps: tuple[int, ...] = (0, 8), **facts: Any) -> Track:
+    rows = TokenRows(np.zeros((1, 4), dtype=np.int32), np.zeros((1, 4), dtype=np.int32), 0)
+    given = {"hookpoint": "h", "context_size": 4, "bos_token_id": 0, "d_in": D_IN, "d_sae": D_SAE, **facts}
+    track = Track.create(path, given, {"selection": rows, "evaluation": rows})
+    for position, (step, decoder) in enumerate(zip(steps, decoders, strict=True)):
+        sae = TopKSAE(D_IN, D_SAE // D_IN, k=4)
+        sae.W_dec.data = torch.from_numpy(decoder).float()
+        sae.W_enc.data = torch.from_numpy(decoder.T).float().contiguous()
+        llm = {"model": "m", "revision": None, "commit": None, "weight_hash": None, "step": step, "tokens": None}
+        record = {"class": "saetrack.sae.TopKSAE", "arguments": sae.arguments}
+        features = pd.DataFrame({"feature": np.arange(D_SAE), "dead": False, "revived": False})
+        metadata = {"llm": llm, "sae": record, "warm_start": "prior"}
+        track.write(position, sae, metadata, {"mean": torch.zeros(D_IN)}, features)
+    return Track.open(path)
+
+
+def scratch(track: Track, replica: int, decoder: np.ndarray) -> None:
+    control = {"kind": "scratch", "position": None, "stages": 1, "first_budget": True}
+    write(track.path / "controls" / f"scratch-first-{replica}", [decoder], (8,), control=control)
+
+
+def test_a_permuted_copy_matches_wholly_and_the_index_not_at_all(tmp_path: Path) -> None:
+    moved = np.roll(np.arange(D_SAE), 1)
+    found = Dictionaries().run(write(tmp_path / "t", [random(0), random(0)[moved]])).tables["neighbours"].iloc[0]
+    assert found["pw_mcc"] == pytest.approx(1, abs=1e-6)
+    assert found["shared_share"] == 1
+    assert found["kept_index"] == 0
+    assert found["renaming_gap"] == pytest.approx(1 - found["same_index"], abs=1e-6)
+    assert abs(found["same_index"]) < 0.1
+    assert (found["births"], found["deaths"]) == (0, 0)
+
+
+def test_independent_dictionaries_are_as_alike_as_their_null(tmp_path: Path) -> None:
+    found = Dictionaries(random_pairs=8).run(write(tmp_path / "t", [random(0), random(1)])).tables["neighbours"].iloc[0]
+    assert abs(found["pw_mcc"] - found["null"]) < 3 * found["null_sd"]
+    assert found["pw_mcc"] > 0.3  # which a reader without the null would take for something
+    assert found["shared_share"] < 0.15
+
+
+def test_a_feature_that_splits_in_two_is_found_and_one_that_is_born(tmp_path: Path) -> None:
+    before, after = random(0), random(0)
+    after[5] = before[4]  # index 5 becomes a second 4; nothing is like the old 5 any more
+    found = Dictionaries().run(write(tmp_path / "t", [before, after])).tables["neighbours"].iloc[0]
+    near_5 = (np.delete(before, 5, axis=0) @ before[5]).max()
+    assert found["splits"] == 1
+    assert found["deaths"] == int(near_5 < 0.7)
+    assert found["births"] == 0
+
+
+def test_a_series_that_finds_what_the_seeds_find_agrees_and_one_that_does_not_does_not(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    truth = random(3)
+    noisy = [unit_rows(truth + 0.1 * rng.normal(size=truth.shape)) for _ in range(3)]
+    for name, own, expected in (("one", noisy[2], 1.0), ("other", random(4), 0.0)):
+        track = write(tmp_path / name, [own, own])
+        scratch(track, 0, noisy[0])
+        scratch(track, 1, noisy[1][rng.permutation(D_SAE)])
+        found = Dictionaries().run(Track.open(track.path)).tables["scratch"].iloc[0]
+        assert found["agreement"] == pytest.approx(expected, abs=0.1)
+
+
+def test_without_scratch_controls_it_says_what_to_run(tmp_path: Path) -> None:
+    result = Dictionaries().run(write(tmp_path / "t", [random(0), random(0)]))
+    assert "scratch" not in result.tables
+    assert "--kind scratch" in result.settings["scratch"]
+
+
+def test_wrong_input_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        Dictionaries(random_pairs=1)
+    with pytest.raises(ValueError, match="1 snapshots"):
+        Dictionaries().run(write(tmp_path / "t", [random(0)], (0,)))

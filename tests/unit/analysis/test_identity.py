@@ -1,0 +1,107 @@
+"""Identity: planted features that keep or lose their meaning, and what it writes on a real small track."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+
+from saetrack.analysis import AnalysisResult, Observation
+from saetrack.analysis.identity import Identity
+from saetrack.analysis.identity_stretches import kept_between, read_stretches, stretch_table
+from saetrack.analysis.sweep import run_analyses
+from saetrack.track import Track
+
+FEATURES, TOKENS, STEPS = 40, 4000, (0, 8, 32, 64, 256, 512)
+SWAPPED = np.arange(20)  # in pairs, 0 with 1 and so on, between steps 32 and 64
+
+
+def latents(step: int, seed: int = 0) -> scipy.sparse.csr_array:
+    """The same activations at every step but for noise; half of the features change places half-way."""
+    rng = np.random.default_rng(seed)
+    values = rng.random((TOKENS, FEATURES)) * (rng.random((TOKENS, FEATURES)) < 0.05)
+    values = values * np.random.default_rng(step).uniform(0.7, 1.3, values.shape)
+    if step >= 64:
+        values[:, SWAPPED] = values[:, SWAPPED ^ 1]
+    return scipy.sparse.csr_array(values.astype(np.float32))
+
+
+class PlantedTrack(list):
+    path, facts = "planted", {"d_sae": FEATURES}
+
+    @property
+    def steps(self) -> list[int]:
+        return [s.step for s in self]
+
+    def controls(self, kind: str | None = None) -> list[Track]:
+        return []
+
+
+def run_planted(revived: tuple[int, int] | None = None) -> AnalysisResult:
+    track = PlantedTrack()
+    for position, step in enumerate(STEPS):
+        table = pd.DataFrame({"revived": [(step, i) == revived for i in range(FEATURES)]})
+        track.append(SimpleNamespace(position=position, step=step, features=table))
+    analysis = Identity(replicates=50)
+    analysis.begin(track)
+    for snapshot in (track[-1], *track[:-1]):
+        analysis.observe(snapshot, Observation(evaluation=SimpleNamespace(latents=latents(snapshot.step))))
+    return analysis.finish()
+
+
+def test_planted_features_that_change_places_are_lost_and_the_others_kept() -> None:
+    result = run_planted()
+    kept = kept_between(result.tables["stretches"], 0, 512, FEATURES)
+    assert (~kept[SWAPPED]).mean() >= 0.95
+    assert kept[20:].mean() >= 0.95
+    lost = result.tables["stretches"].query("feature == 3")[["first_step", "last_step"]]
+    assert lost.to_numpy().tolist() == [[0, 32], [64, 512]]
+    survival = result.tables["survival"].set_index("step")
+    assert survival.loc[32, "unbroken"] == 1
+    assert survival.loc[[64, 512], "unbroken"].tolist() == survival.loc[[64, 512], "like_first"].tolist() == [0.5, 0.5]
+
+
+def test_every_correlation_is_that_of_numpy() -> None:
+    table = run_planted().tables["features"].set_index(["step", "feature"])
+    dense = {step: latents(step).toarray() for step in STEPS}
+    for t, step in enumerate(STEPS):
+        for name, other in (("to_previous", STEPS[max(t - 1, 0)]), ("to_first", 0), ("to_last", 512)):
+            if name == "to_previous" and t == 0:
+                continue
+            for i in (0, 30):
+                expected = np.corrcoef(dense[step][:, i], dense[other][:, i])[0, 1]
+                assert table.loc[(step, i), name] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_revived_feature_is_a_new_one() -> None:
+    result = run_planted(revived=(32, 30))
+    assert result.tables["stretches"].query("feature == 30")[["first_step", "last_step"]].to_numpy().tolist() == [
+        [0, 8],
+        [32, 512],
+    ]
+
+
+def test_stretches_end_where_a_feature_is_dead() -> None:
+    alive = np.array([[True, False], [False, True], [True, True]])
+    table = stretch_table(alive, np.ones((3, 2), dtype=bool), [1, 2, 3])
+    assert table.to_numpy().tolist() == [[0, 1, 1, 1], [0, 3, 3, 1], [1, 2, 3, 2]]
+    assert kept_between(table, 3, 2, 2).tolist() == [False, True]
+
+
+def test_the_sweep_agrees_with_what_training_measured_and_says_what_controls_are_missing(tiny_track: Track) -> None:
+    with pytest.raises(FileNotFoundError, match="analyze"):
+        read_stretches(tiny_track)
+    run_analyses(tiny_track, {"identity": Identity(replicates=20)})
+    result = AnalysisResult.load(tiny_track.analyses_dir / "identity")
+    measured = np.concatenate([s.features["functional_correlation"].to_numpy(dtype=float) for s in tiny_track])
+    assert np.allclose(result.tables["features"]["to_previous"], measured, atol=1e-4, equal_nan=True)
+    assert "--kind null" in result.settings["controls_by_step"]["null"]
+    assert result.tables["survival"]["null"].isna().all()
+    assert len(read_stretches(tiny_track)) == len(result.tables["stretches"])
+
+
+@pytest.mark.parametrize("wrong", [{"threshold": 0.0}, {"replicates": 1}, {"min_firing_frequency": 1.0}])
+def test_numbers_out_of_range_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Identity(**wrong)

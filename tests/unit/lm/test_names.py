@@ -1,0 +1,197 @@
+"""Real names of published series, and names that say no step."""
+
+import pytest
+
+from saetrack.lm.names import family_of, parse_name, parse_repo_id, series_of_names
+from saetrack.lm.registry import registry
+
+B, T = 10**9, 10**12
+
+# name -> (stage, step, ingredient, tokens); None where the name says no step
+NAMES: dict[str, tuple[str, int, int | None, int | None] | None] = {
+    # Pythia, PolyPythias
+    "step0": ("", 0, None, None),
+    "step512": ("", 512, None, None),
+    "step143000": ("", 143000, None, None),
+    # stanford-crfm
+    "checkpoint-0": ("", 0, None, None),
+    "checkpoint-400000": ("", 400000, None, None),
+    # OLMo 1, OLMoE
+    "step1000-tokens4B": ("", 1000, None, 4 * B),
+    "step557000-tokens2464B": ("", 557000, None, 2464 * B),
+    "step5000-tokens20B": ("", 5000, None, 20 * B),
+    # OLMo 2
+    "stage1-step150-tokens1B": ("stage1", 150, None, B),
+    "stage1-step928646-tokens3896B": ("stage1", 928646, None, 3896 * B),
+    "stage2-ingredient1-step1000-tokens5B": ("stage2", 1000, 1, 5 * B),
+    "stage2-ingredient3-step11931-tokens50B": ("stage2", 11931, 3, 50 * B),
+    "step150-tokens1B": ("", 150, None, B),
+    # OLMo 3
+    "stage1-step1413814": ("stage1", 1413814, None, None),
+    "stage2-step47684": ("stage2", 47684, None, None),
+    "stage3-step11921": ("stage3", 11921, None, None),
+    # Amber
+    "ckpt_000": ("", 0, None, None),
+    "ckpt_042": ("", 42, None, None),
+    "ckpt_358": ("", 358, None, None),
+    # SmolLM2, SmolLM3
+    "step-250000": ("", 250000, None, None),
+    "step-2000": ("", 2000, None, None),
+    "stage1-step-40000": ("stage1", 40000, None, None),
+    "stage3-step-4720000": ("stage3", 4720000, None, None),
+    "lc-4k-to-32k-step-20000": ("lc-4k-to-32k", 20000, None, None),
+    "lc-32k-to-64k-step-4000": ("lc-32k-to-64k", 4000, None, None),
+    # FineWeb ablations
+    "step-001000-2BT": ("", 1000, None, 2 * B),
+    "step-167000-350BT": ("", 167000, None, 350 * B),
+    # TinyLlama's branches
+    "step-240k-token-503B": ("", 240_000, None, 503 * B),
+    "step-1195k-token-2.5T": ("", 1_195_000, None, 2_500 * B),
+    # Apertus
+    "step50000-tokens210B": ("", 50000, None, 210 * B),
+    "step2627139-tokens15T": ("", 2627139, None, 15 * T),
+    "longctx-step1000": ("longctx", 1000, None, None),
+    # B-GPT
+    "128000": ("", 128000, None, None),
+    # chains of reinforcement learning
+    "step_360": ("", 360, None, None),
+    "step-0250": ("", 250, None, None),
+    # Trainer, Lightning, torchtitan, nanoGPT, Megatron, DeepSpeed, OLMo-native, Orbax
+    "checkpoint-500": ("", 500, None, None),
+    "epoch=0-step=3919.ckpt": ("", 3919, None, None),
+    "epoch=12-step=100": ("", 100, None, None),
+    "step=250.ckpt": ("", 250, None, None),
+    "step-10": ("", 10, None, None),
+    "ckpt_2000.pt": ("", 2000, None, None),
+    "iter_0001000": ("", 1000, None, None),
+    "global_step8": ("", 8, None, None),
+    "global_step143000": ("", 143000, None, None),
+    "step1000-unsharded": ("", 1000, None, None),
+    "checkpoint_12": ("", 12, None, None),
+    "checkpoint_step_7": ("", 7, None, None),
+    "Step1000": ("", 1000, None, None),
+    "step1.5k": ("", 1500, None, None),
+    # no step
+    "main": None,
+    "fp32": None,
+    "it-SFT": None,
+    "it-mid-training": None,
+    "kestrel": None,
+    "deeper-starling": None,
+    "refs/pr/1": None,
+    "last.ckpt": None,
+    "ckpt.pt": None,
+    "epoch3": None,
+    "step": None,
+    "step-": None,
+    "final-step7": None,
+    ".step3": None,
+    "step1000.5": None,
+    "step1000-tokens": None,
+    "steps1000": None,
+    "stage1": None,
+    "70m": None,
+    "v1.0": None,
+    "resume": None,
+    "step-5B": None,
+    "TinyLlama-1.1B-intermediate-step-1431k-3T": None,
+}
+
+REPOS = {
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": (1_431_000, 3 * T),
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-955k-token-2T": (955_000, 2 * T),
+    "PY007/TinyLlama-1.1B-step-50K-105b": (50_000, 105 * B),
+    "google/multiberts-seed_0-step_20k": (20_000, None),
+    "google/multiberts-seed_4-step_2000k": (2_000_000, None),
+    "google/multiberts-seed_0": None,
+    "HuggingFaceTB/SmolLM2-135M-intermediate-checkpoints": None,
+    "EleutherAI/pythia-410m-seed9": None,
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_real_name_says_its_stage_step_branch_and_tokens(name: str) -> None:
+    parsed = parse_name(name)
+    got = None if parsed is None else (parsed.stage, parsed.step, parsed.ingredient, parsed.tokens)
+    assert got == NAMES[name]
+
+
+@pytest.mark.parametrize("repo", REPOS)
+def test_a_repository_that_is_one_checkpoint_says_its_step(repo: str) -> None:
+    parsed = parse_repo_id(repo)
+    assert (None if parsed is None else (parsed.step, parsed.tokens)) == REPOS[repo]
+
+
+def facts(names: list[str], repo: str = "", **more: int) -> list[tuple[int, str, int | None]]:
+    return [(n.step, n.name, n.tokens) for n in series_of_names(names, family_of(repo), **more)]
+
+
+def test_names_are_ordered_by_number_and_the_rest_is_left_out() -> None:
+    assert [n for _, n, _ in facts(["step10", "main", "step9", "128"])] == ["step9", "step10"]
+    assert [n for _, n, _ in facts(["64000", "main", "128000", "8000"])] == ["8000", "64000", "128000"]
+
+
+def test_tokens_come_from_the_exact_rate_where_the_rounded_name_agrees() -> None:
+    assert facts(["step512"], "EleutherAI/pythia-410m-seed9") == [(512, "step512", 512 * 2_097_152)]
+    olmo2 = ["stage1-step1000-tokens5B", "stage1-step2000-tokens17B"]
+    assert [t for *_, t in facts(olmo2, "allenai/OLMo-2-1124-7B")] == [1000 * 4_194_304, 17 * B]
+    assert [t for *_, t in facts(["ckpt_002"], "LLM360/Amber")] == [7 * B]
+    assert [t for *_, t in facts(["step64", "step-001000-2BT"], "somebody/llm")] == [None, 2 * B]
+
+
+def test_a_rate_of_the_users_takes_the_registrys_place() -> None:
+    family = family_of("EleutherAI/pythia-70m", tokens_per_step=10)
+    assert series_of_names(["step3"], family)[0].tokens == 30
+
+
+def test_a_stage_that_counts_anew_goes_on_where_the_one_before_ended() -> None:
+    names = ["stage3-step-1", "stage2-step-10", "stage1-step-100", "stage2-step-20"]
+    assert [s for s, *_ in facts(names)] == [100, 110, 120, 121]
+    known = facts(["stage2-step10", "stage3-step1000", "stage1-step500"], "allenai/Olmo-3-1025-7B")
+    assert [s for s, *_ in known] == [500, 1_413_824, 1_413_814 + 47_684 + 1000], (
+        "by the registry, not by what is listed"
+    )
+    assert [tokens for *_, tokens in known] == [None] * 3  # no source says how many a step has
+
+
+def test_stages_with_one_count_keep_their_numbers() -> None:
+    names = ["stage2-step-3500000", "stage1-step-40000", "lc-32k-to-64k-step-4000", "lc-4k-to-32k-step-8000"]
+    smollm3 = facts(names, "HuggingFaceTB/SmolLM3-3B-checkpoints")
+    assert [s for s, *_ in smollm3] == [40_000, 3_500_000, 3_508_000, 3_512_000]
+    assert [t for *_, t in smollm3] == [40_000 * 2_359_296, 3_500_000 * 2_359_296, None, None]
+    assert [s for s, *_ in facts(["stage1-step10", "stage2-step20"])] == [10, 20]
+
+
+def test_long_contexts_and_strays_find_their_stage() -> None:
+    apertus = ["longctx-step100", "step50000-tokens210B"]
+    assert [(s, n) for s, n, _ in facts(apertus)] == [(50_000, apertus[1]), (50_100, apertus[0])]
+    stray = ["stage1-step1000-tokens5B", "step150-tokens1B", "stage1-step10-tokens1B"]
+    assert [s for s, *_ in facts(stray, "allenai/OLMo-2-0425-1B")] == [10, 150, 1000]
+
+
+def test_tokens_of_a_later_stage_alone_are_unknown() -> None:
+    assert facts(["stage2-ingredient1-step10-tokens1B"]) == [(10, "stage2-ingredient1-step10-tokens1B", None)]
+
+
+def test_one_of_the_parallel_branches_is_chosen_or_the_series_is_refused() -> None:
+    names = ["stage1-step8-tokens1B", *(f"stage2-ingredient{i}-step4-tokens1B" for i in (1, 2, 10))]
+    with pytest.raises(ValueError, match=r"ingredient1.* and .*ingredient2.* parallel.*`ingredient`, of 1, 2, 10\."):
+        facts(names, "allenai/OLMo-2-1124-13B")
+    assert facts(names, "allenai/OLMo-2-1124-13B", ingredient=10) == [(8, names[0], B), (12, names[3], 2 * B)]
+    with pytest.raises(ValueError, match=r"`ingredient` is 4, but the names have 1, 2, 10\."):
+        facts(names, ingredient=4)
+
+
+def test_two_names_of_one_step_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"checkpoint-4 and step4 are both LLM checkpoints of step 4\."):
+        facts(["step4", "checkpoint-4", "step1"])
+
+
+def test_every_entry_of_the_registry_is_read_and_names_its_source() -> None:
+    allowed = {"name", "repos", "source", "tokens_per_step", "stage_steps", "global_stages", "unprefixed"}
+    for family in registry()["families"]:
+        assert set(family) <= allowed
+        assert "PEERS.md" in family["source"]
+        assert family_of(family["repos"][0].replace("*", "x")).tokens_per_step == family.get("tokens_per_step", {})
+    for steps in registry()["subsets"].values():
+        assert steps == sorted(set(steps))
