@@ -24,7 +24,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stopped.value.code == 0
     out = capsys.readouterr().out
-    assert all(f"{command}: " in out for command in ("pretrain", "checkpoints", "control", "analyze", "report", "analyses", "export", "import"))
+    commands = ("pretrain", "checkpoints", "control", "analyze", "report", "analyses", "export", "import")
+    assert all(f"{command}: " in out for command in commands)
 
 
 @pytest.mark.parametrize("typed", [["frobnicate"], []], ids=["unknown", "none"])

@@ -12,9 +12,8 @@ import torch
 from safetensors import SafetensorError
 
 from saetrack.lm import LLMCheckpoint, TokenRows, load_llm, read_activations
-from saetrack.sae import SAE, StandardSAE, TopKSAE
+from saetrack.sae import SAE, StandardSAE, TopKSAE, sae_from_record, sae_record
 from saetrack.track import SCHEMA, Snapshot, Track, tracks_in
-from saetrack.sae import sae_from_record, sae_record
 
 HOOKPOINT = "gpt_neox.layers.0"
 ROWS = TokenRows(np.arange(12, dtype=np.uint16).reshape(3, 4), np.ones((3, 4), dtype=np.int32), bos_token_id=0)

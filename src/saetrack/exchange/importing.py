@@ -16,11 +16,10 @@ import torch
 import saetrack
 from saetrack.hub import HubFolder, is_hub_address
 from saetrack.lm.checkpoints import LLMCheckpoint
-from saetrack.sae import SAE
+from saetrack.sae import SAE, sae_record
 from saetrack.sae.formats import ForeignSAE, detect_format, read_foreign, read_reference_map
 from saetrack.storage import whole_folder
 from saetrack.track import Track
-from saetrack.sae import sae_record
 
 _REVISION_STEP = re.compile(r"(?:step|checkpoint)[-_]?(\d+)")
 _PYTHIA = re.compile(r"pythia-[\w.-]+")

@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from saetrack.metrics import fraction_variance_unexplained
-from saetrack.sae import SAE, Kernels, LossTerms, Precision, TopKSAE, resolve_precision, use_kernels
-from saetrack.sae import sae_record
+from saetrack.sae import SAE, Kernels, LossTerms, Precision, TopKSAE, resolve_precision, sae_record, use_kernels
 from saetrack.training.adam import ColumnAdam
 from saetrack.training.convergence import Curve, check_points, has_converged
 from saetrack.training.datamodule import ActivationDataModule, require_positive

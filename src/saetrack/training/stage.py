@@ -18,9 +18,8 @@ from saetrack.lm.checkpoints import LLMCheckpoint, commit_sha
 from saetrack.lm.forward import lane_numbers
 from saetrack.lm.tokens import TokenRows
 from saetrack.metrics import dead_share, dense_share, fraction_variance_unexplained
-from saetrack.sae import SAE
+from saetrack.sae import SAE, sae_record
 from saetrack.track import Snapshot, Track
-from saetrack.sae import sae_record
 from saetrack.training import evaluation
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.module import SAEModule, reconstruct

@@ -10,9 +10,9 @@ from typing import Any
 import saetrack
 from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.lm.forward import module_name
+from saetrack.sae import sae_record
 from saetrack.storage import link_or_copy, whole_folder, write_json
 from saetrack.track import Snapshot, Track, tracks_in
-from saetrack.sae import sae_record
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.module import SAEModule, refuse_changes
 

@@ -15,10 +15,9 @@ import torch
 from saetrack.cli import main
 from saetrack.exchange import ImportedFacts, export_track, import_map, import_sae
 from saetrack.lm import LLMCheckpoint, TokenRows
-from saetrack.sae import SAE, GatedSAE, TopKSAE
+from saetrack.sae import SAE, GatedSAE, TopKSAE, sae_record
 from saetrack.sae.formats import WRITERS, Origin, detect_format, read_foreign
 from saetrack.track import Track
-from saetrack.sae import sae_record
 
 HOOKPOINT = "gpt_neox.layers.1"
 STEPS = (0, 64)
