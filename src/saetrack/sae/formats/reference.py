@@ -8,7 +8,7 @@ from torch import Tensor
 from saetrack.sae.saetrack import SAETrackSAE
 
 from .files import ForeignSAE, Origin, TensorFile, build, read_config
-from .unpickle import Stub, unpickle
+from .unpickle import Stub, read_pickled
 
 
 def read_reference(path: Path) -> ForeignSAE:
@@ -18,7 +18,7 @@ def read_reference(path: Path) -> ForeignSAE:
         FileNotFoundError: If the file is missing.
         ValueError: If it is something else, holds several SAEs, or a tensor cannot be held.
     """
-    group = unpickle(path)
+    group = read_pickled(path)
     members = _attribute(group, "autoencoders")
     saes = members if isinstance(members, list) else [group]
     if len(saes) != 1:

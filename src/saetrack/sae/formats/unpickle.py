@@ -9,13 +9,13 @@ from __future__ import annotations
 import collections
 import gzip
 import io
-import pickle
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from saetrack.pickles import DAMAGED, reason, unpickle
 
 _ZIP = b"PK\x03\x04"
 
@@ -60,16 +60,7 @@ _PLAIN: dict[str, Any] = {
 }
 
 
-class _RestrictedUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        full = f"{module}.{name}"
-        known = {**STUBS, **_PLAIN}
-        if full not in known:
-            raise pickle.UnpicklingError(f"it names {full}")
-        return known[full]
-
-
-def unpickle(path: Path) -> Any:
+def read_pickled(path: Path) -> Any:
     """Read a ``.pt`` that ``torch.save`` wrote, or a ``.pkl`` or ``.pkl.gz``.
 
     Args:
@@ -94,10 +85,9 @@ def unpickle(path: Path) -> Any:
             with torch.serialization.safe_globals(allowed):
                 return torch.load(path, map_location="cpu", weights_only=True)
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
-            return _RestrictedUnpickler(stream).load()
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, zlib.error, AttributeError, TypeError) as error:
-        found = " ".join(str(error).split())[:200]
+            return unpickle(stream, {**STUBS, **_PLAIN})  # type: ignore[arg-type]
+    except DAMAGED as error:
         raise ValueError(
-            f"{path} is no SAE of the reference implementation, or is damaged: {found}. Nothing in it was run; "
+            f"{path} is no SAE of the reference implementation, or is damaged: {reason(error)}. Nothing in it was run; "
             f"expected a pickle of {', '.join(name.rpartition('.')[2] for name in STUBS)} and tensors."
         ) from error
