@@ -24,6 +24,7 @@ from torch import Tensor
 
 from saetrack.hub import HubFolder, is_hub_address
 from saetrack.lm.checkpoints import LLMCheckpoint
+from saetrack.lm.local.recognise import format_from_record
 from saetrack.lm.tokens import TokenRows
 from saetrack.sae import SAE, sae_from_record, save_saelens
 from saetrack.storage import make_readable, whole_folder, write_json
@@ -81,7 +82,14 @@ class Snapshot:
     def llm(self) -> LLMCheckpoint:
         """The LLM checkpoint this snapshot was trained on."""
         facts = self.metadata["llm"]
-        return LLMCheckpoint(facts["model"], facts["revision"], facts["step"], facts["tokens"], facts.get("cache_dir"))
+        return LLMCheckpoint(
+            facts["model"],
+            facts["revision"],
+            facts["step"],
+            facts["tokens"],
+            facts.get("cache_dir"),
+            format_from_record(facts.get("format")),
+        )
 
     def sae(self) -> SAE:
         """The SAE, in the LLM's own units (the activation scale is folded into its weights)."""

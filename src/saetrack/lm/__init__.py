@@ -23,6 +23,9 @@ from saetrack.lm.forward import (
     read_activations,
     resolve_hookpoint,
 )
+from saetrack.lm.local.lightning import LightningSource
+from saetrack.lm.local.nanogpt import NanoGPTSource
+from saetrack.lm.local.torchtitan import TorchtitanSource
 from saetrack.lm.tokens import TokenizedCorpus, TokenRows, tokenize_corpus
 from saetrack.lm.unembedding import read_unembedding
 
@@ -34,13 +37,16 @@ __all__ = [
     "FolderSource",
     "HubSource",
     "LLMCheckpoint",
+    "LightningSource",
     "ListSource",
+    "NanoGPTSource",
     "PretrainSource",
     "RepositoriesSource",
     "StdlibCorpus",
     "TextCorpus",
     "TokenRows",
     "TokenizedCorpus",
+    "TorchtitanSource",
     "activation_widths",
     "audit",
     "commit_sha",

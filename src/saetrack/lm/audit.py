@@ -119,7 +119,9 @@ def _audited(checkpoints: Sequence[LLMCheckpoint]) -> list[AuditRow]:
 def _loadable(checkpoint: LLMCheckpoint) -> str:
     """The fingerprint of the weights, once there is a configuration to load them with."""
     digest = fingerprint(checkpoint)
-    if "config.json" not in files.file_names(checkpoint.model, checkpoint.revision, checkpoint.cache_dir):
+    if checkpoint.format is None and "config.json" not in files.file_names(
+        checkpoint.model, checkpoint.revision, checkpoint.cache_dir
+    ):
         raise FileNotFoundError(
             f"{files.label(checkpoint.model, checkpoint.revision)} has weights but no config.json, which says what LLM "
             f"they are of. Put that of another checkpoint beside them, or leave this one out."
@@ -134,10 +136,10 @@ def _main_hashes(checkpoints: Sequence[LLMCheckpoint]) -> dict[str, str | None]:
 
 
 def _describe_tokenizer(source: CheckpointSource, series: Sequence[LLMCheckpoint]) -> str:
-    without = sum(not files.has_tokenizer(c.model, c.revision, c.cache_dir) for c in series)
+    without = sum(c.format is None and not files.has_tokenizer(c.model, c.revision, c.cache_dir) for c in series)
     try:
         name, revision = source.tokenizer_name
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         return str(error)
     if not files.has_tokenizer(name, revision, series[-1].cache_dir):
         return f"There is no tokenizer in {files.label(name, revision)}. Name one as `tokenizer` of the source."

@@ -64,7 +64,9 @@ class CheckpointSource(ABC):
 
         name, revision = self.tokenizer_name
         try:
-            return AutoTokenizer.from_pretrained(name, revision=revision or "main", cache_dir=cache_dir)
+            return AutoTokenizer.from_pretrained(
+                name, revision=revision or "main", cache_dir=cache_dir, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"There is no tokenizer in {files.label(name, revision)}. Name a folder or a repository that has one "
@@ -310,10 +312,13 @@ def source_from_string(text: str, ingredient: int | None = None) -> CheckpointSo
         ingredient: As of ``HubSource``; a folder has none.
 
     Raises:
-        ValueError: If it is neither a folder nor of the form ``org/name``.
+        ValueError: If it is neither a folder nor of the form ``org/name``, or its format needs more than a word.
     """
     if text and Path(text).is_dir():
-        return FolderSource(text)
+        # they are CheckpointSources, so their module imports this one
+        from saetrack.lm.local.recognise import local_source
+
+        return local_source(Path(text)) or FolderSource(text)
     if _HUB_NAME.fullmatch(text):
         return HubSource(text, ingredient=ingredient)
     raise ValueError(

@@ -8,6 +8,7 @@ hashed and loaded is the same commit.
 import hashlib
 import json
 import logging
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -153,7 +154,7 @@ def weight_digests(model: str, revision: str | None, cache_dir: str | Path | Non
 
     Raises:
         FileNotFoundError: If there are no weights, or a shard is missing.
-        ValueError: If a safetensors file on this disk is truncated.
+        ValueError: If a file on this disk is truncated, or an index names no shards.
     """
     remote = None if is_folder(model) else hub_files(model, revision)
     if remote is None:
@@ -203,7 +204,7 @@ def _weight_names(names: Iterable[str], read: Callable[[str], str], where: str) 
         if single in present:
             return [single]
         if index in present:
-            shards = sorted(set(json.loads(read(index))["weight_map"].values()))
+            shards = _shards(read(index), f"{where}: {index}")
             missing = [shard for shard in shards if shard not in present]
             if missing:
                 raise FileNotFoundError(
@@ -217,6 +218,16 @@ def _weight_names(names: Iterable[str], read: Callable[[str], str], where: str) 
     )
 
 
+def _shards(index: str, where: str) -> list[str]:
+    try:
+        shards = sorted(set(json.loads(index)["weight_map"].values()))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} is damaged, or names no shards by tensor. Write or fetch it again.") from error
+    if not shards:
+        raise ValueError(f"{where} names no shards. Write or fetch it again.")
+    return shards
+
+
 def _file_digest(path: Path) -> str:
     if path.suffix == ".safetensors":
         try:
@@ -224,6 +235,8 @@ def _file_digest(path: Path) -> str:
                 pass
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or damaged ({error}). Write or fetch it again.") from error
+    elif _is_cut_archive(path):
+        raise ValueError(f"{path} is truncated: it begins as an archive but has no directory. Write or fetch it again.")
     blob = path.resolve().name
     # The Hub's cache names a large file by the SHA-256 of its content, so 40 hex digits (git) are not enough.
     if path.is_symlink() and len(blob) == 64 and set(blob) <= set("0123456789abcdef"):
@@ -233,6 +246,12 @@ def _file_digest(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _is_cut_archive(path: Path) -> bool:
+    """Whether a file of torch.save lost its end; only those of torch before 1.6 are no archives."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path)
 
 
 def _cache(repo: str, cache_dir: str | Path | None) -> Path:

@@ -7,12 +7,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 
 from saetrack.lm import files
+from saetrack.lm.local.formats import LocalFormat
+from saetrack.lm.local.torch_files import objects_in
+from saetrack.pickles import DAMAGED, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,13 +27,14 @@ class LLMCheckpoint:
     """The LLM's weights at one training step.
 
     Args:
-        model: A folder in Hugging Face's format, or a repository on the Hub.
+        model: A folder in Hugging Face's format, a repository on the Hub, or a file or folder in another ``format``.
         revision: Branch, tag or commit of the repository; None for a folder.
         step: Optimizer step of the LLM's training, which increases over a series: where a later stage counts from 0
             again, the stages before it are added, and the revision or folder still names the stage and its own step.
             For families that number their checkpoints (Amber's ``ckpt_042``) it is that number.
         tokens: Tokens that the LLM had seen by then, where it is known.
         cache_dir: The Hub's cache on this machine, where it is not the usual one; no part of what the checkpoint is.
+        format: How it is read where it is neither a folder in Hugging Face's format nor a repository.
     """
 
     model: str
@@ -37,6 +42,7 @@ class LLMCheckpoint:
     step: int
     tokens: int | None = None
     cache_dir: str | None = field(default=None, compare=False, repr=False)
+    format: LocalFormat | None = None
 
     def __str__(self) -> str:
         return f"step {self.step} ({files.label(self.model, self.revision)})"
@@ -48,6 +54,8 @@ def commit_sha(checkpoint: LLMCheckpoint) -> str | None:
     Raises:
         FileNotFoundError: If the Hub is reached and has no such revision.
     """
+    if checkpoint.format is not None:
+        return None
     return files.commit_of(checkpoint.model, checkpoint.revision, checkpoint.cache_dir)
 
 
@@ -56,7 +64,7 @@ def weight_hash(checkpoint: LLMCheckpoint) -> str | None:
 
     One file: ``sha256:`` and its SHA-256, which is also what the Hub lists for it and names its cached copy by. Shards:
     ``sha256-of-N-shards:`` and the SHA-256 of their N digests in the order of their names. The same tensors saved in
-    another format or sharded otherwise have another fingerprint.
+    another format or sharded otherwise have another fingerprint. Other formats are hashed by tensor.
 
     Returns:
         None when the weights are missing, incomplete or truncated; ``audit`` says which.
@@ -74,6 +82,8 @@ def fingerprint(checkpoint: LLMCheckpoint) -> str:
         FileNotFoundError: If weights are missing.
         ValueError: If they are truncated.
     """
+    if checkpoint.format is not None:
+        return checkpoint.format.fingerprint(Path(checkpoint.model))
     digests = files.weight_digests(checkpoint.model, checkpoint.revision, checkpoint.cache_dir)
     if len(digests) == 1:
         return f"sha256:{next(iter(digests.values()))}"
@@ -100,32 +110,58 @@ def load_llm(
     """
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype of the LLM is {dtype!r}; expected float32, bfloat16 or float16.")
-    from transformers import AutoModelForCausalLM
-
     release_memory()
+    if checkpoint.format is not None:
+        llm = checkpoint.format.build(Path(checkpoint.model), getattr(torch, dtype))
+    else:
+        llm = _load_hugging_face(checkpoint, getattr(torch, dtype))
+    return llm.to(device).eval().requires_grad_(False)
+
+
+def _load_hugging_face(checkpoint: LLMCheckpoint, dtype: torch.dtype) -> "PreTrainedModel":
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     folder = files.fetch(checkpoint.model, checkpoint.revision, checkpoint.cache_dir)
-    safe = files.weight_names(folder)[0].endswith(".safetensors")
+    names = files.weight_names(folder)
     try:
-        with _silent_transformers():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{checkpoint} has a config.json that transformers {transformers.__version__} cannot read without running "
+            f"code from beside it, or at all ({reason(error)}). Convert it, or leave it out of the series."
+        ) from error
+    try:
+        with silent_transformers():
             # use_safetensors=False where there are none: by default transformers would look for a converted copy of
             # the repository's main branch, which is another checkpoint.
             llm, report = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=getattr(torch, dtype),
-                use_safetensors=safe,
+                config=config,
+                dtype=dtype,
+                use_safetensors=names[0].endswith(".safetensors"),
                 weights_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # reported below, in one line
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except SafetensorError as error:
-        raise ValueError(f"The weights of {checkpoint} are damaged ({error}). Write or fetch them again.") from error
+    except (SafetensorError, *DAMAGED) as error:  # type: ignore[misc]
+        unsafe = [] if names[0].endswith(".safetensors") else [n for name in names for n in objects_in(folder / name)]
+        found = f"they hold objects of {', '.join(unsafe[:3])}; nothing was run" if unsafe else reason(error)
+        raise ValueError(f"The weights of {checkpoint} are damaged ({found}). Write or fetch them again.") from error
+    for name, found, expected in sorted(report["mismatched_keys"]):
+        raise ValueError(
+            f"{checkpoint} has a tensor {name} of shape {tuple(found)}, but by config.json it is {tuple(expected)}. "
+            f"Fetch it again, or check that config.json belongs to these weights."
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
             f"{checkpoint} has no value for {len(missing)} of its LLM's weights, the first is {missing[0]}; they would "
             f"be random. Fetch it again, or check that config.json belongs to these weights."
         )
-    return llm.to(device).eval().requires_grad_(False)
+    return llm
 
 
 def release_memory() -> None:
@@ -143,7 +179,7 @@ def release_memory() -> None:
 
 
 @contextmanager
-def _silent_transformers() -> Iterator[None]:
+def silent_transformers() -> Iterator[None]:
     """No progress bar and no report for every checkpoint; ``load_llm`` checks what matters of the report."""
     from transformers.utils import logging
 

@@ -1,0 +1,76 @@
+"""Calling what builds the user's own LLM: a function or class by its name, its arguments checked by its types.
+
+Only a name that the user gave is imported. A track records the name too, but a track may come from elsewhere: reading
+it needs the user's word, in an environment variable.
+"""
+
+import importlib
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser
+from torch import nn
+
+from saetrack.pickles import reason
+
+TRUST_VARIABLE = "SAETRACK_LLM_FACTORY"
+
+_trusted: set[str] = set()
+
+
+def trust(name: str) -> None:
+    """Let a name be imported and called in this process; for names that the user gave."""
+    _trusted.add(name)
+
+
+def call_factory(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The module that a function or class makes; the state of torch's random numbers stays as it was.
+
+    Args:
+        name: ``package.module:function`` or ``package.module.Class``.
+        arguments: By their names, as in a config; nested classes by ``class_path``.
+
+    Raises:
+        ValueError: If the name was not given by the user, cannot be imported, does not take the arguments, or makes no
+            module.
+    """
+    if name not in _trusted and name != os.environ.get(TRUST_VARIABLE):
+        raise ValueError(
+            f"The track says that {name} builds its LLM; it would be imported and called. If you trust it, set "
+            f"{TRUST_VARIABLE}={name} and type the command again."
+        )
+    target = _imported(name)
+    parser = ArgumentParser(exit_on_error=False)
+    try:
+        if inspect.isclass(target):
+            parser.add_class_arguments(target, as_group=False, fail_untyped=False)
+        else:
+            parser.add_function_arguments(target, as_group=False, fail_untyped=False)
+        parsed = parser.instantiate(parser.parse_object(dict(arguments))).as_dict()
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise ValueError(f"{name} does not take the init_args {dict(arguments)}: {reason(error)}") from error
+    with torch.random.fork_rng(devices=[]):
+        module = target(**parsed)
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{name} made a {type(module).__name__}; expected the LLM, a torch.nn.Module.")
+    return module
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    separator = ":" if ":" in name else "."
+    module, _, attribute = name.rpartition(separator)
+    if not (module and attribute.isidentifier()):
+        raise ValueError(f"The factory {name!r} is no name; expected package.module:function or package.module.Class.")
+    try:
+        target = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise ValueError(
+            f"The factory {name} cannot be imported ({reason(error)}). Install its package, or set PYTHONPATH to the "
+            f"folder that it lies in."
+        ) from error
+    if not callable(target):
+        raise ValueError(f"{module} has no function or class {attribute}, which the factory {name} names.")
+    return target  # type: ignore[no-any-return]
