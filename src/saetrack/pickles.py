@@ -48,5 +48,10 @@ def unpickle(stream: IO[bytes], allowed: Mapping[str, Any]) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """An error's message on one line, cut where it becomes long; its kind where it has none."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """The first sentence of an error's message, on one line; its kind where it has none.
+
+    Example:
+        >>> reason(ValueError("Weights only load failed. Do set it to False."))
+        'Weights only load failed'
+    """
+    return " ".join(str(error).split()).split(". ")[0][:200].rstrip(".") or type(error).__name__

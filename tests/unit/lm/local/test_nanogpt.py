@@ -141,9 +141,7 @@ def spoil(content: str) -> Callable[[Path, Write], None]:
         ("text", r"is truncated, damaged or no file of torch\.save"),
     ],
 )
-def test_a_bad_file_is_listed_and_named_in_one_line(
-    tmp_path: Path, nanogpt: Write, content: str, message: str
-) -> None:
+def test_a_bad_file_is_listed_and_named_in_one_line(tmp_path: Path, nanogpt: Write, content: str, message: str) -> None:
     path = tmp_path / "ckpt_7.pt"
     spoil(content)(path, nanogpt)
     (checkpoint,) = NanoGPTSource(tmp_path).checkpoints()
@@ -188,9 +186,7 @@ def test_the_tokenizer_is_named_or_lies_in_the_folder(tmp_path: Path, nanogpt: W
     assert len(NanoGPTSource(tmp_path).tokenizer()) == 64
 
 
-def test_a_tokenizer_that_the_llm_does_not_know_is_refused(
-    tmp_path: Path, nanogpt: Write, tiny_tokenizer: Any
-) -> None:
+def test_a_tokenizer_that_the_llm_does_not_know_is_refused(tmp_path: Path, nanogpt: Write, tiny_tokenizer: Any) -> None:
     small = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 32, "vocab_size": 20}
     nanogpt(tmp_path / "ckpt_1.pt", 1, model_args=small)
     tiny_tokenizer.save_pretrained(tmp_path)
