@@ -1,4 +1,5 @@
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from saetrack.lm import (
     load_llm,
     read_activations,
     read_unembedding,
+    release_memory,
     source_from_string,
     weight_hash,
 )
@@ -106,6 +108,15 @@ def test_a_module_of_ones_own_is_an_llm(tmp_path: Path, ids: Tensor, form: str) 
         read_unembedding(llm)
     with pytest.raises(ValueError, match=r"'layers\.7' is no module of BareLLM\. The closest names are layers"):
         read_activations(llm, ids, ["layers.7"])
+
+
+def test_it_is_freed_when_it_is_dropped(tmp_path: Path) -> None:
+    write(tmp_path / "step=5.ckpt", plain(), 5)
+    llm = load_llm(source(tmp_path).checkpoints()[0])
+    weights = [weakref.ref(parameter) for parameter in llm.parameters()]
+    del llm
+    release_memory()
+    assert [weight() for weight in weights] == [None] * len(weights)
 
 
 def test_its_dtype_changes_but_what_is_complex_stays(tmp_path: Path, ids: Tensor) -> None:

@@ -1,4 +1,5 @@
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from saetrack.lm import FolderSource, NanoGPTSource, audit, load_llm, problems, read_activations, source_from_string
+from saetrack.lm import (
+    FolderSource,
+    NanoGPTSource,
+    audit,
+    load_llm,
+    problems,
+    read_activations,
+    release_memory,
+    source_from_string,
+)
 from saetrack.lm.local.nanogpt import NanoGPTFormat
 
 Write = Callable[..., torch.nn.Module]
@@ -47,6 +57,17 @@ def test_it_is_frozen_and_in_the_dtype_that_was_asked_for(tmp_path: Path, nanogp
     assert not ours.training
     assert not any(parameter.requires_grad for parameter in ours.parameters())
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_it_is_freed_when_it_is_dropped(tmp_path: Path, nanogpt: Write) -> None:
+    nanogpt(tmp_path / "ckpt_1.pt", 1)
+    llm = load_llm(NanoGPTSource(tmp_path).checkpoints()[0])
+    weights = [weakref.ref(parameter) for parameter in llm.parameters()]
+    (tmp_path / "ckpt_1.pt").write_bytes(b"")  # as a run that goes on does: what is loaded is no longer of the file
+    assert llm(torch.zeros(1, 2, dtype=torch.long)).logits.isfinite().all()
+    del llm
+    release_memory()
+    assert [weight() for weight in weights] == [None] * len(weights)
 
 
 def test_a_head_of_its_own_stays_one(tmp_path: Path, nanogpt: Write, ids: Tensor) -> None:
