@@ -4,6 +4,7 @@
 ``make_series`` builds a folder of one's own.
 """
 
+import gc
 import os
 
 # huggingface_hub reads this once, when it is first imported; a test that needs the Hub is marked `network` and
@@ -34,6 +35,13 @@ TINY_TEXT = [
 @pytest.fixture(autouse=True, scope="session")
 def _quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _collect_no_libraries() -> None:
+    """Every load of an LLM collects garbage, 0.2 s of which is a look at what importing transformers has made."""
+    gc.collect()
+    gc.freeze()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
