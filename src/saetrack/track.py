@@ -330,7 +330,7 @@ class Track(Sequence[Snapshot]):
         from transformers import AutoTokenizer
 
         name, revision = self.facts["tokenizer"]
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
 
     def write(
         self,

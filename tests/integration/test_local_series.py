@@ -12,8 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from saetrack import Track
 from saetrack.cli import main
-from saetrack.lm import load_llm
-from saetrack.lm.local import factories
+from saetrack.lm import load_llm, trust
 
 FACTORY = """
 import torch
@@ -77,7 +76,7 @@ def test_a_lightning_run_becomes_a_track_that_names_its_factory(
 ) -> None:
     (tmp_path / "my_llm.py").write_text(textwrap.dedent(FACTORY))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(factories, "_trusted", set())
+    monkeypatch.setattr(trust, "_given", set())
     from my_llm import Tiny
 
     folder = tmp_path / "checkpoints"
@@ -95,9 +94,9 @@ def test_a_lightning_run_becomes_a_track_that_names_its_factory(
     assert track.steps == [0, 2, 10]
     assert load_llm(track[0].llm).embed.weight.shape == (64, 16), "fit was given the name"
 
-    factories._trusted.clear()  # as in another process
+    trust._given.clear()  # as in another process
     with pytest.raises(ValueError, match=r"The track says that my_llm\.Tiny builds its LLM"):
         load_llm(track[0].llm)
-    monkeypatch.setenv(factories.TRUST_VARIABLE, "my_llm.Tiny")
+    monkeypatch.setenv(trust.VARIABLE, "my_llm.Tiny")
     main(["analyze", str(track.path), "--analyses+=Semantics"])
     assert (track.analyses_dir / "semantics").is_dir()

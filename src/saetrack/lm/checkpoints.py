@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Optional
 from saetrack.lm import files
 from saetrack.lm.loading import LLMCheckpoint, commit_sha, load_llm, release_memory, weight_hash
 from saetrack.lm.names import Family, NamedStep, family_of, parse_name, parse_repo_id, series_of_names, tokens_of
+from saetrack.lm.trust import trust
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -215,10 +216,16 @@ class ListSource(CheckpointSource):
         checkpoints: Each with its folder or repository, revision and step, in the order of their steps.
         tokenizer: Folder or repository of the tokenizer. By default that of the last checkpoint that has one.
         tokenizer_revision: Revision of the tokenizer, where ``tokenizer`` is a repository.
+        trust_remote_code: Let the code that lies in the checkpoints' folders run, where transformers does not know
+            their LLM. For folders on this disk alone.
     """
 
     def __init__(
-        self, checkpoints: list[LLMCheckpoint], tokenizer: str | None = None, tokenizer_revision: str | None = None
+        self,
+        checkpoints: list[LLMCheckpoint],
+        tokenizer: str | None = None,
+        tokenizer_revision: str | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         if not checkpoints:
             raise ValueError("ListSource.checkpoints is empty. Name at least one, with model, revision and step.")
@@ -228,6 +235,8 @@ class ListSource(CheckpointSource):
                     f"ListSource.checkpoints must have strictly increasing steps, but {after} follows {before} at "
                     f"position {position}. Sort the list by step, and name every step once."
                 )
+        for checkpoint in checkpoints if trust_remote_code else ():
+            trust(checkpoint.model)
         self._checkpoints = list(checkpoints)
         self._tokenizer = tokenizer
         self._tokenizer_revision = tokenizer_revision

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from saetrack.lm import files
 from saetrack.lm.local.formats import LocalFormat
 from saetrack.lm.local.torch_files import objects_in
+from saetrack.lm.trust import VARIABLE, is_trusted
 from saetrack.pickles import DAMAGED, reason
 
 if TYPE_CHECKING:
@@ -124,12 +125,14 @@ def _load_hugging_face(checkpoint: LLMCheckpoint, dtype: torch.dtype) -> "PreTra
 
     folder = files.fetch(checkpoint.model, checkpoint.revision, checkpoint.cache_dir)
     names = files.weight_names(folder)
+    own_code = files.is_folder(checkpoint.model) and is_trusted(checkpoint.model)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code, local_files_only=True)
     except (ValueError, OSError) as error:
         raise ValueError(
-            f"{checkpoint} has a config.json that transformers {transformers.__version__} cannot read without running "
-            f"code from beside it, or at all ({reason(error)}). Convert it, or leave it out of the series."
+            f"{checkpoint} has a config.json that transformers {transformers.__version__} does not know "
+            f"({reason(error)}). If it needs the code in a folder that you trust, give `trust_remote_code` to a ListSource, or set "
+            f"{VARIABLE} to the folder."
         ) from error
     try:
         with silent_transformers():
@@ -141,7 +144,7 @@ def _load_hugging_face(checkpoint: LLMCheckpoint, dtype: torch.dtype) -> "PreTra
                 dtype=dtype,
                 use_safetensors=names[0].endswith(".safetensors"),
                 weights_only=True,
-                trust_remote_code=False,
+                trust_remote_code=own_code,
                 ignore_mismatched_sizes=True,  # reported below, in one line
                 local_files_only=True,
                 output_loading_info=True,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
-from saetrack.lm import FolderSource, LLMCheckpoint, audit, load_llm
+from saetrack.lm import FolderSource, ListSource, LLMCheckpoint, audit, load_llm
 
 State = dict[str, Tensor]
 INDEX = "pytorch_model.bin.index.json"
@@ -134,8 +134,8 @@ def own_code(folder: Path, llm: GPTNeoXForCausalLM) -> None:
         (no_index, r"pytorch_model\.bin\.index\.json is damaged, or names no shards", True),
         (no_map, r"pytorch_model\.bin\.index\.json names no shards", True),
         (leads_out, r"lacks 1 of the 1 weight files .* \.\./other/pytorch_model\.bin", True),
-        (unknown_type, r"has a config\.json that transformers .* cannot read", False),
-        (own_code, r"has a config\.json that transformers .* cannot read without running code from beside it", False),
+        (unknown_type, r"has a config\.json that transformers .* does not know", False),
+        (own_code, r"does not know .*`trust_remote_code` to a ListSource, or set SAETRACK_TRUST", False),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -151,3 +151,34 @@ def test_a_bad_folder_is_named_in_one_line_and_nothing_in_it_is_run(
     assert "\n" not in str(caught.value)
     assert (audit([checkpoint])[0].fault is not None) == audited
     assert not (folder / "ran").exists()
+
+
+def test_code_in_a_folder_runs_only_by_the_users_word(
+    tmp_path: Path, llm: GPTNeoXForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saetrack.lm.trust._given", set())
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "step5"
+    own_code(folder, llm)
+    auto = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    (folder / "config.json").write_text(json.dumps({**llm.config.to_dict(), "model_type": "nosuch", "auto_map": auto}))
+    (folder / "evil.py").write_text(
+        f"""
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+open({str(folder / "ran")!r}, "w").close()
+class Config(GPTNeoXConfig):
+    model_type = "nosuch"
+class Model(GPTNeoXForCausalLM):
+    config_class = Config
+"""
+    )
+    checkpoint = LLMCheckpoint(str(folder), None, 5)
+    ListSource([checkpoint])
+    with pytest.raises(ValueError, match="does not know"):
+        load_llm(checkpoint)
+    assert not (folder / "ran").exists()
+    ListSource([checkpoint], trust_remote_code=True)
+    loaded = load_llm(checkpoint)
+    assert (folder / "ran").exists()
+    assert type(loaded).__name__ == "Model"
+    assert torch.equal(loaded.get_input_embeddings().weight, llm.get_input_embeddings().weight)

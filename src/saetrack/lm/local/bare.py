@@ -17,11 +17,15 @@ class BareLLM(nn.Module):
     """
 
     def __init__(self, module: nn.Module) -> None:
+        from transformers import PretrainedConfig
+
         super().__init__()
         # the same tables, not a child: as a child, every part's name would begin with the child's
         self._modules, self._parameters, self._buffers = module._modules, module._parameters, module._buffers
         object.__setattr__(self, "module", module)
-        self.config = getattr(module, "config", SimpleNamespace())
+        own = getattr(module, "config", None)
+        known = next((m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)), None)
+        self.config = own if isinstance(own, PretrainedConfig) else PretrainedConfig(vocab_size=known)
         self._by_name = "input_ids" in inspect.signature(module.forward).parameters
 
     def __getattr__(self, name: str) -> Any:
@@ -31,6 +35,11 @@ class BareLLM(nn.Module):
     def device(self) -> torch.device:
         """Where its first parameter is."""
         return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of its first parameter."""
+        return next(self.parameters()).dtype
 
     def train(self, mode: bool = True) -> "BareLLM":
         """As for any module; what stands behind is told, too."""

@@ -1,12 +1,7 @@
-"""Calling what builds the user's own LLM: a function or class by its name, its arguments checked by its types.
-
-Only a name that the user gave is imported. A track records the name too, but a track may come from elsewhere: reading
-it needs the user's word, in an environment variable.
-"""
+"""Calling what builds the user's own LLM: a function or class by its name, its arguments checked by its types."""
 
 import importlib
 import inspect
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,16 +9,8 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
+from saetrack.lm.trust import VARIABLE, is_trusted
 from saetrack.pickles import reason
-
-TRUST_VARIABLE = "SAETRACK_LLM_FACTORY"
-
-_trusted: set[str] = set()
-
-
-def trust(name: str) -> None:
-    """Let a name be imported and called in this process; for names that the user gave."""
-    _trusted.add(name)
 
 
 def call_factory(name: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -37,10 +24,10 @@ def call_factory(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         ValueError: If the name was not given by the user, cannot be imported, does not take the arguments, or makes no
             module.
     """
-    if name not in _trusted and name != os.environ.get(TRUST_VARIABLE):
+    if not is_trusted(name):
         raise ValueError(
             f"The track says that {name} builds its LLM; it would be imported and called. If you trust it, set "
-            f"{TRUST_VARIABLE}={name} and type the command again."
+            f"{VARIABLE}={name} and type the command again."
         )
     target = _imported(name)
     parser = ArgumentParser(exit_on_error=False)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from saetrack.lm.local.bare import BareLLM
-from saetrack.lm.local.factories import call_factory, trust
+from saetrack.lm.local.factories import call_factory
 from saetrack.lm.local.formats import LocalFormat, check_tensors
 from saetrack.lm.local.series import Facts, LocalSource, found_in
 from saetrack.lm.local.torch_files import read_torch_file, tensors_in
+from saetrack.lm.trust import trust
 
 _WHAT = "a checkpoint of Lightning with state_dict and global_step"
 

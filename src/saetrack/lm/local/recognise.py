@@ -31,7 +31,7 @@ def local_source(folder: Path) -> CheckpointSource | None:
         if any(folder.glob(pattern)):
             raise ValueError(
                 f"{folder} holds {pattern}, checkpoints of {name.lower()}, which do not say what their LLM is. Follow "
-                f"them in a config, as `class_path: {name}Source` with `path` and `{argument}`: see configs/."
+                f"them in a config, as `class_path: {name}Source` with `{argument}`: see docs/local-series.md."
             )
     return None
 

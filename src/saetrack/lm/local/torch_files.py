@@ -23,7 +23,7 @@ def read_torch_file(path: Path, what: str) -> dict[str, Any]:
             run then.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected {what}.")
+        raise FileNotFoundError(f"{path} does not exist (from {Path.cwd()}); expected {what}.")
     with path.open("rb") as file:
         archive = file.read(len(_ZIP)) == _ZIP
     try:

@@ -23,8 +23,8 @@ from saetrack.lm import (
     weight_hash,
 )
 from saetrack.lm.forward import edit_activations, next_token_losses
-from saetrack.lm.local.factories import TRUST_VARIABLE
 from saetrack.lm.local.recognise import format_from_record
+from saetrack.lm.trust import VARIABLE
 
 FACTORY = "llm_factory:build_plain"
 
@@ -33,7 +33,7 @@ FACTORY = "llm_factory:build_plain"
 def _on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """As PYTHONPATH would have it; and no name is trusted before a test gives it."""
     monkeypatch.syspath_prepend(Path(__file__).parent)
-    monkeypatch.setattr("saetrack.lm.local.factories._trusted", set())
+    monkeypatch.setattr("saetrack.lm.trust._given", set())
 
 
 def plain(form: str = "logits", seed: int = 0) -> nn.Module:
@@ -104,6 +104,7 @@ def test_a_module_of_ones_own_is_an_llm(tmp_path: Path, ids: Tensor, form: str) 
     assert x.shape == (3, 24, 8)
     torch.testing.assert_close(edit_activations(llm, ids, "layers.1", lambda x: x), expected)
     assert llm.get_input_embeddings().weight.shape == (64, 8)
+    assert llm.config.get_text_config().vocab_size == 64
     with pytest.raises(ValueError, match="no output embeddings"):
         read_unembedding(llm)
     with pytest.raises(ValueError, match=r"'layers\.7' is no module of BareLLM\. The closest names are layers"):
@@ -251,9 +252,9 @@ def from_a_track(tmp_path: Path) -> Callable[[str], LLMCheckpoint]:
 def test_what_a_track_names_is_not_called_without_the_users_word(
     from_a_track: Callable[[str], LLMCheckpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=rf"says that llm_factory:refuse builds its LLM.* set {TRUST_VARIABLE}="):
+    with pytest.raises(ValueError, match=rf"says that llm_factory:refuse builds its LLM.* set {VARIABLE}="):
         load_llm(from_a_track("llm_factory:refuse"))
-    monkeypatch.setenv(TRUST_VARIABLE, FACTORY)
+    monkeypatch.setenv(VARIABLE, f"other,{FACTORY}")
     with pytest.raises(ValueError, match="llm_factory:refuse builds its LLM"):
         load_llm(from_a_track("llm_factory:refuse"))
     assert load_llm(from_a_track(FACTORY)).get_input_embeddings().weight.shape == (64, 8)
