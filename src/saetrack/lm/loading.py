@@ -131,8 +131,8 @@ def _load_hugging_face(checkpoint: LLMCheckpoint, dtype: torch.dtype) -> "PreTra
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{checkpoint} has a config.json that transformers {transformers.__version__} does not know "
-            f"({reason(error)}). If it needs the code in a folder that you trust, give `trust_remote_code` to a ListSource, or set "
-            f"{VARIABLE} to the folder."
+            f"({reason(error)}). If it needs the code in a folder that you trust, give "
+            f"`trust_remote_code` to a ListSource, or set {VARIABLE} to the folder."
         ) from error
     try:
         with silent_transformers():

@@ -47,7 +47,8 @@ class NanoGPTFormat(LocalFormat):
         config = _config(path, read_torch_file(path, _WHAT))
         tensors = self.weights(path)
         config.tie_word_embeddings = torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"])
-        state = {name: torch.zeros(shape) for name, shape in shapes_of(GPT2LMHeadModel, config).items()}
+        shapes = shapes_of(GPT2LMHeadModel, config)
+        state = {name: torch.zeros(shape) for name, shape in shapes.items() if name not in tensors}
         for name, tensor in tensors.items():
             # cloned, for the tensors are mapped and a run that goes on may write the file anew
             ours = tensor.t() if name.endswith(_TRANSPOSED) else tensor
