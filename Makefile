@@ -37,8 +37,17 @@ help:
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
+QUICKSTART := runs/quickstart/gpt_neox.layers.2
+
 quickstart: .venv/.package
 	$(BIN)/saetrack fit --config configs/quickstart.yaml
+	@$(MAKE) --no-print-directory $(QUICKSTART)/report.html
+
+# one null step, so that the drift stands beside what training once more does by itself
+$(QUICKSTART)/report.html:
+	$(BIN)/saetrack control runs/quickstart --kind null --positions '[5]' --replicas 2
+	$(BIN)/saetrack analyze runs/quickstart --analyses+=Drift
+	$(BIN)/saetrack report runs/quickstart
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not gpu and not network"
