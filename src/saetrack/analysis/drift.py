@@ -369,6 +369,6 @@ def _summary(scalars: dict[str, dict[int, float]], steps: list[int]) -> str:
         lowest = min(correlation, key=lambda step: correlation[step])
         text += f" The median functional correlation is lowest at step {lowest} ({correlation[lowest]:.2f})."
     if shares := scalars.get("null_share"):
-        low, high = min(shares.values()), max(shares.values())
-        text += f" Training once more without a change of the LLM makes {low:.0%} to {high:.0%} of the drift."
+        found = ", ".join(f"{share:.0%} at step {step}" for step, share in shares.items())
+        text += f" Training once more without a change of the LLM makes this share of the drift: {found}."
     return text
