@@ -80,8 +80,12 @@ class TrackProgressBar(ProgressBar, SnapshotCallback):
         self._entered: int | None = None
         self._first_batch: int | None = None
         self._said = 0.0
-        self._budget_passed = 0
+        self._passed = 0
         """Tokens of the stages that this process has finished; one that converged early counts as its whole budget."""
+        self._passed_seconds = 0.0
+        """What their batches took, without loading and measuring."""
+        self._stages = 0
+        """How many stages this process has entered."""
 
     def enable(self) -> None:
         """Speak; Lightning asks for it."""
@@ -127,7 +131,9 @@ class TrackProgressBar(ProgressBar, SnapshotCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the stage as passed."""
-        self._budget_passed += self._stage_budget - (self._first_batch or 0) * _batch_size(trainer)
+        self._passed += self._stage_budget - (self._first_batch or 0) * _batch_size(trainer)
+        if self._first_batch is not None:
+            self._passed_seconds += time.monotonic() - self._stage_began
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the bar away."""
@@ -142,6 +148,7 @@ class TrackProgressBar(ProgressBar, SnapshotCallback):
         if scheduler.position == self._entered:
             return
         self._entered, self._first_batch = scheduler.position, None
+        self._stages += 1
         self._said = time.monotonic()
         self._stage_budget = int(trainer.num_training_batches) * _batch_size(trainer)
         place = f"{scheduler.position + 1} of {len(scheduler.checkpoints)}"
@@ -153,19 +160,20 @@ class TrackProgressBar(ProgressBar, SnapshotCallback):
         scheduler, batch_size, now = scheduler_of(trainer), _batch_size(trainer), time.monotonic()
         assert self._first_batch is not None
         here = (batches - self._first_batch) * batch_size  # by this process: a stage may be resumed in its middle
-        later = (len(scheduler.checkpoints) - scheduler.position - 1) * scheduler.tokens_next
-        left = self._stage_budget - batches * batch_size + later
-        # what a stage costs beside its batches is in the pace too
-        pace = (now - self._series_began) / (self._budget_passed + here)
+        seconds = now - self._stage_began
+        stages_left = len(scheduler.checkpoints) - scheduler.position - 1
+        tokens_left = self._stage_budget - batches * batch_size + stages_left * scheduler.tokens_next
+        pace = (self._passed_seconds + seconds) / (self._passed + here)
+        beside = (now - self._series_began - self._passed_seconds - seconds) / self._stages  # loading and measuring
         curves = [curve[-1][1] for curve in module.curves.values() if curve]
         states = [module.feature_state(hookpoint) for hookpoint in module.hookpoints]
         return Standing(
             tokens=batches * batch_size,
             budget=self._stage_budget,
-            speed=here / max(now - self._stage_began, 1e-9),
+            speed=here / max(seconds, 1e-9),
             fvu=max(curves, default=None),
             dead=max(float(state.dead(module.dead_after_tokens).float().mean()) for state in states),
-            seconds_left=left * pace,
+            seconds_left=tokens_left * pace + stages_left * beside,
         )
 
     def _stop(self) -> None:
