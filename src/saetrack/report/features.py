@@ -122,10 +122,15 @@ class Curves:
             line["error"], line["band"] = f"{line['key']}.error", text
             self.values[line["error"]] = np.asarray(error, dtype=np.float32)
 
-    def null(self, name: str, values: Floats | None) -> None:
-        """Give the last figure a null that is the same for all features, ``[T]``, unless it is not known."""
+    def null(
+        self, name: str, values: Floats | None, edges: tuple[Floats, Floats] | None = None, text: str = ""
+    ) -> None:
+        """Give the last figure a null that is the same for all features, ``[T]``, with its band; none if not known."""
         if values is not None:
-            self.figures[-1]["null"] = {"name": name, "values": plain(values)}
+            null: dict[str, Any] = {"name": name, "values": plain(values)}
+            if edges is not None:
+                null |= {"low": plain(edges[0]), "high": plain(edges[1]), "band": text}
+            self.figures[-1]["null"] = null
 
     def of(self, feature: int) -> list[dict[str, Any]]:
         """The figures of one feature with the values of its lines, as the page's JavaScript fills them.
@@ -145,7 +150,7 @@ class Curves:
                 edges = {} if error is None else {"low": values - error, "high": values + error, "band": line["band"]}
                 lines.append({"name": line["name"], "null": line["null"], "values": values, **edges})
             if "null" in figure:
-                lines.append({"values": np.full_like(lines[0]["values"], np.nan), **figure["null"], "null": True})
+                lines.append(figure["null"] | {"null": True})
             filled.append(figure | {"lines": lines})
         return filled
 
@@ -205,8 +210,7 @@ def _progress(results: Results, figures: Curves) -> None:
         figures.band(None if error is None else 1.96 * error, "95 % interval")
         low, high = (results.curve("formation", "population", f"null_{end}", measure) for end in ("low", "high"))
         if low is not None and high is not None:
-            null = {"name": "random positions", "low": plain(low), "high": plain(high), "band": "95 % of random sets"}
-            figures.figures[-1]["null"] = null
+            figures.null("random positions", (low + high) / 2, (low, high), "95 % of random sets")
         return
 
 

@@ -108,8 +108,9 @@ class Plots:
         title += f"; formation: {status[index]}" if status is not None else ""
         panels = curves(self._results).of(index)
         values = columns(self._results).values
-        if "formed" in values and np.isfinite(values["formed"][index]):
-            formed = [float(values[name][index]) for name in ("formed", "formed_low", "formed_high") if name in values]
+        formed = [float(values[n][index]) for n in ("formed", "formed_low", "formed_high") if n in values]
+        if np.isfinite(formed[:1]).any():
+            formed = formed if np.isfinite(formed).all() else formed[:1]
             title += f", step {formed[0]:,.0f}"
             title += f" (95 % interval {formed[1]:,.0f} to {formed[2]:,.0f})" if len(formed) == 3 else ""
             panels = [panel | {"formed": formed} if panel.get("marks") == "formed" else panel for panel in panels]
@@ -147,15 +148,15 @@ class Plots:
 def _draw_panel(ax: Axes, panel: Drawn, steps: list[int]) -> None:
     for place, line in enumerate(panel["lines"]):
         colour = line.get("colour") or (look.GREY if line["null"] else look.PALETTE[place % len(look.PALETTE)])
-        look_of_line: dict[str, Any] = {"linestyle": "-" if "colour" in line else _DASHES[place % 4]}
+        kind = 0 if "colour" in line else place % 4
+        shape: dict[str, Any] = {"linestyle": _DASHES[kind]}
         if line["null"]:
-            place = 0 if "colour" in line else place % 4
-            look_of_line = {"linestyle": _NULL_DASHES[place], "marker": _NULL_MARKERS[place], "linewidth": 1.1}
-        banded = line.get("low") is not None
-        label = f"{line['name']} (band: {line['band']})" if banded and line["band"] else line["name"]
-        if banded:
-            look.band(ax, steps, _numbers(line["low"]), _numbers(line["high"]), color=colour, alpha=0.2)
-        look.line(ax, steps, _numbers(line["values"]), color=colour, label=label, **look_of_line)
+            shape = {"linestyle": _NULL_DASHES[kind], "marker": _NULL_MARKERS[kind], "linewidth": 1.1}
+        label = line["name"]
+        if line.get("low") is not None:
+            look.band(ax, steps, _numbers(line["low"]), _numbers(line["high"]), color=colour)
+            label += f" (band: {line['band']})"
+        look.line(ax, steps, _numbers(line["values"]), color=colour, label=label, **shape)
     if "formed" in panel:
         at, *interval = look.step_position(panel["formed"])
         ax.axvline(at, color=look.VERMILION, linewidth=1.2, linestyle="--", label="formed, with its 95 % interval")

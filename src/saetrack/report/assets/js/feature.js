@@ -123,7 +123,7 @@ function curveFigure(track, details, spec, index) {
     const shift = (sign) => values.map((v, i) => (v === null || !Number.isFinite(error[i]) ? null : v + sign * error[i]));
     return { name: line.name, null: line.null, values, ...(error ? { low: shift(-1), high: shift(1), band: line.band } : {}) };
   });
-  if (spec.null) lines.push({ ...spec.null, null: true, bandOnly: true, values: spec.null.low.map((v, i) => (v === null ? null : (v + spec.null.high[i]) / 2)) });
+  if (spec.null) lines.push({ ...spec.null, null: true, bandOnly: spec.null.low !== undefined });
   return { kind: "lines", id: `curve-${index}`, title: spec.title, y: spec.y, domain: spec.domain ?? [null, null], percent: spec.percent, lines, marks: spec.marks };
 }
 
