@@ -43,7 +43,7 @@ class ShownFigure(Figure):
     def _repr_png_(self) -> bytes:
         """The figure as PNG, for IPython."""
         picture = io.BytesIO()
-        self.savefig(picture, format="png", bbox_inches="tight")
+        self.savefig(picture, format="png", bbox_inches="tight", dpi=80)
         return picture.getvalue()
 
 
@@ -230,9 +230,15 @@ def band(
     ax.vlines(x[alone], low[alone], high[alone], color=color, alpha=min(1.0, 2 * alpha), linewidth=3)
 
 
-def band_key(ax: Axes) -> None:
-    """Say in the legend what the light and the dark band of every curve are; call it before `legend`."""
-    for alpha, label in ((0.14, "light: quartiles"), (0.4, "dark: 95 % interval")):
+def band_key(ax: Axes, *, quartiles: bool = True) -> None:
+    """Say in the legend what the light and the dark band of every curve are; call it before `legend`.
+
+    Args:
+        ax: The panel.
+        quartiles: Whether there are light bands; without, there is one kind, the interval.
+    """
+    keys = ((0.14, "light: quartiles"), (0.4, "dark: 95 % interval")) if quartiles else ((0.3, "95 % interval"),)
+    for alpha, label in keys:
         ax.fill_between([], [], [], color=GREY, alpha=alpha, linewidth=0, label=label)
 
 

@@ -161,7 +161,7 @@ def _draw_panel(ax: Axes, panel: Drawn, steps: list[int]) -> None:
         at, *interval = look.step_position(panel["formed"])
         ax.axvline(at, color=look.VERMILION, linewidth=1.2, linestyle="--", label="formed, with its 95 % interval")
         if interval:
-            ax.axvspan(*interval, color=look.VERMILION, alpha=0.12, linewidth=0)
+            ax.axvspan(*interval, color=look.VERMILION, alpha=0.1, linewidth=0, zorder=0)
     _limit(ax, *panel.get("domain", (None, None)))
     if panel.get("percent"):
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
