@@ -72,7 +72,7 @@ def _controls(column: str, prefix: str = "") -> tuple[Line, ...]:
         "scratch-first": "fresh SAE, tokens of the first stage",
     }
     return tuple(
-        Line(prefix + name, column, f"{column}_low", f"{column}_high", "range of the runs", True, "controls", kind)
+        Line(prefix + name, column, f"{column}_low", f"{column}_high", "range of runs", True, "controls", kind)
         for kind, name in kinds.items()
     )
 
@@ -91,7 +91,7 @@ QUALITY = (
         domain=(0, None),
         note="Fraction of the activations' variance that the SAE misses; 0 is perfect.",
     ),
-    Figure("Latents per token", "L0", "quality", (Line("L0", "l0"), *_controls("l0")), domain=(0, None)),
+    Figure("Latents per token", "L0", "quality", (Line("L0", "l0"),), domain=(0, None)),
     Figure(
         "Dead and dense features",
         "share of features",

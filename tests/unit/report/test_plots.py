@@ -36,9 +36,9 @@ def test_quality_draws_the_table_and_the_controls(track: Track) -> None:
     figure = track.plot.quality()
     lines = drawn(panel(figure, "Unexplained variance"))
     np.testing.assert_allclose(lines["after training"], table(track, "quality/quality")["fvu"], rtol=1e-5)
-    null = lines["same LLM checkpoint once more (band: range of the runs)"]
+    null = lines["same LLM checkpoint once more (band: range of runs)"]
     np.testing.assert_allclose(null, [np.nan, 0.3, np.nan, np.nan])
-    fresh = lines["fresh SAE, tokens of the first stage (band: range of the runs)"]
+    fresh = lines["fresh SAE, tokens of the first stage (band: range of runs)"]
     np.testing.assert_allclose(fresh, [0.5, np.nan, np.nan, 0.6])
     assert "median feature (band: quartiles of the features)" in drawn(
         panel(figure, "Is index i still the same feature?")

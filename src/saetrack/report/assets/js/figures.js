@@ -91,7 +91,7 @@ function legend(figure) {
 
 function numbersTable(rows, caption) {
   const [head, ...body] = rows;
-  return h("div", { class: "numbers", tabindex: "0", role: "region", "aria-label": caption },
+  return h("section", { class: "numbers", tabindex: "0", "aria-label": caption },
     h("table", {}, h("caption", { class: "hidden" }, caption),
       h("thead", {}, h("tr", {}, head.map((name) => h("th", { scope: "col" }, String(name))))),
       h("tbody", {}, body.map((row) => h("tr", {}, row.map((value) => h("td", {}, typeof value === "number" ? number(value) : String(value ?? "–"))))))));
