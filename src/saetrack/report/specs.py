@@ -234,9 +234,7 @@ IDENTITY = (
         "curves",
         (
             Line("with the checkpoint before", "mean", "low", "high", "95 % interval", measure="to_previous"),
-            Line(
-                "stage repeated on the same LLM checkpoints", "mean", "low", "high", "95 % interval", measure="replica"
-            ),
+            Line("the same stage repeated", "mean", "low", "high", "95 % interval", measure="replica"),
             Line("where the LLM did not change", "mean", "low", "high", "95 % interval", True, measure="null"),
             Line("another feature", "mean", "low", "high", "95 % interval", True, measure="other_feature"),
         ),

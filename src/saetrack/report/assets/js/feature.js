@@ -135,7 +135,7 @@ function curveCard(track, details, spec, index) {
     const ends = ["low", "high"].map((e) => track.column(`formed_${e}`)?.[details.feature]);
     if (Number.isFinite(formed)) options.mark = formed;
     if (ends.every(Number.isFinite) && ends[0] < ends[1]) options.span = ends;
-    figure.note = options.mark === undefined ? "It has not formed by the rule of this track." : "The dashed rule is where it formed.";
+    figure.note = options.mark === undefined ? "It has not formed by the rule of this track." : "The dashed rule is where it formed, shaded the 95 % interval of that step.";
   }
   if (figure.lines.every((l) => l.values.every((v) => v === null))) return h("section", { class: "card absent" }, h("h3", {}, figure.title), h("p", {}, "Not computed for this feature: too few positions, or dead."));
   return frame(figure, track.steps, (width) => drawLines(figure, track.steps, state.axis, width, options));
