@@ -43,7 +43,7 @@ class ShownFigure(Figure):
     def _repr_png_(self) -> bytes:
         """The figure as PNG, for IPython."""
         picture = io.BytesIO()
-        self.savefig(picture, format="png", bbox_inches="tight", dpi=80)
+        self.savefig(picture, format="png", bbox_inches="tight", dpi=96)
         return picture.getvalue()
 
 

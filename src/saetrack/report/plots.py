@@ -64,7 +64,7 @@ class Plots:
         """How far decoder rows turn and how they come to their last direction, of all features or of some.
 
         Args:
-            features: Indices of features to draw beside the quartiles of all, each with its own nulls, dashed: its
+            features: Indices of features to draw beside the quartiles of all, each with its own nulls, dotted: its
                 drift where the LLM did not change (needs null controls), and its way to the last direction if its
                 turns were independent. None for the population.
 
@@ -148,7 +148,7 @@ class Plots:
 def _draw_panel(ax: Axes, panel: Drawn, steps: list[int]) -> None:
     for place, line in enumerate(panel["lines"]):
         colour = line.get("colour") or (look.GREY if line["null"] else look.PALETTE[place % len(look.PALETTE)])
-        kind = 0 if "colour" in line else place % 4
+        kind = int(line["null"]) if "colour" in line else place % 4
         shape: dict[str, Any] = {"linestyle": _DASHES[kind]}
         if line["null"]:
             shape = {"linestyle": _NULL_DASHES[kind], "marker": _NULL_MARKERS[kind], "linewidth": 1.1}
