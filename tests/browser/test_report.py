@@ -159,16 +159,17 @@ def faults(page: Page, markup: str) -> list[str]:
 
 
 @pytest.mark.parametrize("view", ["#overview", "#features", "#feature=9&step=4"])
-def test_the_page_is_valid_html_as_written_and_as_shown(view: str, report: Path, open_page: Open) -> None:
+def test_what_the_page_shows_is_valid_html(view: str, report: Path, open_page: Open) -> None:
     page = open_page(report, view, bypass_csp=True)
     page.wait_for_selector("h1")
     for numbers in page.locator("summary:has-text('Numbers')").all()[:2]:
         numbers.click()
     page.wait_for_timeout(200)
-    assert faults(page, report.read_text(encoding="utf-8")) == []
     assert faults(page, "<!DOCTYPE html>\n" + page.evaluate("document.documentElement.outerHTML")) == []
 
 
-def test_the_validator_finds_a_fault(report: Path, open_page: Open) -> None:
-    markup = report.read_text(encoding="utf-8").replace("<main ", "<span><div></div></span><main ", 1)
-    assert any("element-permitted-content" in fault for fault in faults(open_page(report, bypass_csp=True), markup))
+def test_the_file_is_valid_html_and_a_fault_in_it_would_be_found(report: Path, open_page: Open) -> None:
+    page, markup = open_page(report, bypass_csp=True), report.read_text(encoding="utf-8")
+    assert faults(page, markup) == []
+    broken = markup.replace("<main ", "<span><div></div></span><main ", 1)
+    assert any("element-permitted-content" in fault for fault in faults(page, broken))
