@@ -29,6 +29,7 @@ LAYER = {
     "__main__": 5,
 }
 MAY_ALSO_USE = {
+    "track.py": {"report"},
     "training/callbacks.py": {"analysis"},
     "training/cli.py": {"analysis"},
     "training/panels.py": {"analysis"},

@@ -11,6 +11,7 @@ import pandas as pd
 from .base import Analysis, AnalysisResult
 from .drift_controls import COVERAGE, Calibration, calibrate
 from .drift_figures import (
+    CAPTIONS,
     adjacent_figure,
     controls_figure,
     identity_figure,
@@ -169,7 +170,7 @@ class Drift(Analysis):
             "trajectory_axes": TRAJECTORIES,
             "trajectory_explained": plane.explained.tolist(),
         }
-        return AnalysisResult(tables, figures, scalars, settings, _summary(scalars, steps))
+        return AnalysisResult(tables, figures, scalars, settings, _summary(scalars, steps), CAPTIONS)
 
     def _choose(self, table: pd.DataFrame, steps: list[int], rng: np.random.Generator) -> list[int]:
         """The features to draw: those asked for, else a seeded draw among those that can be followed throughout."""
