@@ -17,6 +17,7 @@ LAYER = {
     "errors": -1,
     "hub": -1,
     "pickles": -1,
+    "terminal": -1,
     "sae": 0,
     "metrics": 0,
     "lm": 0,
@@ -29,6 +30,7 @@ LAYER = {
     "__main__": 5,
 }
 MAY_ALSO_USE = {
+    "track.py": {"report"},
     "training/callbacks.py": {"analysis"},
     "training/cli.py": {"analysis"},
     "training/panels.py": {"analysis"},
