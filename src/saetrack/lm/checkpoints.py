@@ -64,7 +64,7 @@ class CheckpointSource(ABC):
 
         name, revision = self.tokenizer_name
         try:
-            return AutoTokenizer.from_pretrained(name, revision=revision or "main", cache_dir=cache_dir)
+            return AutoTokenizer.from_pretrained(files.fetch_tokenizer(name, revision, cache_dir))
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"There is no tokenizer in {files.label(name, revision)}. Name a folder or a repository that has one "
