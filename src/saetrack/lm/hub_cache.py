@@ -21,6 +21,9 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+CAN_LOCK = fcntl is not None
+"""Whether this system has the locks without which nothing is evicted."""
+
 Answer = TypeVar("Answer")
 
 _BUSY = (429, 500, 502, 503, 504)

@@ -25,6 +25,7 @@ from saetrack.storage import claimed, write_text
 from saetrack.track import Track, tracks_in
 from saetrack.training.callbacks import AnalyzeTrack, ResumeFile
 from saetrack.training.datamodule import ActivationDataModule
+from saetrack.training.downloads import HubDownloads
 from saetrack.training.grid import select_checkpoints
 from saetrack.training.module import SAEModule
 from saetrack.training.progress import TrackProgressBar
@@ -138,7 +139,8 @@ class FitCLI(LightningCLI):
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the scheduler, the resume file and the analyses, and tie what must agree."""
+        """Add the downloads, the scheduler, the resume file and the analyses, and tie what must agree."""
+        parser.add_lightning_class_args(HubDownloads, "hub")  # first, for it marks what the scheduler downloads
         parser.add_lightning_class_args(CheckpointScheduler, "scheduler")
         parser.add_lightning_class_args(ResumeFile, "resume")
         parser.add_lightning_class_args(AnalyzeTrack, "analyze")

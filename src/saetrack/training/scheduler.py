@@ -154,10 +154,13 @@ class CheckpointScheduler(Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.open_tracks(trainer, module, data)
         self._enter_stage(module, data)
+        if not self.finished:
+            data.fetch(self.stage.previous, self.stage.checkpoint)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a stage. Lightning does not call this when a stage is resumed in its middle, and rightly so."""
         module, data = _module(pl_module), _data(trainer)
+        data.fetch(self.stage.previous, self.stage.checkpoint)
         self.start = self._work.begin(self.stage, self.start)
         self._begun = True
         data.scales = {hookpoint: start.calibration.scale for hookpoint, start in self.start.items()}
