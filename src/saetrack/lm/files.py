@@ -86,9 +86,9 @@ def hub_files(repo: str, revision: str | None) -> HubFiles | None:
         return None
     try:
         return _ask_for_files(repo, revision)
-    except _NETWORK_ERRORS as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except FileNotFoundError:
+        raise
+    except OSError as error:
         _say_out_of_reach(repo, error)
         return None
 
@@ -109,6 +109,8 @@ def ask_for_files(repo: str, revision: str | None) -> HubFiles:
         info = hub_cache.patiently(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise FileNotFoundError(f"The Hub has no {label(repo, revision)}. {_not_found_advice(repo)}") from error
+    except _NETWORK_ERRORS as error:
+        raise ConnectionError(first_line(error)) from error
     files = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or []}
     return HubFiles(commit=info.sha or "", sha256=files)
 
@@ -150,11 +152,12 @@ def hub_branches(repo: str, cache_dir: str | Path | None = None) -> list[str]:
 def _say_out_of_reach(repo: str, error: BaseException) -> None:
     if repo not in _out_of_reach:
         _out_of_reach.add(repo)
-        reason = _first_line(error)
+        reason = first_line(error)
         logger.warning("The Hub cannot be reached (%s); going on with what its cache holds of %s.", reason, repo)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, without the lines that follow."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
@@ -215,11 +218,26 @@ def weight_digests(model: str, revision: str | None, cache_dir: str | Path | Non
             raise FileNotFoundError(_absent(model, revision, cache_dir))
         return {name: _file_digest(folder / name) for name in weight_names(folder)}
 
-    def download(name: str) -> Path:
-        return _download(model, revision, remote, [name], cache_dir) / name
+    names = weights_on_hub(model, revision, remote, cache_dir)
+    return {
+        name: remote.sha256[name] or _file_digest(_download(model, revision, remote, [name], cache_dir) / name)
+        for name in names
+    }
 
-    names = names_of_weights(remote.sha256, lambda name: download(name).read_text(), label(model, revision))
-    return {name: remote.sha256[name] or _file_digest(download(name)) for name in names}
+
+def weights_on_hub(
+    model: str, revision: str | None, remote: HubFiles, cache_dir: str | Path | None = None
+) -> list[str]:
+    """Names of a revision's weight files; an index of shards is downloaded, no weights are.
+
+    Raises:
+        FileNotFoundError: If there are none, or a shard is missing.
+    """
+
+    def read(name: str) -> str:
+        return (_download(model, revision, remote, [name], cache_dir) / name).read_text()
+
+    return names_of_weights(remote.sha256, read, label(model, revision))
 
 
 def weight_names(folder: Path) -> list[str]:
@@ -312,7 +330,7 @@ def _download_one(repo: str, revision: str | None, name: str, at: str | None, ca
             ) from error
         cause = error.__cause__ if here and error.__cause__ else error  # why huggingface_hub looked into its cache
         raise OSError(
-            f"The download of {name} of {where} broke off ({_first_line(cause)}). What is whole is kept: {_GO_ON} when "
+            f"The download of {name} of {where} broke off ({first_line(cause)}). What is whole is kept: {_GO_ON} when "
             "the Hub can be reached."
         ) from error
 

@@ -78,7 +78,7 @@ class HubDownloads(Callback):
         kept = {c.revision for c in scheduler.checkpoints[max(0, position - keep + 2) : position + 2]}
         kept.add(data.source.tokenizer_name[1])
         cached: dict[hub_cache.CachedRevision, set[str]] = {}
-        for c in data.checkpoints:
+        for c in {*data.checkpoints, *scheduler.checkpoints}:
             if c.revision is not None and (commit := files.cached_commit(c.model, c.revision, c.cache_dir)):
                 cached.setdefault(hub_cache.CachedRevision(c.model, commit, c.cache_dir), set()).add(c.revision)
         old = {revision: names for revision, names in cached.items() if kept.isdisjoint(names)}
