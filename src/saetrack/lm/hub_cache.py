@@ -95,16 +95,16 @@ class CachedRevision:
     def hold(self) -> None:
         """Keep other processes from evicting it until this one ends or lets it go.
 
-        In a cache that cannot be written nothing is evicted, and nothing is held.
+        Where the cache cannot be written, or its file system has no locks, nothing is evicted and nothing is held.
         """
         if fcntl is None or self._note in _held:
             return
         try:
             self._note.parent.mkdir(parents=True, exist_ok=True)
             file = self._note.open("a", encoding="utf-8")
+            fcntl.flock(file, fcntl.LOCK_SH)
         except OSError:
             return
-        fcntl.flock(file, fcntl.LOCK_SH)
         _held[self._note] = file
 
     def let_go(self) -> None:
@@ -132,7 +132,7 @@ class CachedRevision:
         with self._note.open("r+", encoding="utf-8") as note:
             try:
                 fcntl.flock(note, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            except OSError:
                 return False
             cached = scan_cache_dir(self.cache)
             revisions = {r.commit_hash: r for repo in cached.repos if repo.repo_id == self.repo for r in repo.revisions}

@@ -39,6 +39,7 @@ class HubDownloads(Callback):
             raise ValueError(f"hub.keep_checkpoints is {keep_checkpoints}, which needs file locks that Windows lacks.")
         self.keep_checkpoints = keep_checkpoints
         self._run = ""
+        self._tokenizer: str | None = None
         self._position: int | None = None
         self._thread: threading.Thread | None = None
 
@@ -47,6 +48,7 @@ class HubDownloads(Callback):
         if self.keep_checkpoints is not None:
             self._run = str(scheduler_of(trainer).track_dir.resolve())
             files.downloads_for = self._run
+            self._tokenizer = trainer.datamodule.source.tokenizer_name[1]  # type: ignore[attr-defined]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Make room and fetch what is next, once a stage; here, for a stage may begin in its middle."""
@@ -76,7 +78,7 @@ class HubDownloads(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         position = scheduler.position
         kept = {c.revision for c in scheduler.checkpoints[max(0, position - keep + 2) : position + 2]}
-        kept.add(data.source.tokenizer_name[1])
+        kept.add(self._tokenizer)
         cached: dict[hub_cache.CachedRevision, set[str]] = {}
         for c in {*data.checkpoints, *scheduler.checkpoints}:
             if c.revision is not None and (commit := files.cached_commit(c.model, c.revision, c.cache_dir)):

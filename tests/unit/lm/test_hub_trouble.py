@@ -89,6 +89,23 @@ evicted["9, released"] = revisions[9].evict("this run", ["step9"])
 said["eviction"] = {"evicted": evicted, "there": there, "twin": (twin / "model.safetensors").is_file()}
 fetch("evicted, fetched again", "step8")
 
+def look():
+    now = watcher.look()
+    looks.append([[c.step for c in now.series], now.ended, now.unfinished])
+
+from saetrack.lm.checkpoints import HubSource
+looks = []
+watcher = HubSource("me/llm", watch=True).watcher
+index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+hub.branches["step12"] = {"config.json": b"{}", "model.safetensors.index.json": json.dumps(index).encode()}
+hub.branches["step12"]["model-1.safetensors"] = b"a"
+look()
+hub.branches["step12"]["model-2.safetensors"] = b"b"
+look()
+hub.branches["main"] = {"done": b""}
+look()
+said["watched"] = looks
+
 hub.stop()
 fetch("no network, asked before", "step3")
 files.forget_hub()
@@ -184,10 +201,19 @@ def test_only_what_the_run_downloaded_and_nobody_else_needs_is_evicted(said: dic
     assert said["evicted, fetched again"]["whole"]
 
 
+def test_a_branch_counts_when_all_its_shards_are_there_and_done_on_main_ends_the_series(said: dict[str, Any]) -> None:
+    before, whole, done = said["watched"]
+    steps = [0, 1, 2, 3, 4, 5, 7, 8, 9, 10, 11]
+    assert before[:2] == [steps, False]
+    assert before[2].startswith("me/llm@step12 lacks 1 of the 2 weight files in model.safetensors.index.json")
+    assert whole == [[*steps, 12], False, None]
+    assert done == [[*steps, 12], True, None]
+
+
 def test_without_a_network_the_cache_is_the_series_and_one_line_says_so(said: dict[str, dict[str, Any]]) -> None:
     assert said["no network, asked before"] == {"whole": True, "asked": []}
     alone = said["no network"]
-    assert alone["branches"] == [f"step{s}" for s in (0, 1, 10, 2, 3, 4, 5, 8)] + ["tag"]
+    assert alone["branches"] == [f"step{s}" for s in (0, 1, 10, 12, 2, 3, 4, 5, 8)] + ["tag"]
     assert alone["held"] == [0, 1, 2, 3, 4, 5, 8, 10]
     assert len(alone["log"]) == 1
     assert alone["log"][0].startswith("The Hub cannot be reached (")
