@@ -309,7 +309,7 @@ def _download(
     """Have files of a revision in the cache; the Hub is not asked for those that are there."""
     folder = hub_cache.CachedRevision(repo, remote.commit, cache_dir).folder
     # one is asked for by the branch's name, which notes in the cache where the branch points; then all by the commit
-    if cached_commit(repo, revision, cache_dir) != remote.commit:
+    if names and cached_commit(repo, revision, cache_dir) != remote.commit:
         _download_one(repo, revision, names[0], revision, cache_dir)
     for name in names:
         if not (folder / name).exists():
