@@ -4,7 +4,7 @@ Published checkpoints do repeat (step 0, 1 and 2 of Pythia are identical, and do
 the final weights), and then a track shows no drift, or a jump, that the LLM's training never had.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from saetrack.lm import files
@@ -34,15 +34,19 @@ class AuditRow:
     is_main: bool = False
 
 
-def audit(checkpoints: Sequence[LLMCheckpoint]) -> list[AuditRow]:
+def audit(checkpoints: Sequence[LLMCheckpoint], known: Mapping[str, int] | None = None) -> list[AuditRow]:
     """Look at the weights of every checkpoint, without loading any, and at those of ``main`` beside them.
 
     Files in folders are read once to hash them; on the Hub their hashes are asked for, and nothing is downloaded.
 
+    Args:
+        checkpoints: Those to look at.
+        known: Steps of earlier ones of the series by the hash of their weights.
+
     Returns:
         One row for each checkpoint, in the order given.
     """
-    return _audited(checkpoints)
+    return _audited(checkpoints, known or {})
 
 
 def problems(rows: Sequence[AuditRow]) -> list[str]:
@@ -94,12 +98,12 @@ def describe_checkpoints(source: CheckpointSource, audit: bool = False, select: 
     """
     series = Selection(select).of(source.checkpoints())
     if audit:
-        return f"{format_audit(_audited(series))}\n\n{_describe_tokenizer(source, series)}"
+        return f"{format_audit(_audited(series, {}))}\n\n{_describe_tokenizer(source, series)}"
     return _table(["step", "tokens", "LLM checkpoint"], [_columns(checkpoint) for checkpoint in series])
 
 
-def _audited(checkpoints: Sequence[LLMCheckpoint]) -> list[AuditRow]:
-    first: dict[str, int] = {}
+def _audited(checkpoints: Sequence[LLMCheckpoint], known: Mapping[str, int]) -> list[AuditRow]:
+    first = dict(known)
     rows: list[AuditRow] = []
     main = _main_hashes(checkpoints)
     # the last one may well be the finished LLM

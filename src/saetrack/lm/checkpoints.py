@@ -16,6 +16,7 @@ from saetrack.lm import files
 from saetrack.lm.loading import LLMCheckpoint, commit_sha, load_llm, release_memory, weight_hash
 from saetrack.lm.names import Family, NamedStep, family_of, parse_name, parse_repo_id, series_of_names, tokens_of
 from saetrack.lm.trust import trust
+from saetrack.lm.watching import DONE, Watch, Watcher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +31,8 @@ __all__ = [
     "ListSource",
     "PretrainSource",
     "RepositoriesSource",
+    "Watch",
+    "Watcher",
     "commit_sha",
     "load_llm",
     "release_memory",
@@ -43,9 +46,13 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 class CheckpointSource(ABC):
     """Where a series of LLM checkpoints comes from."""
 
+    watcher: Watcher | None = None
+    """Looks at a series that is still being written; None where all of it is there."""
+
     def prepare(self) -> None:
-        """Make the checkpoints exist; for most sources they do. Called once, by one process."""
-        return
+        """Make the checkpoints exist, or wait for the first of a series that is watched. Called by one process."""
+        if self.watcher is not None:
+            self.watcher.wait()
 
     @abstractmethod
     def checkpoints(self) -> list[LLMCheckpoint]:
@@ -66,7 +73,7 @@ class CheckpointSource(ABC):
         name, revision = self.tokenizer_name
         try:
             return AutoTokenizer.from_pretrained(
-                name, revision=revision or "main", cache_dir=cache_dir, trust_remote_code=False
+                files.fetch_tokenizer(name, revision, cache_dir), trust_remote_code=False
             )
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
@@ -84,11 +91,17 @@ class FolderSource(CheckpointSource):
         path: The folder that holds ``step0``, ``step1``, ... or ``checkpoint-500``, ``checkpoint-1000``, ...
         tokenizer: Folder or repository of the tokenizer. By default that of the last checkpoint that has one, or the
             one in ``path`` itself.
+        watch: True, or how, for a series that is still being written: what is complete of it is the series so far,
+            and ``fit`` waits for more until its end.
     """
 
-    def __init__(self, path: str | Path, tokenizer: str | None = None) -> None:
+    def __init__(self, path: str | Path, tokenizer: str | None = None, watch: bool | Watch = False) -> None:
         self.path = Path(path)
         self._tokenizer = tokenizer
+        if watch:
+            self.watcher = Watcher(
+                str(path), Watch() if watch is True else watch, self._listed, (self.path / DONE).is_file
+            )
 
     def checkpoints(self) -> list[LLMCheckpoint]:
         """The folders, sorted by the number in their names.
@@ -97,22 +110,31 @@ class FolderSource(CheckpointSource):
             FileNotFoundError: If the folder does not exist or holds no checkpoints.
             ValueError: If two checkpoints are of one step.
         """
+        if self.watcher is not None:
+            return self.watcher.so_far()
         if not self.path.is_dir():
             raise FileNotFoundError(
                 f"{self.path} is not a folder. Give the one that holds the LLM checkpoints step0, step1, ... as `path`."
             )
-        folders = {path.name: path for path in sorted(self.path.iterdir()) if path.is_dir()}
-        series = _named_steps(folders, str(self.path), "Move one of them elsewhere.")
-        if not series:
+        if not (series := self._listed()):
             one = (self.path / "config.json").is_file()
-            found = ", ".join(list(folders)[:6]) or "no folders"
+            found = ", ".join(list(self._folders())[:6]) or "no folders"
             raise FileNotFoundError(
                 f"{self.path} holds no LLM checkpoints: expected folders named step{{N}} or checkpoint-{{N}}, found "
                 + ("one model; give the folder above it." if one else f"{found}. Check `path`, or use a ListSource.")
             )
+        return series
+
+    def _listed(self) -> list[LLMCheckpoint]:
+        """All that have a name, complete or not; none where there is no folder."""
+        folders = self._folders()
+        series = _named_steps(folders, str(self.path), "Move one of them elsewhere.")
         return [
             LLMCheckpoint(str(folders[n.name]), None, n.step, _tokens_seen(folders[n.name]) or n.tokens) for n in series
         ]
+
+    def _folders(self) -> dict[str, Path]:
+        return {path.name: path for path in sorted(self.path.glob("*")) if path.is_dir()}
 
     @property
     def tokenizer_name(self) -> tuple[str, str | None]:
@@ -145,6 +167,8 @@ class HubSource(CheckpointSource):
         tokens_per_step: Tokens in a batch of the LLM's training (2_097_152 for Pythia), which gives every checkpoint
             its number of tokens. By default what is known of the repository.
         ingredient: Which of several parallel branches of a stage to take, such as OLMo 2's ``stage2-ingredient1-...``.
+        watch: True, or how, for a repository that still gets new branches: what is complete of it is the series so
+            far, and ``fit`` waits for more until its end.
     """
 
     def __init__(
@@ -156,6 +180,7 @@ class HubSource(CheckpointSource):
         cache_dir: str | Path | None = None,
         tokens_per_step: int | None = None,
         ingredient: int | None = None,
+        watch: bool | Watch = False,
     ) -> None:
         self.repo = repo
         self._revisions = revisions
@@ -164,6 +189,17 @@ class HubSource(CheckpointSource):
         self._cache_dir = None if cache_dir is None else str(cache_dir)
         self._tokens_per_step = tokens_per_step
         self._ingredient = ingredient
+        if watch:
+            named = f"`{'steps' if steps is not None else 'revisions'}`"
+            if steps is not None or revisions is not None:
+                raise ValueError(f"A HubSource with `watch` takes what comes; leave {named} out, or `watch`.")
+            self.watcher = Watcher(repo, Watch() if watch is True else watch, self._listed, self._is_done)
+
+    def _is_done(self) -> bool:
+        try:
+            return DONE in files.ask_for_files(self.repo, None).sha256
+        except OSError:  # out of reach, or no main
+            return False
 
     def checkpoints(self) -> list[LLMCheckpoint]:
         """The revisions, sorted by the number in their names.
@@ -172,10 +208,9 @@ class HubSource(CheckpointSource):
             FileNotFoundError: If neither the Hub nor its cache has the repository.
             ValueError: If no revision names a step, two name the same one, or a chosen step has none.
         """
-        names = self._revisions if self._revisions is not None else files.hub_branches(self.repo, self._cache_dir)
-        family = family_of(self.repo, self._tokens_per_step)
-        advice = "Name the ones to take as `revisions`."
-        series = _named_steps(names, self.repo, advice, family, self._ingredient)
+        if self.watcher is not None:
+            return self.watcher.so_far()
+        series = self._listed()
         odd = next((name for name in self._revisions or [] if parse_name(name) is None), None)
         if odd is not None:
             raise ValueError(
@@ -183,18 +218,29 @@ class HubSource(CheckpointSource):
                 f"`revisions`. Name it with its step in a ListSource instead."
             )
         if not series:
+            names = self._names()
             raise ValueError(
                 f"{self.repo} has no revision named step{{N}} or checkpoint-{{N}}, only {', '.join(names[:6])}. "
                 f"Name its checkpoints with their steps in a ListSource instead."
             )
         if self._chosen is not None:
-            missing = sorted(set(self._chosen) - {named.step for named in series})
+            missing = sorted(set(self._chosen) - {checkpoint.step for checkpoint in series})
             if missing:
                 raise ValueError(
                     f"{self.repo} has no checkpoint of step {missing[0]}, which `steps` asks for ({len(missing)} of "
                     f"{len(self._chosen)} are missing). `saetrack checkpoints {self.repo}` lists what there is."
                 )
-            series = [named for named in series if named.step in set(self._chosen)]
+            series = [checkpoint for checkpoint in series if checkpoint.step in set(self._chosen)]
+        return series
+
+    def _names(self) -> list[str]:
+        return self._revisions if self._revisions is not None else files.hub_branches(self.repo, self._cache_dir)
+
+    def _listed(self) -> list[LLMCheckpoint]:
+        """All that have a name, complete or not."""
+        family = family_of(self.repo, self._tokens_per_step)
+        advice = "Name the ones to take as `revisions`."
+        series = _named_steps(self._names(), self.repo, advice, family, self._ingredient)
         return [LLMCheckpoint(self.repo, named.name, named.step, named.tokens, self._cache_dir) for named in series]
 
     @property
@@ -350,7 +396,10 @@ def _tokens_seen(folder: Path) -> int | None:
     state = folder / "trainer_state.json"
     if not state.is_file():
         return None
-    return int(json.loads(state.read_text()).get("num_input_tokens_seen") or 0) or None
+    try:
+        return int(json.loads(state.read_text()).get("num_input_tokens_seen") or 0) or None
+    except json.JSONDecodeError:  # it is being written
+        return None
 
 
 def _pinned_tokenizer(series: Sequence[LLMCheckpoint]) -> tuple[str, str | None] | None:

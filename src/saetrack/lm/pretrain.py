@@ -4,6 +4,7 @@ The LLM is a GPT-NeoX, the architecture of Pythia, and the series has Pythia's s
 then every N. Each checkpoint is a Hugging Face folder with the tokenizer in it.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from saetrack.lm.corpus import Corpus
 from saetrack.lm.pretrain_config import END_OF_TEXT, PretrainConfig
 from saetrack.lm.pretrain_module import LossBar, PretrainData, PretrainModule, SeriesWriter
 from saetrack.lm.tokens import tokenize_corpus
-from saetrack.storage import whole_folder, write_json
+from saetrack.lm.watching import DONE
+from saetrack.storage import whole_folder, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +40,7 @@ def pretrain(
 ) -> None:
     """Train a small LLM and save its checkpoints as Hugging Face folders `step0`, `step1`, ...
 
-    Each folder also holds the tokenizer.
+    Each folder also holds the tokenizer, and appears whole; a file `done` appears when the last one is there.
 
     A run that was stopped goes on from `folder/resume/last.ckpt` and ends with the weights that it would have had
     without the stop. A finished series is left alone.
@@ -57,6 +59,8 @@ def pretrain(
     config = config or PretrainConfig()
     if _claim(folder, config):
         logger.info("%s holds all its %d checkpoints; nothing to do.", folder, len(config.checkpoint_steps))
+        with contextlib.suppress(OSError):  # a finished series may lie where nothing can be written
+            _say_done(folder, config)
         return
     tokenizer = _series_tokenizer(folder, config)
     name = (str(folder / "tokenizer"), None)
@@ -78,7 +82,14 @@ def pretrain(
         ckpt_path=resume_file if resume_file.is_file() else None,
         weights_only=True,
     )
+    _say_done(folder, config)
     logger.info("Wrote the %d checkpoints of %s.", len(config.checkpoint_steps), folder)
+
+
+def _say_done(folder: Path, config: PretrainConfig) -> None:
+    """Tell whoever watches the series that there will be no more."""
+    if not (folder / DONE).is_file():
+        write_text(folder / DONE, f"The {len(config.checkpoint_steps)} LLM checkpoints of this series are complete.\n")
 
 
 def _claim(folder: Path, config: PretrainConfig) -> bool:

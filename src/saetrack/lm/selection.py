@@ -15,6 +15,7 @@ Series = Sequence[LLMCheckpoint]
 GRAMMAR = (
     "all, every:10, log:20, dense:512, 0,1,2,4, steps:1000-64000, tokens:1B-10B, paper:NAME, or several joined by +"
 )
+_RANGES = {"dense", "steps", "tokens"}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?|\d+(?:_\d+)+)([kmbt]?)", re.IGNORECASE)
 
@@ -45,6 +46,12 @@ class Selection:
 
     def __post_init__(self) -> None:
         _ = self._terms
+
+    @property
+    def keeps_growing(self) -> bool:
+        """Whether what it takes of a series is still taken when the series has grown."""
+        *before, last = (term.partition(":")[0].strip() for term in self.text.split("+"))
+        return {last} <= {"all", "every", *_RANGES} and set(before) <= _RANGES
 
     @cached_property
     def _terms(self) -> list[Callable[[Series], Series]]:

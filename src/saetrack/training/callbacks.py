@@ -47,8 +47,13 @@ class ResumeFile(Checkpoint):
             self._write(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write it after a stage. Lightning runs this callback after the scheduler, which has moved on by then."""
+        """Write it after a stage. Lightning runs this callback after the scheduler, which has moved on by then.
+
+        Then let the scheduler wait for what is still being written: from here on there is something to go on from.
+        """
         self._write(trainer)
+        assert isinstance(pl_module, SAEModule)
+        scheduler_of(trainer).follow_series(trainer, pl_module)
 
     def _write(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ from saetrack.storage import claimed, write_text
 from saetrack.track import Track, tracks_in
 from saetrack.training.callbacks import AnalyzeTrack, ResumeFile
 from saetrack.training.datamodule import ActivationDataModule
+from saetrack.training.downloads import HubDownloads
 from saetrack.training.grid import select_checkpoints
 from saetrack.training.module import SAEModule
 from saetrack.training.progress import TrackProgressBar
@@ -56,6 +57,8 @@ def fit(args: list[str] | None, other_commands: str) -> None:
     try:
         with ExitStack() as held:
             FitCLI(args, SaveTrackConfig, epilog=f"Other commands: {other_commands}", held=held)
+    except KeyboardInterrupt:  # while it waits for the first LLM checkpoint; later Lightning takes it
+        sys.exit(128 + signal.SIGINT)
     except SIGTERMException:  # Lightning's is a SystemExit that says nothing and means success
         sys.stderr.write("saetrack: stopped by SIGTERM. Go on with the same command and `--ckpt_path last`.\n")
         sys.exit(128 + signal.SIGTERM)
@@ -138,7 +141,8 @@ class FitCLI(LightningCLI):
         return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the scheduler, the resume file and the analyses, and tie what must agree."""
+        """Add the downloads, the scheduler, the resume file and the analyses, and tie what must agree."""
+        parser.add_lightning_class_args(HubDownloads, "hub")  # first, for it marks what the scheduler downloads
         parser.add_lightning_class_args(CheckpointScheduler, "scheduler")
         parser.add_lightning_class_args(ResumeFile, "resume")
         parser.add_lightning_class_args(AnalyzeTrack, "analyze")
@@ -165,6 +169,8 @@ class FitCLI(LightningCLI):
     def _leave_if_complete(self) -> None:
         data, scheduler = self.datamodule, self._scheduler
         data.source.prepare()
+        if data.source.watcher is not None and not data.source.watcher.look().ended:
+            return
         wanted = select_checkpoints(data.source.checkpoints(), scheduler.steps, scheduler.direction)
         tracks = [Track.open(path) for path in tracks_in(scheduler.track_dir)]
         complete = (
@@ -247,9 +253,9 @@ class FitCLI(LightningCLI):
 
 
 def _same(now: Any, saved: Any) -> bool:
-    """Whether two values of a configuration make the same track; where a cache lies does not matter."""
+    """Whether two values of a configuration make the same track; where a cache lies does not matter, nor who waits."""
     if isinstance(now, dict) and isinstance(saved, dict):
-        return all(_same(value, saved.get(key)) for key, value in now.items() if key != "cache_dir")
+        return all(_same(value, saved.get(key)) for key, value in now.items() if key not in ("cache_dir", "watch"))
     return bool(now == saved)
 
 

@@ -103,6 +103,9 @@ class ControlScheduler(CheckpointScheduler):
         """Those of the control."""
         return list(self.control.checkpoints)
 
+    def watcher(self, data: ActivationDataModule) -> None:
+        """None: what a control visits, its track has visited."""
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As for any track, but Lightning counts from the snapshots that are there."""
         super().on_fit_start(trainer, pl_module)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from saetrack.lm import files
 from saetrack.lm.checkpoints import CheckpointSource, LLMCheckpoint, load_llm, release_memory
 from saetrack.lm.corpus import Corpus, StdlibCorpus
 from saetrack.lm.forward import activation_widths, module_name
@@ -141,6 +142,20 @@ class ActivationDataModule(LightningDataModule):
         """Where the LLM runs and the activations are."""
         return self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
 
+    def fetch(self, *checkpoints: LLMCheckpoint | None) -> None:
+        """Have LLM checkpoints on the disk. Every rank calls it, and one of each machine downloads for all there.
+
+        Raises:
+            FileNotFoundError: If one is neither here nor on a Hub that can be reached.
+            OSError: If the Hub fails in the middle of it.
+        """
+        if self.trainer is None or self.trainer.local_rank == 0:
+            for checkpoint in checkpoints:
+                if checkpoint is not None:
+                    files.fetch(checkpoint.model, checkpoint.revision, checkpoint.cache_dir)
+        if self.trainer is not None:
+            self.trainer.strategy.barrier()
+
     def llm(self, checkpoint: LLMCheckpoint) -> PreTrainedModel:
         """The LLM of a checkpoint. Asking for another frees it, unless the stage reads both."""
         if checkpoint not in self._llms:
@@ -162,6 +177,7 @@ class ActivationDataModule(LightningDataModule):
             ValueError: If there is no module of a hookpoint's name (the closest ones are listed), or the LLM cannot
                 read rows as long as ``data.tokens.context_size``.
         """
+        self.fetch(checkpoint)
         llm = self.llm(checkpoint)
         longest = getattr(llm.config, "max_position_embeddings", None)
         if longest and 0 < longest < self.tokens.context_size:

@@ -11,11 +11,12 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 
 from saetrack.lm.audit import audit, problems
-from saetrack.lm.checkpoints import LLMCheckpoint
+from saetrack.lm.checkpoints import LLMCheckpoint, Watcher
 from saetrack.lm.selection import Selection
 from saetrack.track import Snapshot, Track
 from saetrack.training import tracks
 from saetrack.training.datamodule import ActivationDataModule
+from saetrack.training.following import follow, refuse_what_needs_the_end
 from saetrack.training.grid import Choice, farthest_within, select_checkpoints
 from saetrack.training.module import SAEModule, refuse_changes
 from saetrack.training.stage import Stage, StageStart, StageWork
@@ -100,7 +101,8 @@ class CheckpointScheduler(Callback):
         self.position = 0
         """Index of the current stage. Saved in the resume file, for Lightning's epoch counter is stale there."""
         self.checkpoints: list[LLMCheckpoint] = []
-        """Those visited and those ahead, in the order of the track; with ``max_rise``, the skipped are taken out."""
+        """Those visited and those ahead, in the order of the track; with ``max_rise``, the skipped are taken out, and
+        those that come to a series that is watched are added."""
         self._choice: Choice | None = None
         self.tracks: dict[str, Track] = {}
         self.start: dict[str, StageStart] = {}
@@ -126,8 +128,14 @@ class CheckpointScheduler(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the LLM checkpoints and audit them."""
         data = _data(trainer)
-        self.checkpoints = self.choose_checkpoints(data)
-        self._audit(trainer)
+        watcher = self.watcher(data)
+        if watcher is None:
+            self.checkpoints = self.choose_checkpoints(data)
+        else:
+            refuse_what_needs_the_end(self.steps, self.direction, self.max_rise)
+            assert not isinstance(self.steps, list)
+            self.checkpoints = follow(trainer, watcher, self.steps, [], wait=True)
+        self._audit(trainer, self.checkpoints)
         data.read_widths(self.checkpoints[0])
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -154,10 +162,14 @@ class CheckpointScheduler(Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.open_tracks(trainer, module, data)
         self._enter_stage(module, data)
+        self.follow_series(trainer, module)
+        if not self.finished:
+            data.fetch(self.stage.previous, self.stage.checkpoint)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a stage. Lightning does not call this when a stage is resumed in its middle, and rightly so."""
         module, data = _module(pl_module), _data(trainer)
+        data.fetch(self.stage.previous, self.stage.checkpoint)
         self.start = self._work.begin(self.stage, self.start)
         self._begun = True
         data.scales = {hookpoint: start.calibration.scale for hookpoint, start in self.start.items()}
@@ -198,6 +210,26 @@ class CheckpointScheduler(Callback):
         self._begun = False
         self._enter_stage(module, data)
 
+    def follow_series(self, trainer: Trainer, module: SAEModule) -> None:
+        """Take in what has come to a series that is watched, and wait for it when every stage is done.
+
+        Called when the resume file of the last stage is written, so nothing is lost when the waiting is broken off.
+        """
+        data = _data(trainer)
+        watcher = self.watcher(data)
+        if watcher is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        assert not isinstance(self.steps, list)
+        known, waiting = self.checkpoints, self.finished
+        self.checkpoints = follow(trainer, watcher, self.steps, known, wait=waiting)
+        if len(self.checkpoints) == len(known):
+            return
+        self._audit(trainer, self.checkpoints[len(known) :])
+        self.recipe[_STEPS] = [checkpoint.step for checkpoint in self.checkpoints]
+        trainer.fit_loop.max_epochs = len(self.checkpoints)
+        if waiting:
+            self._enter_stage(module, data)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Free the LLM: what comes after training loads its own."""
         _data(trainer).release_llms()
@@ -232,6 +264,10 @@ class CheckpointScheduler(Callback):
         """The LLM checkpoints to visit, in order."""
         return select_checkpoints(data.checkpoints, self.steps, self.direction)
 
+    def watcher(self, data: ActivationDataModule) -> Watcher | None:
+        """What looks for further LLM checkpoints; None when all are there."""
+        return data.source.watcher
+
     def _make_recipe(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule) -> dict[str, Any]:
         """What a resumed run must share with the one it continues, beside the facts of the track."""
         return {
@@ -249,12 +285,13 @@ class CheckpointScheduler(Callback):
             **module.recipe(),
         }
 
-    def _audit(self, trainer: Trainer) -> None:
+    def _audit(self, trainer: Trainer, checkpoints: list[LLMCheckpoint]) -> None:
+        known = {digest: step for step, digest in reversed(self._weight_hashes.items()) if digest is not None}
         # one rank reads the weights of the whole series for all
         rows = trainer.strategy.broadcast(
-            audit(list(dict.fromkeys(self.checkpoints))) if trainer.is_global_zero else []
+            audit(list(dict.fromkeys(checkpoints)), known) if trainer.is_global_zero else []
         )
-        self._weight_hashes = {row.checkpoint.step: row.weight_hash for row in rows}
+        self._weight_hashes |= {row.checkpoint.step: row.weight_hash for row in rows}
         found = problems(rows)
         faulty = any(row.fault for row in rows)
         if found and (faulty or not self.allow_duplicates):

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import saetrack
-from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.lm.forward import module_name
 from saetrack.sae import sae_record
 from saetrack.storage import link_or_copy, whole_folder, write_json
@@ -21,7 +20,7 @@ def track_facts(module: SAEModule, data: ActivationDataModule, hookpoint: str) -
     """What makes a track this one and no other: the part of ``track.json`` that may not change."""
     sae = module.sae(hookpoint)
     return {
-        "model": _series_name(data.checkpoints),
+        "model": _series_name(data),
         "hookpoint": module_name(hookpoint),
         "tokenizer": list(data.source.tokenizer_name),
         "d_in": sae.d_in,
@@ -90,7 +89,9 @@ def refuse_gaps(track: Track, done: int) -> None:
         )
 
 
-def _series_name(checkpoints: list[LLMCheckpoint]) -> str:
+def _series_name(data: ActivationDataModule) -> str:
     """The repository, or the folder that holds all the checkpoints' folders."""
-    models = {checkpoint.model for checkpoint in checkpoints}
+    models = {checkpoint.model for checkpoint in data.checkpoints}
+    if data.source.watcher is not None:  # the first of a folder may be there alone
+        return data.source.watcher.where
     return models.pop() if len(models) == 1 else os.path.commonpath(models) or ", ".join(sorted(models))

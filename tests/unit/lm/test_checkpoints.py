@@ -8,7 +8,6 @@ import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -52,7 +51,8 @@ def add_revision(cache: Path, revision: str, folder: Path, skip: tuple[str, ...]
         large = file.suffix in (".safetensors", ".bin")
         name = (hashlib.sha256 if large else hashlib.sha1)(content).hexdigest()
         (repo / "blobs" / name).write_bytes(content)
-        (snapshot / file.name).symlink_to(Path("../../blobs") / name)
+        if not (snapshot / file.name).is_symlink():
+            (snapshot / file.name).symlink_to(Path("../../blobs") / name)
 
 
 @pytest.fixture
@@ -70,9 +70,9 @@ def hub_cache(tmp_path: Path, tiny_series: Path) -> Path:
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    files.hub_files.cache_clear()
+    files.forget_hub()
     yield
-    files.hub_files.cache_clear()
+    files.forget_hub()
 
 
 # Folders
@@ -283,20 +283,34 @@ def test_only_weights_and_configuration_are_downloaded(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, make_llm: Callable[..., GPTNeoXForCausalLM]
 ) -> None:
     llm = make_llm(seed=3)
-    llm.config.save_pretrained(tmp_path)
-    torch.save(llm.state_dict(), tmp_path / "pytorch_model.bin")
-    asked: dict[str, Any] = {}
+    llm.config.save_pretrained(tmp_path / "hub")
+    torch.save(llm.state_dict(), tmp_path / "hub" / "pytorch_model.bin")
+    (tmp_path / "hub" / "README.md").write_text("not wanted")
+    weights = (tmp_path / "hub" / "pytorch_model.bin").read_bytes()
+    downloaded: list[str] = []
 
-    def download(repo: str, **options: Any) -> str:
-        asked.update(options, repo=repo)
-        return str(tmp_path)
+    class OneRevision:
+        def model_info(self, repo: str, revision: str, files_metadata: bool) -> SimpleNamespace:
+            large = {"pytorch_model.bin": SimpleNamespace(sha256=hashlib.sha256(weights).hexdigest())}
+            names = [path.name for path in (tmp_path / "hub").iterdir()]
+            siblings = [SimpleNamespace(rfilename=name, lfs=large.get(name)) for name in names]
+            return SimpleNamespace(sha=commit_name(revision), siblings=siblings)
 
-    monkeypatch.setattr(files, "HfApi", FakeHub)
-    monkeypatch.setattr(files, "snapshot_download", download)
-    loaded = load_llm(LLMCheckpoint(REPO, "step9", 9))
-    assert asked["revision"] == "step9"
-    assert asked["allow_patterns"] == ["*.json", "pytorch_model.bin"]
+    def download(repo: str, name: str, revision: str, cache_dir: str) -> str:
+        assert revision == commit_name("step9") or not downloaded, "by the branch's name only the first, to note it"
+        downloaded.append(name)
+        wanted = [path.name for path in (tmp_path / "hub").iterdir() if path.name not in downloaded]
+        add_revision(Path(cache_dir), "step9", tmp_path / "hub", skip=tuple(wanted))
+        return ""
+
+    monkeypatch.setattr(files, "HfApi", OneRevision)
+    monkeypatch.setattr(files, "hf_hub_download", download)
+    checkpoint = LLMCheckpoint(REPO, "step9", 9, cache_dir=str(tmp_path / "cache"))
+    loaded = load_llm(checkpoint)
+    assert sorted(downloaded) == ["config.json", "pytorch_model.bin"]
     assert torch.equal(loaded.get_input_embeddings().weight, llm.get_input_embeddings().weight)
+    load_llm(checkpoint)
+    assert len(downloaded) == 2, "what is there is not asked for again"
 
 
 @pytest.mark.usefixtures("online")

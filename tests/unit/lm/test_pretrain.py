@@ -51,7 +51,7 @@ def hashes(folder: Path) -> dict[str, str]:
 def test_a_series_is_written_as_hugging_face_folders(tmp_path: Path, text: TextCorpus) -> None:
     train(tmp_path / "llm", config(text))
     names = {path.name for path in (tmp_path / "llm").iterdir()}
-    assert names == {f"step{step}" for step in STEPS} | {"pretrain.json", "tokenizer", "tokens"}
+    assert names == {f"step{step}" for step in STEPS} | {"pretrain.json", "tokenizer", "tokens", "done"}
     batch = None
     losses = {}
     for step in STEPS:

@@ -1,0 +1,36 @@
+"""What a run can follow while there is no last LLM checkpoint."""
+
+import re
+from typing import Any
+
+import pytest
+
+from saetrack.training.downloads import HubDownloads
+from saetrack.training.following import refuse_what_needs_the_end
+
+FORWARD = {"steps": None, "direction": "forward", "max_rise": None}
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"direction": "backward"}, "scheduler.direction is backward"),
+        ({"max_rise": 0.5}, "scheduler.max_rise is 0.5"),
+        ({"steps": "log:3"}, "scheduler.steps is 'log:3'"),
+        ({"steps": [0, 2]}, "scheduler.steps is [0, 2]"),
+    ],
+    ids=["backward", "max_rise", "log", "list"],
+)
+def test_what_needs_the_whole_series_is_refused(options: dict[str, Any], found: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{found}, which needs the whole series, but data.source has")):
+        refuse_what_needs_the_end(**{**FORWARD, **options})
+
+
+@pytest.mark.parametrize("steps", [None, "all", "every:3", "dense:512+every:10"])
+def test_what_grows_with_the_series_is_followed(steps: str | None) -> None:
+    refuse_what_needs_the_end(**{**FORWARD, "steps": steps})
+
+
+def test_fewer_llm_checkpoints_than_a_stage_reads_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"hub\.keep_checkpoints is 2; it must be at least 3"):
+        HubDownloads(keep_checkpoints=2)
