@@ -3,22 +3,21 @@
 python benchmarks/validation.py FOLDER --repeats 3
 
 Every repeat is a series of its own seed (benchmarks/planted.py) with the ordinary commands run on it; one that is there
-already is read and not trained again. The table's counts are over all repeats; the interval is Clopper and Pearson's,
+already is read and not trained again. The table's counts are over all repeats; the interval is Wilson's,
 95 %, as if the cases were independent, though features of one series share a fit.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.stats
 from numpy.typing import NDArray
 from planted import HOOKPOINT, Plan, Truth, plant
+from validation_rows import Row, table
 
 from saetrack import Track
 from saetrack.cli import main as saetrack
@@ -28,25 +27,6 @@ MATCHED = 0.9  # cosine above which a latent is a planted feature
 KEPT = 0.5  # functional correlation above which a latent goes on meaning the same
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
 DRIFT = 0.2
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one instrument got right: ``right`` of ``cases``, or an estimate over its truth.
-
-    Args:
-        what: The row's name in issue 4, section 3.
-        must: What it must be.
-        right: Cases that came out right; NaN for a ratio.
-        cases: How many there were.
-        ratio: The estimate over the truth, of a row that is a ratio.
-    """
-
-    what: str
-    must: str
-    right: float
-    cases: int
-    ratio: float = float("nan")
 
 
 def fit_arguments(
@@ -203,12 +183,6 @@ def swapped_series(folder: Path, seed: int) -> tuple[Track, Truth]:
     return Track.open(run), Truth.load(series)
 
 
-def interval(right: int, cases: int) -> tuple[float, float]:
-    """Clopper and Pearson's 95 % interval of a share."""
-    low, high = scipy.stats.binomtest(right, cases).proportion_ci(0.95)
-    return float(low), float(high)
-
-
 def run_series(folder: Path, seed: int) -> tuple[Track, Truth]:
     """Plant a series, follow it, make its controls and analyse it; what is there is not made again."""
     series, run = folder / f"llm-{seed}", folder / f"run-{seed}"
@@ -229,22 +203,6 @@ def command(arguments: list[str]) -> None:
     except SystemExit as stopped:  # fit leaves so when the track was complete
         if stopped.code:
             raise
-
-
-def table(rows: Sequence[Sequence[Row]]) -> str:
-    """Rows of all repeats as Markdown: shares over all cases, ratios as their range."""
-    lines = ["| what | must be | found | cases |", "|---|---|---:|---:|"]
-    for of_row in zip(*rows, strict=True):
-        right, cases = sum(row.right for row in of_row), sum(row.cases for row in of_row)
-        if np.isfinite(right) and cases:
-            low, high = interval(int(right), cases)
-            found = f"{right / cases:.3f} [{low:.3f}, {high:.3f}]"
-        elif cases:
-            found = ", ".join(f"{row.ratio:.2f}" for row in of_row)
-        else:
-            found = "not available"
-        lines.append(f"| {of_row[0].what} | {of_row[0].must} | {found} | {cases:,} |")
-    return "\n".join(lines)
 
 
 def main() -> None:

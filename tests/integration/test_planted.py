@@ -1,36 +1,18 @@
 """What is planted in a series is what its LLM checkpoints give, and what an SAE followed through them shows."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
+import planted
 import pytest
 import torch
+import validation
 
 from saetrack import Track
 from saetrack.cli import main
 from saetrack.lm import FolderSource
 from saetrack.lm.checkpoints import load_llm
 from saetrack.lm.forward import read_activations
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    """A module of benchmarks/, which is no package; by its own name, for validation imports planted."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-planted = load("planted")
-validation = load("validation")
 
 
 @pytest.fixture(scope="module")
