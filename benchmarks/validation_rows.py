@@ -32,17 +32,17 @@ def interval(right: int, cases: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def table(repeats: Sequence[Sequence[Row]]) -> str:
-    """Rows of all repeats as Markdown: shares over all cases, ratios as their range."""
-    lines = ["| what | must be | found | cases |", "|---|---|---:|---:|"]
-    for of_row in zip(*repeats, strict=True):
-        right, cases = sum(row.right for row in of_row), sum(row.cases for row in of_row)
-        if np.isfinite(right) and cases:
-            low, high = interval(int(right), cases)
-            found = f"{right / cases:.3f} [{low:.3f}, {high:.3f}]"
-        elif cases:
-            found = ", ".join(f"{row.ratio:.2f}" for row in of_row)
-        else:
-            found = "not available"
-        lines.append(f"| {of_row[0].what} | {of_row[0].must} | {found} | {cases:,} |")
-    return "\n".join(lines)
+HEADER = "| what | must be | found | cases |\n|---|---|---:|---:|"
+
+
+def line(repeats: Sequence[Row]) -> str:
+    """A row of all repeats as Markdown: a share over all cases, a ratio as its values."""
+    right, cases = sum(row.right for row in repeats), sum(row.cases for row in repeats)
+    if np.isfinite(right) and cases:
+        low, high = interval(int(right), cases)
+        found = f"{right / cases:.3f} [{low:.3f}, {high:.3f}]"
+    elif cases:
+        found = ", ".join(f"{row.ratio:.2f}" for row in repeats)
+    else:
+        found = "not available"
+    return f"| {repeats[0].what} | {repeats[0].must} | {found} | {cases:,} |"

@@ -11,17 +11,17 @@ repeats.
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from validation_rows import Row, table
+from validation_rows import HEADER, Row, line
 
 from saetrack.analysis.dictionaries import Dictionaries
 from saetrack.analysis.drift_controls import calibrate
-from saetrack.analysis.drift_geometry import unit_rows
+from saetrack.analysis.drift_geometry import procrustes, unit_rows
 from saetrack.analysis.figures import step_position
 from saetrack.analysis.formation import Formation
 from saetrack.analysis.formation_times import crossing_times
@@ -30,7 +30,7 @@ from saetrack.analysis.semantics import Semantics
 from tests.unit.analysis.planted import STEPS, PlantedFeature, PlantedSeries, rising, sweep
 from tests.unit.analysis.planted_rates import EVEN, Rates, plant_rates, track_with_chain
 from tests.unit.analysis.planted_text import CLASS_OF, PlantedText, observe
-from tests.unit.analysis.planted_track import Displacements, planted_stage, random_rows, write_track
+from tests.unit.analysis.planted_track import Displacements, planted_stage, random_rows, tangent, write_track
 
 Floats = NDArray[np.floating]
 
@@ -51,7 +51,7 @@ def null_excess(folder: Path, arms: tuple[int, int], repeats: int, learning: flo
     return [*rows, Row(f"energy: {what}", ">= 0.90", held[1], repeats)] if min(1 + arms[0], arms[1]) > 2 else rows
 
 
-def drift_recovered(folder: Path, repeats: int) -> list[Row]:
+def drift_recovered(folder: Path, repeats: int) -> Row:
     """Energy over the planted displacement of the unit rows, the rotation known."""
     ratios = []
     for seed in range(repeats):
@@ -64,16 +64,32 @@ def drift_recovered(folder: Path, repeats: int) -> list[Row]:
         shrunk = 1 / (1 + 2 * (moves.llm + moves.noise + moves.learning))
         ratios.append(found["energy"] / (moves.llm * shrunk))
     what = "planted drift recovered (energy; the rotation known)"
-    return [Row(what, "0.9-1.1", float("nan"), repeats, float(np.mean(ratios)))]
+    return Row(what, "0.9-1.1", float("nan"), repeats, float(np.mean(ratios)))
 
 
-def drift_rows(folder: Path, repeats: int = 400) -> list[Row]:
-    """Excess drift and energy where the LLM did nothing, and where it did."""
-    rows = [row for arms in ARMS for row in null_excess(folder, arms, repeats)]
-    return [*rows, *drift_recovered(folder, repeats // 4)]
+def map_leaves(name: str, features: int, d_in: int, repeats: int) -> Row:
+    """Share of displacements of features' own that a map between activations leaves, all features of like weight."""
+    left = []
+    for seed in range(repeats):
+        rng = np.random.default_rng(seed)
+        before = random_rows(rng, features, d_in)
+        after = unit_rows(before + tangent(rng, before, 0.02))
+        latents = rng.random((4000, features)) * (rng.random((4000, features)) < 2 / features)
+        turned = before @ procrustes(latents @ before, latents @ after)
+        left.append((1 - (turned * after).sum(axis=1)).mean() / (1 - (before * after).sum(axis=1)).mean())
+    return Row(f"(planted drift that a transport map leaves, {name})", "-", float("nan"), repeats, float(np.mean(left)))
 
 
-def dictionary_rows(folder: Path, repeats: int = 300, shape: tuple[int, int] = (128, 16)) -> list[Row]:
+def drift_rows(folder: Path, repeats: int = 400) -> Iterator[Row]:
+    """Excess drift and energy where the LLM did nothing, and where it did; what the map of activations takes away."""
+    for arms in ARMS:
+        yield from null_excess(folder, arms, repeats)
+    yield drift_recovered(folder, repeats // 4)
+    for features in (24, 32, 64, 128, 256):
+        yield map_leaves(f"{features} features in 32 dimensions", features, 32, repeats // 20)
+
+
+def dictionary_rows(folder: Path, repeats: int = 300, shape: tuple[int, int] = (128, 16)) -> Iterator[Row]:
     """PW-MCC of a permuted copy, and of independent dictionaries against their null."""
     permuted, near = 0, {"isotropic": 0, "spread unevenly": 0}
     pairs = 20
@@ -87,9 +103,10 @@ def dictionary_rows(folder: Path, repeats: int = 300, shape: tuple[int, int] = (
             permuted += bool(abs(found["pw_mcc"].iloc[0] - 1) < 1e-5)
             error = found["null_sd"].iloc[1] * np.sqrt(1 + 1 / pairs)
             near[name] += bool(abs(found["pw_mcc"].iloc[1] - found["null"].iloc[1]) <= 2 * error)
-    rows = [Row("permuted copy of a dictionary: PW-MCC 1", "1", permuted, 2 * repeats)]
+    yield Row("permuted copy of a dictionary: PW-MCC 1", "1", permuted, 2 * repeats)
     what = "independent random dictionary within 2 SE of its null"
-    return [*rows, *(Row(f"{what}, {name}", ">= 0.9 (normal: 0.95)", right, repeats) for name, right in near.items())]
+    for name, right in near.items():
+        yield Row(f"{what}, {name}", ">= 0.9 (normal: 0.95)", right, repeats)
 
 
 def phases_found(folder: Path, law: Rates, chain: Rates | None, repeats: int) -> list[tuple[int, list[int]]]:
@@ -130,21 +147,18 @@ def three_phases(folder: Path, name: str, law: Rates, chain: Rates | None, repea
     return Row(f"phases on three planted regimes: 3, boundaries within 1, {name}", ">= 0.90", right, repeats)
 
 
-def phase_rows(folder: Path, repeats: int = 200) -> list[Row]:
+def phase_rows(folder: Path, repeats: int = 100) -> Iterator[Row]:
     """The number of phases of null chains and of planted regimes."""
     still, quiet = Rates.still(), Rates.still(level=0.0005)
-    rows = [
-        one_phase(folder / "own", "with a null chain of its own", still, still, repeats),
-        one_phase(folder / "even", "without one, even steps", Rates.still(steps=EVEN), None, repeats),
-        one_phase(folder / "pythia", "without one, Pythia's steps", still, None, repeats),
-    ]
+    yield one_phase(folder / "own", "with a null chain of its own", still, still, repeats)
+    yield one_phase(folder / "even", "without one, even steps", Rates.still(steps=EVEN), None, repeats)
+    yield one_phase(folder / "pythia", "without one, Pythia's steps", still, None, repeats)
     for common in (0.05, 0.1, 0.2):
         name = f"noise of a checkpoint {common:.0%}"
-        rows.append(three_phases(folder / name, name, Rates.three(common), quiet, repeats))
+        yield three_phases(folder / name, name, Rates.three(common), quiet, repeats)
     for null in (0.002, 0.01):
         name = f"noise 10 %, null steps of {null}"
-        rows.append(three_phases(folder / name, name, Rates.three(0.1, null), Rates.still(null), repeats))
-    return rows
+        yield three_phases(folder / name, name, Rates.three(0.1, null), Rates.still(null), repeats)
 
 
 def formation_series(seed: int, documents: int, amplitude: float, width: float) -> PlantedSeries:
@@ -186,17 +200,15 @@ def formation_of(name: str, documents: int, amplitude: float, width: float, seed
     return [*rows, Row(f"false formed on false features, {name}", "<= 0.05", int(false[0]), int(false[1]))]
 
 
-def formation_rows(folder: Path, seeds: int = 8) -> list[Row]:
+def formation_rows(folder: Path, seeds: int = 8) -> Iterator[Row]:
     """Three strengths of features; with fewer documents nothing is called formed."""
     settings = ((300, 3.5, 0.15), (150, 3.5, 0.15), (150, 3.0, 0.3), (150, 4.0, 0.05), (80, 2.5, 0.3))
-    rows = []
     for documents, amplitude, width in settings:
         name = f"{documents} documents, amplitude {amplitude}, width {width}"
-        rows += formation_of(name, documents, amplitude, width, seeds)
-    return rows
+        yield from formation_of(name, documents, amplitude, width, seeds)
 
 
-def semantic_rows(folder: Path, seeds: int = 8) -> list[Row]:
+def semantic_rows(folder: Path, seeds: int = 8) -> Iterator[Row]:
     """Classes of planted features, and how many are called concepts where there is none."""
     right, cases = dict.fromkeys(CLASS_OF, 0), dict.fromkeys(CLASS_OF, 0)
     false = features = 0
@@ -213,12 +225,13 @@ def semantic_rows(folder: Path, seeds: int = 8) -> list[Row]:
         false += round(result.settings["false_concept_share"] * counted)
     both = [kind for kind in CLASS_OF if kind in ("token", "concept")]
     what = "class accuracy, token against concept"
-    rows = [Row(what, ">= 0.9", sum(right[k] for k in both), sum(cases[k] for k in both))]
-    rows += [Row(f"(planted {kind} called {name})", "-", right[kind], cases[kind]) for kind, name in CLASS_OF.items()]
-    return [*rows, Row("false concepts on token-permuted text", "<= 0.05", false, features)]
+    yield Row(what, ">= 0.9", sum(right[k] for k in both), sum(cases[k] for k in both))
+    for kind, name in CLASS_OF.items():
+        yield Row(f"(planted {kind} called {name})", "-", right[kind], cases[kind])
+    yield Row("false concepts on token-permuted text", "<= 0.05", false, features)
 
 
-PARTS: dict[str, Callable[[Path], list[Row]]] = {
+PARTS: dict[str, Callable[[Path], Iterator[Row]]] = {
     "formation": formation_rows,
     "semantics": semantic_rows,
     "drift": drift_rows,
@@ -228,15 +241,17 @@ PARTS: dict[str, Callable[[Path], list[Row]]] = {
 
 
 def main() -> None:
-    """Print the table, part by part."""
+    """Print the table, a row when it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all by default")
     chosen = parser.parse_args().parts or list(PARTS)
     if unknown := sorted(set(chosen) - set(PARTS)):
         parser.error(f"{', '.join(unknown)}: no such part; there are {', '.join(PARTS)}")
+    print(HEADER)
     for part in chosen:
         with tempfile.TemporaryDirectory() as folder:
-            print(table([PARTS[part](Path(folder))]), flush=True)
+            for row in PARTS[part](Path(folder)):
+                print(line([row]), flush=True)
 
 
 if __name__ == "__main__":
