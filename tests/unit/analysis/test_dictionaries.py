@@ -46,6 +46,16 @@ def test_independent_dictionaries_are_as_alike_as_their_null(tmp_path: Path) -> 
     assert found["shared_share"] < 0.15
 
 
+def test_the_null_of_independent_dictionaries_is_not_below_them(tmp_path: Path) -> None:
+    """Each spread is fitted by itself; without the correction for that the mean is 1.1 deviations above its null."""
+    above = []
+    for seed in range(10):
+        rows = [random_rows(np.random.default_rng([seed, i]), 128, D_IN) for i in range(2)]
+        found = Dictionaries(random_pairs=6, seed=seed).run(write(tmp_path / f"{seed}", rows)).tables["neighbours"]
+        above.append(((found["pw_mcc"] - found["null"]) / 0.007).item())  # 0.007: the deviation of one pair
+    assert abs(np.mean(above)) < 0.7
+
+
 def test_a_feature_that_splits_in_two_is_found_and_one_that_is_born(tmp_path: Path) -> None:
     before, after = random(0), random(0)
     after[5] = before[4]  # index 5 becomes a second 4; nothing is like the old 5 any more
