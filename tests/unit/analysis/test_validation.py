@@ -11,6 +11,7 @@ from validation_rows import Row, interval, line
 from validation_simulated import (
     dictionary_rows,
     drift_recovered,
+    map_leaves,
     null_excess,
     one_phase,
     semantic_rows,
@@ -31,6 +32,11 @@ def test_a_track_on_which_the_llm_did_nothing_has_no_excess_drift(tmp_path: Path
 
 def test_planted_drift_is_recovered(tmp_path: Path) -> None:
     assert 0.9 <= drift_recovered(tmp_path, repeats=3).ratio <= 1.1
+
+
+@pytest.mark.parametrize(("features", "left"), [(24, 24 / 64), (32, 1 / 2), (128, 1 - 32 / 256)])
+def test_a_map_between_activations_leaves_what_the_drift_analysis_says(features: int, left: float) -> None:
+    assert map_leaves("", features, 32, repeats=2).ratio == pytest.approx(left, abs=0.03)
 
 
 def test_permuted_dictionaries_match_and_independent_ones_do_as_their_null(tmp_path: Path) -> None:
