@@ -136,9 +136,14 @@ def planted_drift(track: Track, truth: Truth, t: int) -> tuple[Floats, Floats]:
 
 
 def map_leaves(track: Track, truth: Truth) -> Row:
-    """Share of the planted drift that the maps between activations leave."""
-    own, left = [], []
+    """Share of the planted drift that the maps between activations leave, where no feature begins, ends or is swapped.
+
+    There the map also follows what came or went.
+    """
+    own, left, here = [], [], truth.amplitudes
     for t in range(1, len(track)):
+        if t == truth.plan.half or (here[t - 1] != here[t]).any():
+            continue
         features = followed(track, truth, t)[1]
         both = planted_drift(track, truth, t)
         own.append(both[0][features])
