@@ -25,7 +25,6 @@ from saetrack.sae import BatchTopKSAE
 ROW, BATCH, WARMUP, DEAD_AFTER, DECAY = 64, 256, 5000, 20_000, 0.2
 RUNS = (  # start, seed, learning rate, tokens
     ("truth", 0, 3e-3, 300_000),
-    ("truth", 0, 3e-3, 1_000_000),
     *(("random", seed, 3e-3, 300_000) for seed in (0, 1)),
     *(("random", seed, lr, 1_000_000) for seed in (0, 1, 2) for lr in (3e-3, 1e-2)),
 )

@@ -42,8 +42,8 @@ def fit_arguments(
 ) -> list[str]:
     """What is typed to follow a planted series.
 
-    The SAE and its recipe were chosen on seed 0: with a third of the learning rate or fewer tokens it ends in worse
-    minima, which hold sums of planted features. Under ``transported`` no latent was seen to keep a swapped direction,
+    The SAE and its recipe were chosen on seed 0: with fewer tokens it ends in worse minima, which
+    hold sums of planted features. Under ``transported`` no latent was seen to keep a swapped direction,
     so identity after a swap is judged under ``prior``.
     """
     return [
