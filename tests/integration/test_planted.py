@@ -1,36 +1,18 @@
 """What is planted in a series is what its LLM checkpoints give, and what an SAE followed through them shows."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
+import planted
 import pytest
 import torch
+import validation
 
 from saetrack import Track
 from saetrack.cli import main
 from saetrack.lm import FolderSource
 from saetrack.lm.checkpoints import load_llm
 from saetrack.lm.forward import read_activations
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    """A module of benchmarks/, which is no package; by its own name, for validation imports planted."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
-
-
-planted = load("planted")
-validation = load("validation")
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +64,7 @@ def test_a_series_with_another_number_of_drifts_than_transitions_is_refused() ->
 
 
 @pytest.fixture(scope="module")
-def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Track, "planted.Truth"]:
+def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Track, planted.Truth]:
     """Two LLM checkpoints with all features; at the second the swapped ones have each other's words."""
     folder = tmp_path_factory.mktemp("planted")
     plan = planted.Plan((0, 1), documents=4000, rotation=0.0, formed_at_init=1.0, dying=0.0)
@@ -91,15 +73,15 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Track, "planted.
     return Track.open(folder / "run"), truth
 
 
-def test_features_whose_meaning_stays_are_kept_and_swapped_ones_lost(followed: tuple[Track, "planted.Truth"]) -> None:
+def test_features_whose_meaning_stays_are_kept_and_swapped_ones_lost(followed: tuple[Track, planted.Truth]) -> None:
     for swapped, least in ((False, 20), (True, 4)):
         row = validation.identity(*followed, swapped=swapped)
         assert row.cases >= least
         assert row.right / row.cases >= 0.95
 
 
-def test_most_planted_features_are_found(followed: tuple[Track, "planted.Truth"]) -> None:
+def test_most_planted_features_are_found(followed: tuple[Track, planted.Truth]) -> None:
     track, truth = followed
     assert track[-1].metadata["fvu"] <= 0.1
-    row = validation.recall(track, truth)
-    assert row.right / row.cases >= 0.7  # the row asks for 0.95, which is not reached: see validation.recall
+    row = validation.recall(track, truth, nested=False)
+    assert row.right / row.cases >= 0.85  # the row asks for 0.95, which so short a budget does not reach

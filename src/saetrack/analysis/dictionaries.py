@@ -148,14 +148,29 @@ class Dictionaries(Analysis):
             "shared_share": float(np.mean(shared)),
         }
 
-    def _null(self, a: Floats, b: Floats) -> list[float]:
+    def _null(self, a: Floats, b: Floats) -> Floats:
+        """PW-MCC of random pairs ``[random_pairs]``, corrected for the spread being fitted to each of the two alone.
+
+        The errors of the two fits have nothing in common, so draws from them match less well than draws from the true
+        spreads: by about one standard deviation. Draws from fits to the draws match less well once more, and show how
+        much (the bootstrap's correction of a bias; docs/validation.md).
+        """
         rng = np.random.default_rng(self.seed)
-        covariances = [directional_covariance(rows) for rows in (a, b)]
-        found = []
+        found: list[float] = []
+        again: list[float] = []
         for _ in range(self.random_pairs):
-            drawn = [unit_rows(random_rows(c, len(rows), rng)) for c, rows in zip(covariances, (a, b), strict=True)]
-            found.append(float(match(CosineSimilarity(*drawn)).similarity.mean()))
-        return found
+            drawn = a, b
+            for values in (found, again):
+                drawn = _random_like(drawn, rng)
+                values.append(float(match(CosineSimilarity(*drawn)).similarity.mean()))
+        corrected: Floats = np.asarray(found) + float(np.mean(found) - np.mean(again))
+        return corrected
+
+
+def _random_like(pair: tuple[Floats, Floats], rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """Two random dictionaries of as many rows, spread over directions as these are."""
+    a, b = (unit_rows(random_rows(directional_covariance(rows), len(rows), rng)) for rows in pair)
+    return a, b
 
 
 def _directions(snapshot: Snapshot) -> tuple[Floats, Floats]:

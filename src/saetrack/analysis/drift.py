@@ -55,7 +55,8 @@ NO_CONTROLS = (
     "same with `--kind replica` and with `--kind null --chain true`, then this analysis again."
 )
 ROTATION = {
-    "transport": "The orthogonal map between the activations of the two LLM checkpoints, kept in each snapshot.",
+    "transport": "The orthogonal map between the activations of the two LLM checkpoints, kept in each snapshot. It "
+    "also takes away about d_in / (2 F) of what F features of like weight move on their own.",
     "procrustes": "The orthogonal map that best carries the decoder rows compared onto each other.",
 }
 TRAJECTORIES = (
@@ -71,10 +72,11 @@ class Drift(Analysis):
     For every feature and snapshot: the cosine to the previous and to the last snapshot (same index), of the decoder
     row and of the encoder column, signs kept. ``..._without_rotation`` first applies the rotation that the two
     dictionaries have in common to the earlier one. Where every later snapshot has a ``transport`` map (warm start
-    `transported`), that is the rotation: it is measured on activations, so it takes away nothing of a feature's own
-    movement. Otherwise it is the orthogonal Procrustes map between the two decoders' compared rows; with F rows it
-    also absorbs about d_in / (2 F) of movements that have nothing in common, so it is left out (NaN) when F is below
-    2 d_in. The same decoder map is used for the encoder.
+    `transported`), that is the rotation; otherwise it is the orthogonal Procrustes map between the two decoders'
+    compared rows. Either map also takes away part of what features move on their own: ``d_in / (2 F)`` of movements
+    that have nothing in common, for F features of like weight (in the activations, or F rows), and
+    ``1 - F / (2 d_in)``, more than half, where F is below d_in (docs/validation.md). The second is left out (NaN)
+    when F is below 2 d_in; of the first F is not known, so it is not. The same map is used for the encoder.
 
     A feature counts toward a cosine to the previous snapshot when it is alive at both ends, was not revived in the
     stage (its index is a new feature from there on), and is not frozen (1 - cosine < 1e-9 to where its stage began:

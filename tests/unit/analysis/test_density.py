@@ -4,15 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
-import torch
 
 from saetrack.analysis.density import Density
 from saetrack.analysis.drift_geometry import unit_rows
-from saetrack.lm.tokens import TokenRows
-from saetrack.sae import TopKSAE
 from saetrack.track import Track
+
+from .planted_track import begin, snapshot
 
 D_IN, D_SAE = 16, 128
 STEPS = (0, 1, 2, 4, 8)
@@ -25,25 +23,18 @@ def identity_after(delta: float) -> float:
 
 def series(path: Path, steps: tuple[int, ...], last: np.ndarray, **facts: Any) -> Track:
     """A track whose FVU rises by 0.02 for every LLM step of a gap, and whose features keep their identity by it."""
-    rows = TokenRows(np.zeros((1, 4), dtype=np.int32), np.zeros((1, 4), dtype=np.int32), 0)
-    given = {"hookpoint": "h", "context_size": 4, "bos_token_id": 0, "d_in": D_IN, "d_sae": D_SAE, **facts}
-    track = Track.create(path, given, {"selection": rows, "evaluation": rows})
+    track = begin(path, D_IN, D_SAE, **facts)
+    dead = {"dead": np.arange(D_SAE) < 8}
     for position, step in enumerate(steps):
-        sae = TopKSAE(D_IN, D_SAE // D_IN, k=4)
-        sae.W_dec.data = torch.from_numpy(last).float()
         rise = 0.02 * (step - steps[position - 1]) if position else 0.0
         metadata = {
-            "llm": {"model": "m", "revision": None, "commit": None, "weight_hash": None, "step": step, "tokens": None},
-            "sae": {"class": "saetrack.sae.TopKSAE", "arguments": sae.arguments},
             "warm_start": "prior" if position else "scratch",
-            "fvu": 0.1,
             "fvu_shift": 0.3 - rise if position else None,
             "fvu_before": 0.1 + rise,
             "functional_correlation_median": identity_after(rise) if position else None,
             "dead_share": 0.0,
         }
-        features = pd.DataFrame({"feature": np.arange(D_SAE), "dead": np.arange(D_SAE) < 8, "revived": False})
-        track.write(position, sae, metadata, {"mean": torch.zeros(D_IN)}, features)
+        snapshot(track, step, last, features=dead, **metadata)
     return Track.open(path)
 
 

@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from saetrack.analysis.drift import Drift
 from saetrack.analysis.drift_geometry import principal_plane, procrustes, row_cosines, unit_rows
-from saetrack.lm.tokens import TokenRows
-from saetrack.sae import TopKSAE
 from saetrack.track import Track
+
+from .planted_track import begin, snapshot
 
 D_IN, D_SAE = 12, 96
 STEPS = (0, 1, 4, 16)
@@ -32,34 +31,17 @@ def turned(rng: np.random.Generator, rows: np.ndarray, angle: float) -> np.ndarr
     return np.cos(angle) * rows + np.sin(angle) * noise
 
 
-def feature_table(**columns: Any) -> pd.DataFrame:
-    table = {"feature": np.arange(D_SAE), "dead": False, "revived": False, "functional_correlation": 0.5}
-    return pd.DataFrame({**table, **columns})
-
-
 def write_track(
     path: Path,
     decoders: Sequence[np.ndarray],
-    features: Sequence[pd.DataFrame] | None = None,
+    features: Sequence[dict[str, Any]] | None = None,
     transports: Sequence[np.ndarray] | None = None,
 ) -> Track:
     """A track with these decoder rows; the encoder is the decoder, and each snapshot has another scale."""
-    rows = TokenRows(np.zeros((1, 4), dtype=np.int32), np.zeros((1, 4), dtype=np.int32), 0)
-    facts = {"hookpoint": "h", "context_size": 4, "bos_token_id": 0, "d_in": D_IN, "d_sae": D_SAE}
-    track = Track.create(path, facts, {"selection": rows, "evaluation": rows})
+    track = begin(path, D_IN, D_SAE)
     for t, decoder in enumerate(decoders):
-        sae = TopKSAE(D_IN, D_SAE // D_IN, k=4)
-        sae.W_dec.data = torch.from_numpy(decoder).float() / (1 + t)
-        sae.W_enc.data = torch.from_numpy(decoder.T).float().contiguous() * (1 + t)
-        llm = {"model": "m", "revision": None, "commit": None, "weight_hash": None, "step": STEPS[t], "tokens": None}
-        record = {"class": "saetrack.sae.TopKSAE", "arguments": sae.arguments}
-        warm_start = "transported" if transports is not None and t else "prior"
-        statistics = {"mean": torch.zeros(D_IN)}
-        if transports is not None and t:
-            statistics["transport"] = torch.from_numpy(transports[t - 1]).float()
-        table = feature_table() if features is None else features[t]
-        metadata = {"llm": llm, "sae": record, "warm_start": warm_start}
-        track.write(t, sae, metadata, statistics, table)
+        transport = transports[t - 1] if transports is not None and t else None
+        snapshot(track, STEPS[t], decoder, transport, None if features is None else features[t], scale=1 + t)
     return Track.open(path)
 
 
@@ -124,7 +106,7 @@ def test_what_is_a_features_own_survives_the_removal_of_the_rotation(tmp_path: P
 
 
 def test_too_few_rows_to_fit_a_rotation_leave_it_out(tmp_path: Path, start: np.ndarray) -> None:
-    dead = feature_table(dead=np.arange(D_SAE) >= 2 * D_IN - 1)
+    dead = {"dead": np.arange(D_SAE) >= 2 * D_IN - 1}
     track = write_track(tmp_path / "t", [start, turned(np.random.default_rng(5), start, 0.3)], [dead, dead])
     tables = Drift(replicates=20).run(track).tables
     assert np.isnan(curve(tables, "decoder_to_previous_without_rotation")).all()
@@ -138,9 +120,9 @@ def test_frozen_revived_and_dead_features_are_apart(tmp_path: Path, start: np.nd
     third = turned(np.random.default_rng(7), second, 0.2)
     index = np.arange(D_SAE)
     tables = [
-        feature_table(),
-        feature_table(revived=(index >= 10) & (index < 20), dead=(index >= 20) & (index < 25)),
-        feature_table(),
+        {},
+        {"revived": (index >= 10) & (index < 20), "dead": (index >= 20) & (index < 25)},
+        {},
     ]
     result = Drift(replicates=20).run(write_track(tmp_path / "t", [start, second, third], tables))
     status = result.tables["status"].set_index("step")
@@ -188,8 +170,8 @@ def test_the_interval_covers_the_mean_and_the_tables_carry_quartiles(tmp_path: P
 
 def test_the_result_is_whole_seeded_and_can_be_saved(tmp_path: Path, start: np.ndarray) -> None:
     decoders = [start, turned(np.random.default_rng(10), start, 0.3)]
-    nan = feature_table(functional_correlation=np.nan)
-    track = write_track(tmp_path / "t", decoders, [nan, feature_table(functional_correlation=0.25)])
+    nan = {"functional_correlation": np.nan}
+    track = write_track(tmp_path / "t", decoders, [nan, {"functional_correlation": 0.25}])
     first, second = Drift(replicates=20).run(track), Drift(replicates=20).run(track)
     first.save(tmp_path / "result")
     assert {p.name for p in (tmp_path / "result").glob("*.svg")} == {

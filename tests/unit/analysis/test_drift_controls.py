@@ -1,5 +1,6 @@
 """Drift against controls whose displacements are planted: what is common to the arms, and what is each one's own."""
 
+import json
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -7,77 +8,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from saetrack.analysis.drift import Drift
 from saetrack.analysis.drift_controls import calibrate
 from saetrack.analysis.drift_geometry import unit_rows
-from saetrack.lm.tokens import TokenRows
-from saetrack.sae import TopKSAE
 from saetrack.track import Track
 
+from .planted_track import RECIPE, Displacements, begin, planted_stage, random_rows, snapshot, tangent
+
 D_IN, D_SAE = 32, 256
-LLM, NOISE = 0.06, 0.04
-"""Drift (1 - cosine) that the change of the LLM makes, and that the order of the data makes in every arm."""
-RECIPE = {"model.continuity": 0.1, "scheduler.steps": [0, 8]}
+PLANTED = Displacements()
+LLM, NOISE = PLANTED.llm, PLANTED.noise
+NOTHING = Displacements(llm=0.0)
 
 
-def tangent(rng: np.random.Generator, rows: np.ndarray, drift: float) -> np.ndarray:
-    """For every unit row a random vector at a right angle to it, of length sqrt(2 drift)."""
-    noise = rng.normal(size=rows.shape)
-    noise -= (noise * rows).sum(axis=1, keepdims=True) * rows
-    return np.sqrt(2 * drift) * unit_rows(noise)
-
-
-def snapshot(
-    track: Track, position: int, step: int, decoder: np.ndarray, correlation: float = 0.5, **facts: Any
-) -> None:
-    sae = TopKSAE(D_IN, D_SAE // D_IN, k=4)
-    sae.W_dec.data = torch.from_numpy(decoder).float()
-    llm = {"model": "m", "revision": None, "commit": None, "weight_hash": None, "step": step, "tokens": None}
-    record = {"class": "saetrack.sae.TopKSAE", "arguments": sae.arguments}
-    features = {"feature": np.arange(D_SAE), "dead": False, "revived": False, "functional_correlation": correlation}
-    statistics = {"mean": torch.zeros(D_IN)}
-    if (rotation := facts.pop("rotation", None)) is not None:
-        statistics["transport"] = torch.from_numpy(rotation).float()
-    metadata = {
-        "llm": llm,
-        "sae": record,
-        "warm_start": "transported" if "transport" in statistics else "prior",
-        "fvu": 0.1,
-    }
-    track.write(position, sae, {**metadata, **facts}, statistics, pd.DataFrame(features))
-
-
-def begin(path: Path, **facts: Any) -> Track:
-    rows = TokenRows(np.zeros((1, 4), dtype=np.int32), np.zeros((1, 4), dtype=np.int32), 0)
-    given = {"hookpoint": "h", "context_size": 4, "bos_token_id": 0, "d_in": D_IN, "d_sae": D_SAE, "recipe": RECIPE}
-    return Track.create(path, {**given, **facts}, {"selection": rows, "evaluation": rows})
-
-
-def planted(
-    path: Path, seed: int, replicas: int, nulls: int, llm: float = LLM, rotation: np.ndarray | None = None
-) -> Track:
-    """A stage whose real arms share a displacement and whose arms all have noise of their own."""
-    rng = np.random.default_rng(seed)
-    start = unit_rows(rng.normal(size=(D_SAE, D_IN)))
-    shared = tangent(rng, start, llm)
-    turn = np.eye(D_IN) if rotation is None else rotation
-
-    def arm(common: np.ndarray, frame: np.ndarray) -> np.ndarray:
-        # scaled by the tangent of the angle, so that the unit row's 1 - cosine is near the planted one
-        return unit_rows(start + common + tangent(rng, start, NOISE)) @ frame
-
-    track = begin(path)
-    snapshot(track, 0, 0, start)
-    snapshot(track, 1, 8, arm(shared, turn), 0.3, rotation=turn)
-    arms = [("replica", shared, turn, 8)] * replicas + [("null", 0 * shared, np.eye(D_IN), 0)] * nulls
-    for i, (kind, common, frame, step) in enumerate(arms):
-        control = {"kind": kind, "position": 1, "stages": 2, "replica": i}
-        made = begin(path / "controls" / f"{kind}-0001-{i}", control=control)
-        snapshot(made, 0, 0, start)
-        snapshot(made, 1, step, arm(common, frame), 0.9, rotation=frame)
-    return Track.open(path)
+def planted(path: Path, seed: int, replicas: int, nulls: int, moves: Displacements = PLANTED, **more: Any) -> Track:
+    return planted_stage(path, np.random.default_rng(seed), (replicas, nulls), moves, (D_SAE, D_IN), **more)
 
 
 def row_drift(common: float) -> tuple[float, float]:
@@ -117,14 +63,14 @@ def test_arms_that_differ_are_separated_and_arms_that_do_not_are_not(tmp_path: P
     assert apart["separation_p"] == pytest.approx(
         2 / len(list(combinations(range(8), 4)))
     )  # the other dealing is it too
-    p = [calibrate(planted(tmp_path / f"{i}", i, 3, 4, llm=0.0)).stages["separation_p"].iloc[0] for i in range(20)]
+    p = [calibrate(planted(tmp_path / f"{i}", i, 3, 4, NOTHING)).stages["separation_p"].iloc[0] for i in range(20)]
     assert np.mean(np.array(p) <= 0.1) <= 0.3
 
 
 def test_where_the_llm_did_nothing_the_intervals_contain_zero(tmp_path: Path) -> None:
     held = []
     for seed in range(40):
-        found = calibrate(planted(tmp_path / f"{seed}", seed, replicas=2, nulls=3, llm=0.0)).stages.iloc[0]
+        found = calibrate(planted(tmp_path / f"{seed}", seed, replicas=2, nulls=3, moves=NOTHING)).stages.iloc[0]
         held.append([found[f"{n}_low"] <= 0 <= found[f"{n}_high"] for n in ("excess", "energy")])
         held[-1].append(found["null_share_low"] <= 1 <= found["null_share_high"])
     assert np.mean(held, axis=0).min() >= 0.85  # 0.95 less three standard errors of 40 repeats
@@ -150,12 +96,13 @@ def test_a_feature_that_dies_in_one_arm_does_not_count(tmp_path: Path) -> None:
 
 def test_a_null_chain_gives_the_cosine_to_the_last_that_training_alone_makes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    track = begin(tmp_path / "t")
-    chain = begin(tmp_path / "t" / "controls" / "null-chain-0", control={"kind": "null", "position": None, "stages": 4})
-    rows = start = unit_rows(rng.normal(size=(D_SAE, D_IN)))
+    track = begin(tmp_path / "t", D_IN, D_SAE)
+    control = {"kind": "null", "position": None, "stages": 4}
+    chain = begin(tmp_path / "t" / "controls" / "null-chain-0", D_IN, D_SAE, control=control)
+    rows = start = random_rows(rng, D_SAE, D_IN)
     for t in range(4):
-        snapshot(track, t, t, start)
-        snapshot(chain, t, 0, rows)
+        snapshot(track, t, start)
+        snapshot(chain, 0, rows)
         rows = unit_rows(rows + tangent(rng, rows, 0.05))
     table = calibrate(Track.open(tmp_path / "t")).chain
     assert table["remaining"].tolist() == [3, 2, 1, 0]
@@ -170,7 +117,9 @@ def test_a_null_chain_gives_the_cosine_to_the_last_that_training_alone_makes(tmp
 def test_a_control_of_another_track_is_refused(tmp_path: Path, changed: str) -> None:
     track = planted(tmp_path / "t", 0, replicas=0, nulls=1)
     if changed == "snapshot":
-        snapshot(track, 0, 0, track[0].tensor("W_dec").numpy(), fvu=0.2)
+        facts = {**track[0].metadata, "fvu": 0.2}
+        (track[0].path / "metadata.json").write_text(json.dumps(facts), encoding="utf-8")
+        track = Track.open(track.path)
     else:
         track.facts["recipe"] = {**RECIPE, "model.continuity": 0.3}
     with pytest.raises(ValueError, match="another " + changed):
