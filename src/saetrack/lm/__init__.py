@@ -15,7 +15,8 @@ from saetrack.lm.checkpoints import (
     source_from_string,
     weight_hash,
 )
-from saetrack.lm.corpus import Corpus, DatasetCorpus, StdlibCorpus, TextCorpus
+from saetrack.lm.corpus import Corpus, StdlibCorpus, TextCorpus
+from saetrack.lm.dataset_corpus import DatasetCorpus
 from saetrack.lm.forward import (
     activation_widths,
     edit_activations,
@@ -23,6 +24,8 @@ from saetrack.lm.forward import (
     read_activations,
     resolve_hookpoint,
 )
+from saetrack.lm.table_files import JsonLinesCorpus, ParquetCorpus
+from saetrack.lm.tables import TableCorpus, TokenColumns
 from saetrack.lm.tokens import TokenizedCorpus, TokenRows, tokenize_corpus
 from saetrack.lm.unembedding import read_unembedding
 
@@ -33,12 +36,16 @@ __all__ = [
     "DatasetCorpus",
     "FolderSource",
     "HubSource",
+    "JsonLinesCorpus",
     "LLMCheckpoint",
     "ListSource",
+    "ParquetCorpus",
     "PretrainSource",
     "RepositoriesSource",
     "StdlibCorpus",
+    "TableCorpus",
     "TextCorpus",
+    "TokenColumns",
     "TokenRows",
     "TokenizedCorpus",
     "activation_widths",
