@@ -26,7 +26,7 @@ from saetrack.lm.forward import (
 )
 from saetrack.lm.table_files import JsonLinesCorpus, ParquetCorpus
 from saetrack.lm.tables import TableCorpus, TokenColumns
-from saetrack.lm.tokens import TokenizedCorpus, TokenRows, tokenize_corpus
+from saetrack.lm.tokens import RowSettings, TokenizedCorpus, TokenRows, tokenize_corpus
 from saetrack.lm.unembedding import read_unembedding
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "ParquetCorpus",
     "PretrainSource",
     "RepositoriesSource",
+    "RowSettings",
     "StdlibCorpus",
     "TableCorpus",
     "TextCorpus",
