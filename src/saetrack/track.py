@@ -310,7 +310,8 @@ class Track(Sequence[Snapshot]):
                 f"{self.path} holds no token rows, for it was imported. Analyses that read text need a track that "
                 "`saetrack fit` wrote."
             )
-        return TokenRows(arrays[f"{split}.tokens"], arrays[f"{split}.documents"], self.facts["bos_token_id"])
+        rows = (arrays[f"{split}.tokens"], arrays[f"{split}.documents"], self.facts["bos_token_id"])
+        return TokenRows(*rows, tuple(self.facts.get("left_out_ids", ())), self.facts.get("layout", "packed"))
 
     @cached_property
     def _token_arrays(self) -> dict[str, np.ndarray]:

@@ -173,7 +173,7 @@ def _sweep(
 
 
 def _first_rows(rows: TokenRows, count: int) -> TokenRows:
-    return TokenRows(np.asarray(rows.tokens[:count]), np.asarray(rows.documents[:count]), rows.bos_token_id)
+    return rows.select(slice(count))
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,8 @@ class _Reader:
         for start in range(0, len(rows.tokens), self.rows_per_batch):
             batch = slice(start, start + self.rows_per_batch)
             tokens = torch.from_numpy(rows.tokens[batch].astype(np.int64)).to(self.device)
-            x = read_activations(model, tokens, [self.hookpoint])[self.hookpoint]  # [B, T, d_in]
+            contexts = rows.contexts(batch)
+            x = read_activations(model, tokens, [self.hookpoint], contexts)[self.hookpoint]  # [B, T, d_in]
             x = x[torch.from_numpy(usable[batch]).to(x.device)].float()  # [p, d_in]
             activations[done : done + len(x)] = x.cpu().numpy()
             latents.append(sae.encode_sparse(x))

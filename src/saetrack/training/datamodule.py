@@ -16,8 +16,11 @@ from transformers import PreTrainedModel
 
 from saetrack.lm.checkpoints import CheckpointSource, LLMCheckpoint, load_llm, release_memory
 from saetrack.lm.corpus import Corpus, StdlibCorpus
-from saetrack.lm.forward import activation_widths, module_name
-from saetrack.lm.tokens import TokenizedCorpus, TokenRows, tokenize_corpus
+from saetrack.lm.dataset_corpus import DatasetCorpus
+from saetrack.lm.forward import activation_widths, module_name, refuse_leaking_documents
+from saetrack.lm.loading import vocabulary_size
+from saetrack.lm.rows import Bos, Layout
+from saetrack.lm.tokens import RowSettings, TokenizedCorpus, TokenRows, tokenize_corpus
 from saetrack.training.stream import ActivationStream, Batch, StageOrder, harvest
 
 logger = logging.getLogger(__name__)
@@ -29,6 +32,18 @@ class TokenSettings:
 
     context_size: int = 128
     """Tokens in a row, BOS included."""
+    bos: Bos = "always"
+    """Whether BOS begins every row and every document: `always`, where the tokenizer has one; `tokenizer`, where it
+    puts one before a text by itself; `never`."""
+    layout: Layout = "packed"
+    """How documents share rows. `packed`: each sees those before it, as in the training of most LLMs; `masked`: the
+    same rows, but attention and positions begin anew with each document; `separate`: a document begins a row of its
+    own, and padding fills it."""
+    leave_out_special: bool = True
+    """Whether activations at all special tokens of the tokenizer are left out; those at BOS and padding always are."""
+    outlier_norm: float | None = None
+    """Leave out activations whose norm is over this many times the median, such as attention sinks: from training,
+    evaluation and the latents that analyses see. 10 finds them; null keeps all."""
     max_tokens: int | None = None
     """Read no more of the corpus than this; null reads all of it."""
     calibration_tokens: int = 65_536
@@ -49,6 +64,11 @@ class TokenSettings:
     def __post_init__(self) -> None:
         for name in ("calibration", "selection", "evaluation", "held_out", "ce"):
             require_positive(f"data.tokens.{name}_tokens", getattr(self, f"{name}_tokens"))
+        if self.outlier_norm is not None and not self.outlier_norm > 1:
+            raise ValueError(
+                f"data.tokens.outlier_norm is {self.outlier_norm}, but half of the activations have a norm over the "
+                "median; give at least 2, such as 10, or null."
+            )
 
 
 def require_positive(name: str, value: float) -> None:
@@ -93,6 +113,11 @@ class ActivationDataModule(LightningDataModule):
             raise ValueError(f"data.hookpoints is {hookpoints}; name at least one module, and each only once.")
         require_positive("data.batch_size", batch_size)
         require_positive("data.chunk_tokens", chunk_tokens)
+        if isinstance(corpus, DatasetCorpus) and corpus.streaming and tokens.max_tokens is None:
+            raise ValueError(
+                f"data.corpus streams {corpus.path}, which may have no end; set `data.tokens.max_tokens`, with room "
+                "for `scheduler.tokens_first`. That much is tokenised once and kept."
+            )
         self.source = source
         self.hookpoints = hookpoints
         self.corpus = corpus or StdlibCorpus()
@@ -134,6 +159,8 @@ class ActivationDataModule(LightningDataModule):
             t.max_tokens,
             selection_share=t.split_share,
             evaluation_share=t.split_share,
+            settings=RowSettings(t.bos, t.layout, t.leave_out_special),
+            vocab_size=vocabulary_size(self.source.checkpoints()[-1]),
         )
 
     @property
@@ -160,7 +187,7 @@ class ActivationDataModule(LightningDataModule):
 
         Raises:
             ValueError: If there is no module of a hookpoint's name (the closest ones are listed), or the LLM cannot
-                read rows as long as ``data.tokens.context_size``.
+                read rows as long as ``data.tokens.context_size``, or not keep the documents in them apart.
         """
         llm = self.llm(checkpoint)
         longest = getattr(llm.config, "max_position_embeddings", None)
@@ -169,6 +196,8 @@ class ActivationDataModule(LightningDataModule):
                 f"data.tokens.context_size is {self.tokens.context_size}, but the LLM reads at most {longest} tokens "
                 f"(max_position_embeddings in its config.json); set it to {longest} or less."
             )
+        if self.tokens.layout == "masked":
+            refuse_leaking_documents(llm, self.tokens.context_size)
         self.widths = activation_widths(llm, self.hookpoints)
 
     def begin_stage(
@@ -271,7 +300,7 @@ class ActivationDataModule(LightningDataModule):
                 f"{rows.tokens.size:,}. Lower it, raise `data.tokens.split_share`, or name a larger corpus."
             )
         chosen = _evenly(n_rows, len(rows.tokens))
-        return TokenRows(rows.tokens[chosen], rows.documents[chosen], rows.bos_token_id)
+        return rows.select(chosen)
 
 
 def _evenly(n: int, total: int) -> NDArray[np.int64]:

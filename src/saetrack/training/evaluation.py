@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -166,29 +165,53 @@ def cross_entropy_recovered(
     device = site.llm.device
     metrics = {h: CELossRecovered().to(device) for h in saes}
     for start in range(0, len(site.indices), ROWS_PER_FORWARD):
-        chosen = site.indices[start : start + ROWS_PER_FORWARD]
-        tokens = torch.from_numpy(site.rows.tokens[chosen].astype(np.int64)).to(device)
-        usable = torch.from_numpy(site.rows.usable(chosen)).to(device)
-        summed_loss = partial(_summed_loss, site.llm, tokens, usable)
-        clean = summed_loss(next(iter(saes)), lambda x: x)
+        losses = _Losses.on(site, site.indices[start : start + ROWS_PER_FORWARD])
+        clean = losses.summed(next(iter(saes)), lambda x: x)
         for hookpoint, sae in saes.items():
             metrics[hookpoint].update(
                 clean,
-                summed_loss(hookpoint, sae),
-                summed_loss(hookpoint, torch.zeros_like),
-                summed_loss(hookpoint, means[hookpoint].to(device).expand_as),
-                int(usable[:, :-1].sum()),
+                losses.summed(hookpoint, sae),
+                losses.summed(hookpoint, torch.zeros_like),
+                losses.summed(hookpoint, means[hookpoint].to(device).expand_as),
+                int(losses.predicting.sum()),
             )
     return {h: {name: float(value) for name, value in metric.compute().items()} for h, metric in metrics.items()}
 
 
-def _summed_loss(
-    llm: PreTrainedModel, tokens: Tensor, usable: Tensor, hookpoint: str, edit: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Summed cross-entropy of the predictions from usable positions, with ``edit`` applied at those positions."""
+@dataclass(frozen=True)
+class _Losses:
+    """Cross-entropies of some rows.
 
-    def replace(x: Tensor) -> Tensor:
-        return torch.where(usable[..., None], edit(x.float()).to(x.dtype), x)
+    Args:
+        llm: The LLM.
+        tokens: ``[rows, context]``.
+        documents: What attention may not cross, of the same shape; None where it may.
+        usable: Where an edit applies, of the same shape.
+        predicting: Which predictions count, ``[rows, context - 1]``.
+    """
 
-    logits = edit_activations(llm, tokens, hookpoint, replace)
-    return next_token_losses(logits, tokens)[usable[:, :-1]].sum()
+    llm: PreTrainedModel
+    tokens: Tensor
+    documents: NDArray[np.int32] | None
+    usable: Tensor
+    predicting: Tensor
+
+    @classmethod
+    def on(cls, site: Site, rows: NDArray[np.int64]) -> _Losses:
+        device = site.llm.device
+        return cls(
+            site.llm,
+            torch.from_numpy(site.rows.tokens[rows].astype(np.int64)).to(device),
+            site.rows.contexts(rows),
+            torch.from_numpy(site.rows.usable(rows)).to(device),
+            torch.from_numpy(site.rows.predicting(rows)).to(device),
+        )
+
+    def summed(self, hookpoint: str, edit: Callable[[Tensor], Tensor]) -> Tensor:
+        """Summed cross-entropy of the predictions that count, with ``edit`` applied at usable positions."""
+
+        def replace(x: Tensor) -> Tensor:
+            return torch.where(self.usable[..., None], edit(x.float()).to(x.dtype), x)
+
+        logits = edit_activations(self.llm, self.tokens, hookpoint, replace, self.documents)
+        return next_token_losses(logits, self.tokens)[self.predicting].sum()

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from saetrack.lm.checkpoints import LLMCheckpoint, commit_sha
 from saetrack.lm.forward import lane_numbers
-from saetrack.lm.tokens import TokenRows
 from saetrack.metrics import dead_share, dense_share, fraction_variance_unexplained
 from saetrack.sae import SAE, sae_record
 from saetrack.track import Snapshot, Track
@@ -243,7 +242,7 @@ class StageWork:
         rows = self.data.measuring_rows("evaluation")
         if n_tokens is not None:
             n_rows = -(-n_tokens // self.data.tokens.context_size)
-            rows = TokenRows(rows.tokens[:n_rows], rows.documents[:n_rows], rows.bos_token_id)
+            rows = rows.select(slice(n_rows))
         llm = self.data.llm(checkpoint)
         return evaluation.Site(llm, checkpoint, rows, self.trainer.global_rank, self.trainer.world_size)
 

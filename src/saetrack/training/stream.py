@@ -30,7 +30,7 @@ activations, and with them the hashes of the snapshots."""
 def harvest(
     llm: PreTrainedModel, checkpoint: LLMCheckpoint, rows: TokenRows, hookpoints: list[str], indices: NDArray[np.int64]
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Activations of token rows, one forward of the LLM at a time, BOS dropped.
+    """Activations of token rows, one forward of the LLM at a time, only where they count.
 
     Args:
         llm: The LLM, on the device where the activations are wanted.
@@ -50,8 +50,9 @@ def harvest(
         chosen = indices[start : start + ROWS_PER_FORWARD]
         tokens = torch.from_numpy(rows.tokens[chosen].astype(np.int64)).to(llm.device)
         usable = torch.from_numpy(rows.usable(chosen)).to(llm.device)
+        modules = list(dict.fromkeys(map(module_name, hookpoints)))
         activations = {}
-        for hookpoint, x in read_activations(llm, tokens, list(dict.fromkeys(map(module_name, hookpoints)))).items():
+        for hookpoint, x in read_activations(llm, tokens, modules, rows.contexts(chosen)).items():
             kept = x[usable].float()
             if not bool(torch.isfinite(kept).all()):
                 advice = "Leave" if x.dtype == torch.float32 else "Try `data.llm_dtype: float32`, or leave"
