@@ -22,6 +22,7 @@ from saetrack.lm.loading import vocabulary_size
 from saetrack.lm.rows import Bos, Layout
 from saetrack.lm.tokens import RowSettings, TokenizedCorpus, TokenRows, tokenize_corpus
 from saetrack.training.stream import ActivationStream, Batch, StageOrder, harvest
+from saetrack.training.warm_start import Calibration
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,9 @@ class ActivationDataModule(LightningDataModule):
         self.llm_dtype = llm_dtype
         self.seed = seed
         self.scales: dict[str, float] = {}
-        """Activation scale of the current LLM checkpoint by hookpoint; set by the scheduler once measured."""
+        """Activation scale of the current LLM checkpoint by hookpoint; set by ``calibrate``."""
+        self.norm_limits: dict[str, float] = {}
+        """Norm over which its activations are left out, in its own units; set by ``calibrate``."""
         self.widths: dict[str, int] = {}
         """``d_in`` by hookpoint; set by ``read_widths``."""
         self._llms: dict[LLMCheckpoint, PreTrainedModel] = {}
@@ -228,7 +231,7 @@ class ActivationDataModule(LightningDataModule):
         )
         order.chunk_rows(0)  # holds the budget against the corpus before the LLM is loaded
         self.checkpoint, self.before, self.arm = checkpoint, before, arm
-        self.stream = ActivationStream(order, self._fill)
+        self.stream = ActivationStream(order, self._fill, self._scaled_limits)
 
     def train_dataloader(self) -> ActivationStream:
         """The batches of the current stage on this rank."""
@@ -267,11 +270,27 @@ class ActivationDataModule(LightningDataModule):
         n_rows = min(-(-self.tokens.held_out_tokens // self.tokens.context_size), len(rows.tokens))
         return self._harvested(checkpoint, rows, _evenly(n_rows, len(rows.tokens)), {})
 
+    def calibrate(self, calibrations: Mapping[str, Calibration]) -> None:
+        """Take what was measured of the current LLM checkpoint, by hookpoint."""
+        self.scales = {hookpoint: calibration.scale for hookpoint, calibration in calibrations.items()}
+        self.norm_limits = {hookpoint: calibration.norm_limit for hookpoint, calibration in calibrations.items()}
+
+    def _scaled_limits(self) -> dict[str, float]:
+        """The norm limits of the activations that are served."""
+        return {hookpoint: limit * self.scales[hookpoint] for hookpoint, limit in self.norm_limits.items()}
+
+    @property
+    def _calibration_rows(self) -> NDArray[np.int64]:
+        total = len(self.corpus_rows.train.tokens)
+        return _evenly(min(-(-self.tokens.calibration_tokens // self.tokens.context_size), total), total)
+
+    def left_out_shares(self) -> dict[str, float]:
+        """Share of the calibration rows' positions that do not count whatever the LLM does there, by the reason."""
+        return self.corpus_rows.train.select(self._calibration_rows).left_out_shares()
+
     def calibration_activations(self, checkpoint: LLMCheckpoint) -> dict[str, Tensor]:
         """Activations of an LLM checkpoint on the calibration rows, in its own units, ``[n, d_in]`` by hookpoint."""
-        rows = self.corpus_rows.train
-        n_rows = min(-(-self.tokens.calibration_tokens // self.tokens.context_size), len(rows.tokens))
-        indices = _evenly(n_rows, len(rows.tokens))
+        rows, indices = self.corpus_rows.train, self._calibration_rows
         widths = {module_name(hookpoint): width for hookpoint, width in self.widths.items()}
         parts: dict[str, list[Tensor]] = {module: [] for module in widths}
         for _, activations in harvest(self.llm(checkpoint), checkpoint, rows, list(widths), indices):
