@@ -29,12 +29,6 @@ class TokenColumns:
     """Whether ``doc_ids`` count through the whole data set, so that a document goes on in the next row where that
     begins with the same number. Otherwise a row ends its last document."""
 
-    def __post_init__(self) -> None:
-        if self.across_rows and self.doc_ids is None:
-            raise ValueError(
-                "corpus.tokens.across_rows is true, but only `doc_ids` say where documents go on; name their column."
-            )
-
     @property
     def names(self) -> list[str]:
         """The columns to read."""
@@ -108,6 +102,10 @@ class TableCorpus(Corpus, ABC):
             ValueError: If a row holds no list of ids, or its columns are of different lengths.
         """
         assert self.tokens is not None
+        if self.tokens.across_rows and self.tokens.doc_ids is None:
+            raise ValueError(
+                "corpus.tokens.across_rows is true, but only `doc_ids` say where documents go on; name their column."
+            )
         pending, pending_id = TokenDocument(np.empty(0, dtype=np.int64), ""), None
         for place, record in self.records(self.tokens.names):
             ids, documents = _row(self.tokens, place, record)

@@ -208,9 +208,9 @@ def test_files_that_do_not_exist_are_named(tmp_path: Path) -> None:
             list(corpus.documents())
 
 
-def test_documents_that_go_on_need_their_numbers() -> None:
+def test_documents_that_go_on_need_their_numbers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"across_rows is true.*`doc_ids`"):
-        TokenColumns(across_rows=True)
+        documents(as_lines(tmp_path, IDS, tokens=TokenColumns(across_rows=True)))
 
 
 @pytest.mark.parametrize("make", [as_saved, as_data_set, as_stream], ids=lambda make: make.__name__)
