@@ -87,6 +87,7 @@ def test_a_streamed_run_that_leaves_much_out_goes_on_after_a_stop(
     assert contents(tmp_path / "stopped") == contents(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_separate_rows_and_saved_tokens_train_and_are_recorded(
     config: Config, rows: Path, fit_here: Callable[..., Any], tmp_path: Path
 ) -> None:

@@ -118,16 +118,11 @@ def test_attention_sinks_that_are_kept_are_warned_of(
     with torch.no_grad():
         llm.gpt_neox.embed_in.weight[sink] *= 100
     llm.save_pretrained(series / "step0")
-    for outlier_norm, warned in ((None, 1), (10.0, 0)):
-        caplog.clear()
-        run = tmp_path / str(outlier_norm)
-        fitted = tiny_fit(run, steps=[0], tokens={"outlier_norm": outlier_norm}, source=FolderSource(series))
-        said = [r.getMessage() for r in caplog.records if "attention sinks" in r.getMessage()]
-        assert len(said) == warned
-        assert all("`data.tokens.outlier_norm: 10`" in line for line in said)
-    limit = fitted.track[0].norm_limit
-    assert 0 < fitted.track[0].metadata["left_out"]["outlier_norm"] < 0.2
-    assert fitted.track[0].statistics("mean").norm() < limit
+    tiny_fit(tmp_path / "run", steps=[0], source=FolderSource(series))
+    said = [r.getMessage() for r in caplog.records if "attention sinks" in r.getMessage()]
+    assert len(said) == 1
+    assert "`data.tokens.outlier_norm: 10`" in said[0]
+    assert not Track.open(tmp_path / "run")[0].metadata["left_out"]["outlier_norm"]
 
 
 @pytest.mark.parametrize(
