@@ -7,6 +7,7 @@ without the dot is complete and the listing is the list: there is no index that 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -79,6 +80,12 @@ class Snapshot:
         """The facts of ``metadata.json``: the LLM checkpoint, the SAE's class, and the quality of the snapshot."""
         facts: dict[str, Any] = json.loads(self.file(_METADATA).read_text(encoding="utf-8"))
         return facts
+
+    @property
+    def norm_limit(self) -> float:
+        """Norm over which activations of its LLM checkpoint are left out, in the LLM's own units; may be infinite."""
+        limit = self.metadata.get("norm_limit")
+        return math.inf if limit is None else float(limit)
 
     @property
     def llm(self) -> LLMCheckpoint:
@@ -327,7 +334,8 @@ class Track(Sequence[Snapshot]):
                 f"{self.path} holds no token rows, for it was imported. Analyses that read text need a track that "
                 "`saetrack fit` wrote."
             )
-        return TokenRows(arrays[f"{split}.tokens"], arrays[f"{split}.documents"], self.facts["bos_token_id"])
+        rows = (arrays[f"{split}.tokens"], arrays[f"{split}.documents"], self.facts["bos_token_id"])
+        return TokenRows(*rows, tuple(self.facts.get("left_out_ids", ())), self.facts.get("layout", "packed"))
 
     @cached_property
     def _token_arrays(self) -> dict[str, np.ndarray]:

@@ -175,9 +175,10 @@ class SplitObservation:
 
     Args:
         rows: The token rows, ``tokens`` and ``documents`` of shape ``[R, T]``.
-        positions: ``[P, 2]`` int64, (row, column) of every position that is not BOS, in row-major order.
+        positions: ``[P, 2]`` int64, (row, column) of every position that counts (`rows.usable`), in row-major order.
         activations: ``[P, d_in]`` float32, in the LLM's own units.
-        latents: ``[P, d_sae]`` float32, sorted indices, no stored zeros.
+        latents: ``[P, d_sae]`` float32, sorted indices, no stored zeros. Activations over the snapshot's `norm_limit`,
+            which the SAE is not made for, have none.
     """
 
     rows: TokenRows

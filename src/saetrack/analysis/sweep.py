@@ -25,6 +25,7 @@ import torch
 
 from saetrack.lm.checkpoints import load_llm
 from saetrack.lm.forward import read_activations
+from saetrack.lm.outliers import spread, take, within
 from saetrack.lm.tokens import TokenRows
 from saetrack.lm.unembedding import read_unembedding
 from saetrack.sae import SAE
@@ -173,7 +174,7 @@ def _sweep(
 
 
 def _first_rows(rows: TokenRows, count: int) -> TokenRows:
-    return TokenRows(np.asarray(rows.tokens[:count]), np.asarray(rows.documents[:count]), rows.bos_token_id)
+    return rows.select(slice(count))
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,8 @@ class _Reader:
             return Observation()
         model = load_llm(snapshot.llm, dtype=self.dtype, device=self.device)
         sae = snapshot.sae().to(self.device)
-        splits = {split: self._read_split(model, sae, split_rows) for split, split_rows in rows.items()}
+        limit = snapshot.norm_limit
+        splits = {split: self._read_split(model, sae, split_rows, limit) for split, split_rows in rows.items()}
         return Observation(
             **splits,
             embeddings=model.get_input_embeddings().weight.detach().float().cpu() if self.embeddings else None,
@@ -201,7 +203,7 @@ class _Reader:
         )
 
     @torch.inference_mode()
-    def _read_split(self, model: Any, sae: SAE, rows: TokenRows) -> SplitObservation:
+    def _read_split(self, model: Any, sae: SAE, rows: TokenRows, norm_limit: float) -> SplitObservation:
         usable = rows.usable()  # [R, T]
         positions = np.argwhere(usable)  # [P, 2]
         activations = np.empty((len(positions), sae.d_in), dtype=np.float32)
@@ -210,10 +212,12 @@ class _Reader:
         for start in range(0, len(rows.tokens), self.rows_per_batch):
             batch = slice(start, start + self.rows_per_batch)
             tokens = torch.from_numpy(rows.tokens[batch].astype(np.int64)).to(self.device)
-            x = read_activations(model, tokens, [self.hookpoint])[self.hookpoint]  # [B, T, d_in]
+            contexts = rows.contexts(batch)
+            x = read_activations(model, tokens, [self.hookpoint], contexts)[self.hookpoint]  # [B, T, d_in]
             x = x[torch.from_numpy(usable[batch]).to(x.device)].float()  # [p, d_in]
             activations[done : done + len(x)] = x.cpu().numpy()
-            latents.append(sae.encode_sparse(x))
+            mask = within(x, norm_limit)
+            latents.append(spread(sae.encode_sparse(take(x, mask)), mask))
             done += len(x)
         return SplitObservation(rows, positions, activations, _join(latents, sae.d_sae))
 

@@ -15,7 +15,8 @@ from saetrack.lm.checkpoints import (
     source_from_string,
     weight_hash,
 )
-from saetrack.lm.corpus import Corpus, DatasetCorpus, StdlibCorpus, TextCorpus
+from saetrack.lm.corpus import Corpus, StdlibCorpus, TextCorpus
+from saetrack.lm.dataset_corpus import DatasetCorpus
 from saetrack.lm.forward import (
     activation_widths,
     edit_activations,
@@ -26,7 +27,9 @@ from saetrack.lm.forward import (
 from saetrack.lm.local.lightning import LightningSource
 from saetrack.lm.local.nanogpt import NanoGPTSource
 from saetrack.lm.local.torchtitan import TorchtitanSource
-from saetrack.lm.tokens import TokenizedCorpus, TokenRows, tokenize_corpus
+from saetrack.lm.table_files import JsonLinesCorpus, ParquetCorpus
+from saetrack.lm.tables import TableCorpus, TokenColumns
+from saetrack.lm.tokens import RowSettings, TokenizedCorpus, TokenRows, tokenize_corpus
 from saetrack.lm.unembedding import read_unembedding
 
 __all__ = [
@@ -36,14 +39,19 @@ __all__ = [
     "DatasetCorpus",
     "FolderSource",
     "HubSource",
+    "JsonLinesCorpus",
     "LLMCheckpoint",
     "LightningSource",
     "ListSource",
     "NanoGPTSource",
+    "ParquetCorpus",
     "PretrainSource",
     "RepositoriesSource",
+    "RowSettings",
     "StdlibCorpus",
+    "TableCorpus",
     "TextCorpus",
+    "TokenColumns",
     "TokenRows",
     "TokenizedCorpus",
     "TorchtitanSource",

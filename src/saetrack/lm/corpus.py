@@ -1,4 +1,4 @@
-"""Where text comes from: the standard library's own source, text files, or a `datasets` data set.
+"""Where text comes from: the standard library's own source and text files here, data sets in `saetrack.lm.tables`.
 
 A corpus is an ordered series of documents that reads the same every time. Its `identity` changes when its text does, so
 that tokens made from it can be kept on disk (see `saetrack.lm.tokens`).
@@ -61,7 +61,7 @@ class StdlibCorpus(Corpus):
     def identity(self) -> str:
         """Python's version and a hash of all the source files."""
         return json.dumps(
-            {"class": "StdlibCorpus", "python": platform.python_version(), **_content(self._files, self._root)}
+            {"class": "StdlibCorpus", "python": platform.python_version(), **content_facts(self._files, self._root)}
         )
 
     @cached_property
@@ -126,115 +126,34 @@ class TextCorpus(Corpus):
     @cached_property
     def identity(self) -> str:
         """The separator and a hash of the files' contents in their order; where the files lie does not count."""
-        return json.dumps({"class": "TextCorpus", "separator": self.separator, **_content(self._files, None)})
+        return json.dumps({"class": "TextCorpus", "separator": self.separator, **content_facts(self._files, None)})
 
     @cached_property
     def _files(self) -> list[Path]:
-        found: set[Path] = set()
-        for pattern in self.paths:
-            matched = [Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()]
-            if not matched:
-                raise FileNotFoundError(
-                    f"corpus.paths: {pattern!r} matches no file (looked from {Path.cwd()}). Give a file name or a "
-                    f"pattern such as 'texts/**/*.txt'."
-                )
-            found.update(matched)
-        if not found:
-            raise FileNotFoundError("corpus.paths is empty; give at least one file name or pattern.")
-        return sorted(found)
+        return find_files(self.paths)
 
 
-@dataclass(frozen=True)
-class DatasetCorpus(Corpus):
-    """A `datasets` data set, one document a row.
-
-    Args:
-        path: A data set of the Hugging Face Hub, a folder of data files (json lines, csv, parquet, text), or a folder
-            that `save_to_disk` wrote.
-        name: The data set's configuration, where it has several.
-        split: Which split of it to read.
-        column: The column that holds the text.
-        streaming: Read it without keeping a copy on disk. Not for a folder that `save_to_disk` wrote.
-        revision: Commit, branch or tag on the Hub. Give it when ``streaming``: a data set that changed there is
-            otherwise not noticed, and tokens made from the old text go on being used.
+def find_files(patterns: list[str]) -> list[Path]:
+    """The files that names and glob patterns match, each once, in the order of their paths.
 
     Raises:
-        ValueError: When read, if the data set has no such split or column (the message lists those it has).
+        FileNotFoundError: If a pattern matches no file, or there is none.
     """
-
-    path: str
-    name: str | None = None
-    split: str = "train"
-    column: str = "text"
-    streaming: bool = False
-    revision: str | None = None
-
-    def documents(self) -> Iterator[str]:
-        """Read the rows of the split in their order; rows without text are skipped."""
-        rows = self._rows
-        if rows.column_names is not None:
-            rows = rows.select_columns([self.column])
-        for row in rows:
-            text = row[self.column]
-            if text:
-                yield text
-
-    @cached_property
-    def identity(self) -> str:
-        """The arguments, and what is known of the content: its size and the hashes of its files."""
-        facts: dict[str, Any] = {
-            "class": "DatasetCorpus",
-            "path": self.path,
-            "name": self.name,
-            "split": self.split,
-            "column": self.column,
-            "revision": self.revision,
-        }
-        folder = Path(self.path)
-        if folder.is_dir():
-            # Where the folder lies says nothing about the text in it.
-            facts["path"] = folder.name
-            facts |= _content(sorted(path for path in folder.rglob("*") if path.is_file()), folder)
-        elif not self.streaming:
-            # Hub files appear in the checksums under the commit that they were read from.
-            checksums = json.dumps(self._rows.info.download_checksums, sort_keys=True, default=str)
-            facts["rows"] = len(self._rows)
-            facts["sha256"] = hashlib.sha256(checksums.encode()).hexdigest()
-        return json.dumps(facts)
-
-    @property
-    def _is_saved(self) -> bool:
-        return any((Path(self.path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
-
-    @cached_property
-    def _rows(self) -> Any:
-        import datasets
-
-        if not self._is_saved:
-            rows = datasets.load_dataset(
-                self.path, self.name, split=self.split, streaming=self.streaming, revision=self.revision
+    found: set[Path] = set()
+    for pattern in patterns:
+        matched = [Path(name) for name in glob.glob(pattern, recursive=True) if Path(name).is_file()]
+        if not matched:
+            raise FileNotFoundError(
+                f"corpus.paths: {pattern!r} matches no file (looked from {Path.cwd()}). Give a file name or a "
+                f"pattern such as 'texts/**/*.txt'."
             )
-        elif self.streaming:
-            raise ValueError(f"{self.path} is a saved data set and cannot be streamed; leave out `corpus.streaming`.")
-        else:
-            rows = datasets.load_from_disk(self.path)
-            if isinstance(rows, datasets.DatasetDict):
-                if self.split not in rows:
-                    raise ValueError(
-                        f"corpus.split is {self.split!r}, but {self.path} holds the splits {sorted(rows)}."
-                    )
-                rows = rows[self.split]
-        columns = rows.column_names
-        if columns is None:  # a stream of files without a schema tells its columns only by its first row
-            columns = list(next(iter(rows), {}))
-        if self.column not in columns:
-            raise ValueError(
-                f"corpus.column is {self.column!r}, but the data set {self.path} has the columns {sorted(columns)}."
-            )
-        return rows
+        found.update(matched)
+    if not found:
+        raise FileNotFoundError("corpus.paths is empty; give at least one file name or pattern.")
+    return sorted(found)
 
 
-def _content(files: Iterable[Path], root: Path | None) -> dict[str, Any]:
+def content_facts(files: Iterable[Path], root: Path | None) -> dict[str, Any]:
     """Number, size and hash of files, in this order. Their names count relative to `root`; without it, not at all."""
     digest = hashlib.sha256()
     number = size = 0

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -66,13 +68,17 @@ def resolve_hookpoint(model: nn.Module, name: str) -> nn.Module:
 
 
 @torch.inference_mode()
-def read_activations(model: "PreTrainedModel", tokens: Tensor, hookpoints: Sequence[str]) -> dict[str, Tensor]:
+def read_activations(
+    model: "PreTrainedModel", tokens: Tensor, hookpoints: Sequence[str], documents: NDArray[np.int32] | None = None
+) -> dict[str, Tensor]:
     """Activations of the LLM at each hookpoint; layers after the last of them are not run.
 
     Args:
         model: A causal language model of transformers.
         tokens: Token ids, shape ``[batch, context]``, without padding.
         hookpoints: Dotted module names, in any order.
+        documents: The number of the document that each token is of, ``[batch, context]``: attention then stays inside
+            a document, and positions count from its beginning. None is one context a row.
 
     Returns:
         For each hookpoint, in the order given, its activations, shape ``[batch, context, d_in]``, in the LLM's dtype
@@ -101,7 +107,7 @@ def read_activations(model: "PreTrainedModel", tokens: Tensor, hookpoints: Seque
 
     with _hooks([(module, reader(name)) for name, module in modules.items()]):
         try:
-            _run(model, tokens)
+            _run(model, tokens, documents)
         except _AllReadError:
             return {hookpoint: seen[module_name(hookpoint)] for hookpoint in hookpoints}
     raise ValueError(_not_run([name for name in modules if name not in seen]))
@@ -109,7 +115,11 @@ def read_activations(model: "PreTrainedModel", tokens: Tensor, hookpoints: Seque
 
 @torch.inference_mode()
 def edit_activations(
-    model: "PreTrainedModel", tokens: Tensor, hookpoint: str, edit: Callable[[Tensor], Tensor]
+    model: "PreTrainedModel",
+    tokens: Tensor,
+    hookpoint: str,
+    edit: Callable[[Tensor], Tensor],
+    documents: NDArray[np.int32] | None = None,
 ) -> Tensor:
     """Logits of the LLM when its activations at a hookpoint are replaced.
 
@@ -122,6 +132,7 @@ def edit_activations(
         hookpoint: Dotted module name.
         edit: Takes the activations, ``[batch, context, d_in]`` in the LLM's dtype, and returns what to put in their
             place, of the same shape; it is cast back to the LLM's dtype.
+        documents: As for `read_activations`.
 
     Returns:
         Logits, shape ``[batch, context, vocabulary]``, in the LLM's dtype.
@@ -144,7 +155,7 @@ def edit_activations(
         return _with_activation(output, edited.to(activation))
 
     with _hooks([(resolve_hookpoint(model, module_name(hookpoint)), replace)]):
-        logits = _run(model, tokens)
+        logits = _run(model, tokens, documents)
     if not ran:
         raise ValueError(_not_run([hookpoint]))
     return logits
@@ -186,9 +197,48 @@ def activation_widths(model: "PreTrainedModel", hookpoints: Sequence[str]) -> di
     return {name: activation.shape[-1] for name, activation in activations.items()}
 
 
-def _run(model: "PreTrainedModel", tokens: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=tokens.to(device=model.device, dtype=torch.long), use_cache=False).logits
+@torch.inference_mode()
+def refuse_leaking_documents(model: "PreTrainedModel", context_size: int) -> None:
+    """Refuse an LLM whose forward does not keep the documents of a row apart when it is told to.
+
+    Some take no mask or no positions (ALiBi), and a mask replaces a sliding window. So two documents in one row are
+    held against each alone: they must agree far better than without a mask.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    tokens = (7 + 31 * torch.arange(context_size)) % model.config.get_text_config().vocab_size
+    cut = context_size - max(1, min(3, context_size // 2))
+    alone = torch.cat([_run(model, part[None]) for part in (tokens[:cut], tokens[cut:])], dim=1).float()
+    leak = (_run(model, tokens[None]).float() - alone).abs().max().item()
+    noise = (1e-4 if model.dtype == torch.float32 else 5e-2) * alone.abs().max().item()
+    try:
+        apart = _run(model, tokens[None], (np.arange(context_size) >= cut)[None].astype(np.int32))
+        missed = f"the logits differ by {(error := (apart.float() - alone).abs().max().item()):.2g}"
+    except (TypeError, ValueError, RuntimeError, IndexError) as raised:
+        error, missed = float("inf"), f"it raises {type(raised).__name__}"
+    if not error <= max(0.1 * leak, noise):
+        raise ValueError(
+            f"data.tokens.layout is masked, but {type(model).__name__} does not keep two documents in a row apart: "
+            f"{missed} from what each gives alone. Use `separate`, a document a row, or `packed`."
+        )
+
+
+def _run(model: "PreTrainedModel", tokens: Tensor, documents: NDArray[np.int32] | None = None) -> Tensor:
+    apart = {} if documents is None else _document_mask(torch.from_numpy(documents).to(model.device), model.dtype)
+    ids = tokens.to(device=model.device, dtype=torch.long)
+    logits: Tensor = model(input_ids=ids, use_cache=False, **apart).logits
     return logits
+
+
+def _document_mask(documents: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The arguments of a forward in which every document of a row has a context of its own."""
+    place = torch.arange(documents.shape[1], device=documents.device)
+    begins = documents.diff(dim=1, prepend=documents[:, :1] - 1) != 0  # [batch, context]
+    begin = torch.where(begins, place, 0).cummax(dim=1).values
+    seen = (begin[:, :, None] == begin[:, None, :]) & (place[:, None] >= place)  # [batch, context, context]
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+    return {"attention_mask": mask[:, None], "position_ids": place - begin}
 
 
 @contextmanager

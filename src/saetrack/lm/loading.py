@@ -167,6 +167,19 @@ def _load_hugging_face(checkpoint: LLMCheckpoint, dtype: torch.dtype) -> "PreTra
     return llm
 
 
+def vocabulary_size(checkpoint: LLMCheckpoint) -> int | None:
+    """How many token ids the LLM knows, from its configuration alone; None where that does not say."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            checkpoint.model, revision=checkpoint.revision or "main", cache_dir=checkpoint.cache_dir
+        )
+    except (OSError, ValueError):  # no such file, or an architecture that transformers does not know
+        return None
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
 def release_memory() -> None:
     """Give freed memory back: Python's garbage, CUDA's cache, and what the C allocator holds on to.
 

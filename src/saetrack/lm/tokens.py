@@ -1,7 +1,8 @@
 """Documents as packed rows of tokens, made once for a whole series of LLM checkpoints and memory-mapped from then on.
 
 A row looks like `[BOS, t, t, BOS, t, t, t, ...]`: every row begins with BOS, and so does every document in it. LLMs
-that have no BOS get rows without it; there the tokenizer's EOS, where it has one, ends each document.
+that have no BOS get rows without it; there the tokenizer's EOS, where it has one, ends each document. `RowSettings`
+says what else a row can be.
 
 The folder of a tokenised corpus is named by a hash of everything that its content depends on and holds, for each of the
 splits training, selection and evaluation, `SPLIT.tokens.npy` and `SPLIT.documents.npy`, and beside them `tokens.json`.
@@ -16,16 +17,20 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from saetrack.lm.corpus import Corpus
+from saetrack.lm.packing import SplitWriter
+from saetrack.lm.rows import Layout, RowSettings, TokenRows, usable_counts
+from saetrack.lm.tables import TableCorpus
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["RowSettings", "TokenRows", "TokenizedCorpus", "tokenize_corpus", "tokenizer_hash", "usable_counts"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,56 +38,6 @@ _SPLITS = ("train", "selection", "evaluation")
 _SCHEMA = 1  # of the files; part of their hash, so that older ones are made anew
 _BATCH_CHARACTERS = 1 << 21  # tokenised at once: an encoding in memory is about 50 times its text
 _PIECE_CHARACTERS = 1 << 20  # a longer document is tokenised in pieces cut at line ends
-_WRITE_ROWS = 4096
-_COUNT_ROWS = 1 << 14
-
-
-@dataclass(frozen=True)
-class TokenRows:
-    """Packed rows of one split.
-
-    Args:
-        tokens: Token ids, shape ``[rows, context]``, uint16 or int32, usually memory-mapped.
-        documents: Which document of the corpus each token is from, shape ``[rows, context]``, int32. A BOS belongs to
-            the document of the token after it.
-        bos_token_id: The id of BOS, or None where the LLM has none. 0 is an id.
-    """
-
-    tokens: npt.NDArray[Any]
-    documents: npt.NDArray[np.int32]
-    bos_token_id: int | None
-
-    def usable(self, rows: slice | npt.NDArray[Any] = slice(None)) -> npt.NDArray[np.bool_]:
-        """Positions whose activations count: all but BOS, whose activations are outliers of a norm of their own.
-
-        Args:
-            rows: Which rows to look at; all by default, which for a large split needs memory for all of them.
-
-        Returns:
-            Mask, shape ``[rows, context]``.
-        """
-        tokens = self.tokens[rows]
-        if self.bos_token_id is None:
-            return np.ones(tokens.shape, dtype=np.bool_)
-        return np.asarray(tokens != self.bos_token_id)
-
-
-def usable_counts(rows: TokenRows) -> npt.NDArray[np.int64]:
-    """Number of usable positions of every row, counted in blocks so that a memory-mapped split stays on disk.
-
-    Returns:
-        Counts, shape ``[rows]``.
-
-    Example:
-        >>> tokens = np.array([[0, 5, 6], [0, 7, 0]], dtype=np.uint16)
-        >>> usable_counts(TokenRows(tokens, np.zeros((2, 3), dtype=np.int32), bos_token_id=0))
-        array([2, 1])
-    """
-    counts = np.zeros(len(rows.tokens), dtype=np.int64)
-    for start in range(0, len(counts), _COUNT_ROWS):
-        block = slice(start, start + _COUNT_ROWS)
-        counts[block] = rows.usable(block).sum(axis=1)
-    return counts
 
 
 @dataclass(frozen=True)
@@ -117,11 +72,14 @@ def tokenize_corpus(
     max_tokens: int | None = None,
     selection_share: float = 0.05,
     evaluation_share: float = 0.05,
+    settings: RowSettings = RowSettings(),
+    vocab_size: int | None = None,
 ) -> TokenizedCorpus:
     """Tokenise a corpus into packed rows on disk, or open what an earlier call has written.
 
-    A document goes to the split that the hash of its text names, so equal documents land together and the splits share
-    no text. Special tokens come only from here, never from the tokenizer. What remains of a split after its last whole
+    A document goes to the split that the hash of its text (or of its token ids, where it comes as such) names, so
+    equal documents land together and the splits share no text. Special tokens come only from here, never from the
+    tokenizer. What remains of a split after its last whole
     row is dropped. The files are written into a folder with another name which is then renamed: killed runs leave
     nothing that looks complete, and of several processes that race the first to finish wins (their files are equal).
 
@@ -134,13 +92,16 @@ def tokenize_corpus(
         max_tokens: Read no more of the corpus than this many tokens of text (all splits together; BOS not counted).
         selection_share: Share of the documents for selection, from 0 to 1. 0 leaves the split empty.
         evaluation_share: The same for evaluation.
+        settings: What a row holds beside the text.
+        vocab_size: Ids that the LLM knows; None does not look.
 
     Raises:
-        ValueError: If the arguments make no sense, or the corpus has too little text to fill one row of each split.
+        ValueError: If the arguments make no sense, the corpus has too little text to fill one row of each split, or a
+            token id that the LLM does not know.
     """
     shares = {"selection": selection_share, "evaluation": evaluation_share}
     _check(context_size, max_tokens, shares)
-    key = _key(corpus, source_tokenizer, context_size, max_tokens, shares)
+    key = _key(corpus, source_tokenizer, context_size, max_tokens, shares, settings, vocab_size)
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_dir / name
     if not folder.is_dir():
@@ -148,11 +109,12 @@ def tokenize_corpus(
         unfinished = cache_dir / f".{name}-{os.getpid()}-{secrets.token_hex(4)}"
         unfinished.mkdir()
         try:
-            _write(unfinished, corpus, source_tokenizer, key)
+            _write(unfinished, corpus, source_tokenizer, key, vocab_size)
             _rename(unfinished, folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    return _open(folder, tokenizer_name, context_size)
+    left_out = settings.left_out(source_tokenizer)
+    return _open(folder, tokenizer_name, context_size, vocab_size, left_out, settings.layout)
 
 
 def _check(context_size: int, max_tokens: int | None, shares: dict[str, float]) -> None:
@@ -173,18 +135,28 @@ def _key(
     context_size: int,
     max_tokens: int | None,
     shares: dict[str, float],
+    settings: RowSettings,
+    vocab_size: int | None,
 ) -> dict[str, Any]:
     """Everything that the files depend on."""
+    known = len(tokenizer)
+    if _token_table(corpus) is not None:  # such ids may lie beyond the tokenizer's, where the LLM has room for them
+        known = vocab_size or known
+    padding = {}
+    if settings.layout == "separate":
+        ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0)
+        padding = {"pad_token_id": next(i for i in ids if i is not None)}
     return {
         "schema": _SCHEMA,
         "corpus": json.loads(corpus.identity),
         "tokenizer": tokenizer_hash(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
+        "bos_token_id": settings.bos_token_id(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
-        "dtype": "uint16" if len(tokenizer) < 1 << 16 else "int32",
+        "dtype": "uint16" if known < 1 << 16 else "int32",
         "context_size": context_size,
         "max_tokens": max_tokens,
         "shares": shares,
+        **padding,
     }
 
 
@@ -198,94 +170,45 @@ def tokenizer_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-class _SplitWriter:
-    """Packs documents into rows and writes them to the two files of one split as they fill up."""
+class _Document(NamedTuple):
+    """A document on its way into a split.
 
-    def __init__(self, folder: Path, split: str, context_size: int, dtype: str, bos_token_id: int | None) -> None:
-        self.rows = 0
-        self.documents = 0
-        self.tokens = 0  # of text, BOS not counted, the dropped rest included
-        self._context_size = context_size
-        self._bos = bos_token_id
-        self._arrays = {"tokens": np.dtype(dtype), "documents": np.dtype(np.int32)}
-        self._files: dict[str, BinaryIO] = {n: (folder / f"{split}.{n}.npy").open("wb") for n in self._arrays}
-        self._blocks = {n: np.empty((_WRITE_ROWS, context_size), dtype) for n, dtype in self._arrays.items()}
-        self._row = self._column = 0  # where the next token goes in the blocks
-        self._write_headers()
+    Attributes:
+        content: What names its split.
+        tokens: Its token ids, ``[n]``.
+        place: Where it comes from, for messages; None for a text, which its number names.
+    """
 
-    def __enter__(self) -> "_SplitWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for file in self._files.values():
-            file.close()
-
-    def add(self, tokens: npt.NDArray[Any], document: int) -> None:
-        self.documents += 1
-        self.tokens += len(tokens)
-        at = 0
-        if self._bos is not None:
-            self._put(np.array([self._bos]), document)
-        while at < len(tokens):
-            if self._column == 0 and self._bos is not None:
-                self._put(np.array([self._bos]), document)
-            part = tokens[at : at + self._context_size - self._column]
-            self._put(part, document)
-            at += len(part)
-
-    def _put(self, tokens: npt.NDArray[Any], document: int) -> None:
-        """Write tokens that fit into the present row."""
-        end = self._column + len(tokens)
-        self._blocks["tokens"][self._row, self._column : end] = tokens
-        self._blocks["documents"][self._row, self._column : end] = document
-        self._column = end
-        if self._column == self._context_size:
-            self._row, self._column = self._row + 1, 0
-            if self._row == _WRITE_ROWS:
-                self._flush()
-
-    def _flush(self) -> None:
-        for name, file in self._files.items():
-            file.write(self._blocks[name][: self._row].tobytes())
-        self.rows += self._row
-        self._row = 0
-
-    def finish(self) -> None:
-        self._flush()
-        self._write_headers()
-
-    def _write_headers(self) -> None:
-        """Numpy's header leaves room for the number of rows to grow, so the final one fits over the first."""
-        for name, file in self._files.items():
-            file.seek(0)
-            np.lib.format.write_array_header_1_0(
-                file,
-                {
-                    "descr": np.lib.format.dtype_to_descr(self._arrays[name]),
-                    "fortran_order": False,
-                    "shape": (self.rows, self._context_size),
-                },
-            )
+    content: bytes
+    tokens: npt.NDArray[Any]
+    place: str | None
 
 
-def _write(folder: Path, corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", key: dict[str, Any]) -> None:
-    context_size, max_tokens, bos = key["context_size"], key["max_tokens"], key["bos_token_id"]
-    arguments = (context_size, key["dtype"], bos)
-    logger.info("Tokenising %s into rows of %d tokens.", type(corpus).__name__, context_size)
+def _write(
+    folder: Path, corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", key: dict[str, Any], vocab_size: int | None
+) -> None:
+    max_tokens, bos = key["max_tokens"], key["bos_token_id"]
+    arguments = (key["context_size"], key["dtype"], bos, key.get("pad_token_id"))
+    logger.info("Tokenising %s into rows of %d tokens.", type(corpus).__name__, key["context_size"])
+    largest, where = -1, ""
+    known = vocab_size if _token_table(corpus) is None else vocab_size or len(tokenizer)
     with (
-        _SplitWriter(folder, "train", *arguments) as train,
-        _SplitWriter(folder, "selection", *arguments) as selection,
-        _SplitWriter(folder, "evaluation", *arguments) as evaluation,
+        SplitWriter(folder, "train", *arguments) as train,
+        SplitWriter(folder, "selection", *arguments) as selection,
+        SplitWriter(folder, "evaluation", *arguments) as evaluation,
     ):
         writers = {"train": train, "selection": selection, "evaluation": evaluation}
         read = 0
-        for document, (text, tokens) in enumerate(_tokenized(corpus, tokenizer)):
-            kept = tokens if max_tokens is None else tokens[: max_tokens - read]
+        for number, document in enumerate(_documents(corpus, tokenizer, bos)):
+            kept = document.tokens if max_tokens is None else document.tokens[: max_tokens - read]
             read += len(kept)
             if len(kept):
-                writers[_split_of(text, key["shares"])].add(kept, document)
+                place = document.place or f"Document {number} of the corpus (the first is 0)"
+                _refuse_unknown(int(kept.min()), place, known)
+                if (top := int(kept.max())) > largest:
+                    largest, where = top, place
+                    _refuse_unknown(largest, where, known)
+                writers[_split_of(document.content, key["shares"])].add(kept, number)
             if read == max_tokens:
                 break
         for writer in writers.values():
@@ -299,21 +222,49 @@ def _write(folder: Path, corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", k
         found = ", ".join(f"{facts[s]['tokens']} tokens of {facts[s]['documents']} documents for {s}" for s in _SPLITS)
         raise ValueError(
             f"The corpus is too short: {read} tokens were found, which split by document gave {found}, and no whole "
-            f"row of {context_size} tokens for {' and '.join(empty)}. Give more text or more documents, a smaller "
-            f"`context_size`" + (", or a larger `max_tokens`." if max_tokens is not None else ".")
+            f"row of {key['context_size']} tokens for {' and '.join(empty)}. Give more text or more documents, a "
+            f"smaller `context_size`" + (", or a larger `max_tokens`." if max_tokens is not None else ".")
         )
-    (folder / "tokens.json").write_text(json.dumps({**key, "splits": facts}, indent=2) + "\n", encoding="utf-8")
+    note = {**key, "splits": facts, "largest_token": {"token": largest, "place": where}}
+    (folder / "tokens.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
-def _split_of(text: str, shares: dict[str, float]) -> str:
-    number = int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+def _refuse_unknown(token: int, place: str, vocab_size: int | None) -> None:
+    if token < 0 or (vocab_size is not None and token >= vocab_size):
+        raise ValueError(
+            f"{place} holds the token id {token}, which the LLM does not know: its vocabulary has {vocab_size} ids, of "
+            "which 0 is the first. Correct `data.corpus`, or the tokenizer of `data.source`: both must be this LLM's."
+        )
+
+
+def _split_of(content: bytes, shares: dict[str, float]) -> str:
+    number = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
     uniform = number / 2**64
     if uniform < shares["selection"]:
         return "selection"
     return "evaluation" if uniform < shares["selection"] + shares["evaluation"] else "train"
 
 
-def _tokenized(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[str, npt.NDArray[Any]]]:
+def _token_table(corpus: Corpus) -> TableCorpus | None:
+    """The corpus, if it holds token ids instead of text."""
+    return corpus if isinstance(corpus, TableCorpus) and corpus.tokens is not None else None
+
+
+def _documents(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", bos: int | None) -> Iterator[_Document]:
+    """Documents as token ids without BOS, which the rows get where they need it."""
+    if (table := _token_table(corpus)) is None:
+        ends = [tokenizer.eos_token_id] if bos is None and tokenizer.eos_token_id is not None else []
+        for text, tokens in _tokenized(corpus, tokenizer, ends):
+            yield _Document(text.encode("utf-8", "surrogatepass"), tokens, None)
+        return
+    for document in table.token_documents(bos):
+        tokens = document.tokens[int(document.tokens[0] == bos) :]
+        yield _Document(tokens.tobytes(), tokens, document.place)
+
+
+def _tokenized(
+    corpus: Corpus, tokenizer: "PreTrainedTokenizerBase", ends: list[int]
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Documents and their tokens, many tokenised at once because a fast tokenizer then uses every core."""
     batch: list[str] = []
     size = 0
@@ -321,14 +272,15 @@ def _tokenized(corpus: Corpus, tokenizer: "PreTrainedTokenizerBase") -> Iterator
         batch.append(text)
         size += len(text)
         if size >= _BATCH_CHARACTERS:
-            yield from _tokenized_batch(batch, tokenizer)
+            yield from _tokenized_batch(batch, tokenizer, ends)
             batch, size = [], 0
     if batch:
-        yield from _tokenized_batch(batch, tokenizer)
+        yield from _tokenized_batch(batch, tokenizer, ends)
 
 
-def _tokenized_batch(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    ends = [tokenizer.eos_token_id] if tokenizer.bos_token_id is None and tokenizer.eos_token_id is not None else []
+def _tokenized_batch(
+    texts: list[str], tokenizer: "PreTrainedTokenizerBase", ends: list[int]
+) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     pieces = [list(_pieces(text)) for text in texts]
     encoded = iter(
         tokenizer(
@@ -363,13 +315,24 @@ def _rename(unfinished: Path, folder: Path) -> None:
         logger.info("Another process has written %s in the meantime; using that.", folder)
 
 
-def _open(folder: Path, tokenizer: tuple[str, str | None], context_size: int) -> TokenizedCorpus:
+def _open(
+    folder: Path,
+    tokenizer: tuple[str, str | None],
+    context_size: int,
+    vocab_size: int | None,
+    left_out: tuple[int, ...],
+    layout: Layout,
+) -> TokenizedCorpus:
     facts = json.loads((folder / "tokens.json").read_text(encoding="utf-8"))
+    if "largest_token" in facts:  # made for another LLM, perhaps; 0.1.0 did not note it
+        _refuse_unknown(**facts["largest_token"], vocab_size=vocab_size)
     splits = {
         split: TokenRows(
             tokens=np.load(folder / f"{split}.tokens.npy", mmap_mode="r"),
             documents=np.load(folder / f"{split}.documents.npy", mmap_mode="r"),
             bos_token_id=facts["bos_token_id"],
+            left_out=left_out,
+            layout=layout,
         )
         for split in _SPLITS
     }

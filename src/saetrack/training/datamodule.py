@@ -17,9 +17,13 @@ from transformers import PreTrainedModel
 from saetrack.lm import files
 from saetrack.lm.checkpoints import CheckpointSource, LLMCheckpoint, load_llm, release_memory
 from saetrack.lm.corpus import Corpus, StdlibCorpus
-from saetrack.lm.forward import activation_widths, module_name
-from saetrack.lm.tokens import TokenizedCorpus, TokenRows, tokenize_corpus
+from saetrack.lm.dataset_corpus import DatasetCorpus
+from saetrack.lm.forward import activation_widths, module_name, refuse_leaking_documents
+from saetrack.lm.loading import vocabulary_size
+from saetrack.lm.rows import Bos, Layout
+from saetrack.lm.tokens import RowSettings, TokenizedCorpus, TokenRows, tokenize_corpus
 from saetrack.training.stream import ActivationStream, Batch, StageOrder, harvest
+from saetrack.training.warm_start import Calibration
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,18 @@ class TokenSettings:
 
     context_size: int = 128
     """Tokens in a row, BOS included."""
+    bos: Bos = "always"
+    """Whether BOS begins every row and every document: `always`, where the tokenizer has one; `tokenizer`, where it
+    puts one before a text by itself; `never`."""
+    layout: Layout = "packed"
+    """How documents share rows. `packed`: each sees those before it, as in the training of most LLMs; `masked`: the
+    same rows, but attention and positions begin anew with each document; `separate`: a document begins a row of its
+    own, and padding fills it."""
+    leave_out_special: bool = True
+    """Whether activations at all special tokens of the tokenizer are left out; those at BOS and padding always are."""
+    outlier_norm: float | None = None
+    """Leave out activations whose norm is over this many times the median, such as attention sinks: from training,
+    evaluation and the latents that analyses see. 10 finds them; null keeps all."""
     max_tokens: int | None = None
     """Read no more of the corpus than this; null reads all of it."""
     calibration_tokens: int = 65_536
@@ -50,6 +66,11 @@ class TokenSettings:
     def __post_init__(self) -> None:
         for name in ("calibration", "selection", "evaluation", "held_out", "ce"):
             require_positive(f"data.tokens.{name}_tokens", getattr(self, f"{name}_tokens"))
+        if self.outlier_norm is not None and not self.outlier_norm > 1:
+            raise ValueError(
+                f"data.tokens.outlier_norm is {self.outlier_norm}, but half of the activations have a norm over the "
+                "median; give at least 2, such as 10, or null."
+            )
 
 
 def require_positive(name: str, value: float) -> None:
@@ -94,6 +115,11 @@ class ActivationDataModule(LightningDataModule):
             raise ValueError(f"data.hookpoints is {hookpoints}; name at least one module, and each only once.")
         require_positive("data.batch_size", batch_size)
         require_positive("data.chunk_tokens", chunk_tokens)
+        if isinstance(corpus, DatasetCorpus) and corpus.streaming and tokens.max_tokens is None:
+            raise ValueError(
+                f"data.corpus streams {corpus.path}, which may have no end; set `data.tokens.max_tokens`, with room "
+                "for `scheduler.tokens_first`. That much is tokenised once and kept."
+            )
         self.source = source
         self.hookpoints = hookpoints
         self.corpus = corpus or StdlibCorpus()
@@ -103,7 +129,9 @@ class ActivationDataModule(LightningDataModule):
         self.llm_dtype = llm_dtype
         self.seed = seed
         self.scales: dict[str, float] = {}
-        """Activation scale of the current LLM checkpoint by hookpoint; set by the scheduler once measured."""
+        """Activation scale of the current LLM checkpoint by hookpoint; set by ``calibrate``."""
+        self.norm_limits: dict[str, float] = {}
+        """Norm over which its activations are left out, in its own units; set by ``calibrate``."""
         self.widths: dict[str, int] = {}
         """``d_in`` by hookpoint; set by ``read_widths``."""
         self._llms: dict[LLMCheckpoint, PreTrainedModel] = {}
@@ -135,6 +163,8 @@ class ActivationDataModule(LightningDataModule):
             t.max_tokens,
             selection_share=t.split_share,
             evaluation_share=t.split_share,
+            settings=RowSettings(t.bos, t.layout, t.leave_out_special),
+            vocab_size=vocabulary_size(self.source.checkpoints()[-1]),
         )
 
     @property
@@ -175,7 +205,7 @@ class ActivationDataModule(LightningDataModule):
 
         Raises:
             ValueError: If there is no module of a hookpoint's name (the closest ones are listed), or the LLM cannot
-                read rows as long as ``data.tokens.context_size``.
+                read rows as long as ``data.tokens.context_size``, or not keep the documents in them apart.
         """
         self.fetch(checkpoint)
         llm = self.llm(checkpoint)
@@ -185,6 +215,8 @@ class ActivationDataModule(LightningDataModule):
                 f"data.tokens.context_size is {self.tokens.context_size}, but the LLM reads at most {longest} tokens "
                 f"(max_position_embeddings in its config.json); set it to {longest} or less."
             )
+        if self.tokens.layout == "masked":
+            refuse_leaking_documents(llm, self.tokens.context_size)
         self.widths = activation_widths(llm, self.hookpoints)
 
     def begin_stage(
@@ -215,7 +247,7 @@ class ActivationDataModule(LightningDataModule):
         )
         order.chunk_rows(0)  # holds the budget against the corpus before the LLM is loaded
         self.checkpoint, self.before, self.arm = checkpoint, before, arm
-        self.stream = ActivationStream(order, self._fill)
+        self.stream = ActivationStream(order, self._fill, self._scaled_limits)
 
     def train_dataloader(self) -> ActivationStream:
         """The batches of the current stage on this rank."""
@@ -254,11 +286,27 @@ class ActivationDataModule(LightningDataModule):
         n_rows = min(-(-self.tokens.held_out_tokens // self.tokens.context_size), len(rows.tokens))
         return self._harvested(checkpoint, rows, _evenly(n_rows, len(rows.tokens)), {})
 
+    def calibrate(self, calibrations: Mapping[str, Calibration]) -> None:
+        """Take what was measured of the current LLM checkpoint, by hookpoint."""
+        self.scales = {hookpoint: calibration.scale for hookpoint, calibration in calibrations.items()}
+        self.norm_limits = {hookpoint: calibration.norm_limit for hookpoint, calibration in calibrations.items()}
+
+    def _scaled_limits(self) -> dict[str, float]:
+        """The norm limits of the activations that are served."""
+        return {hookpoint: limit * self.scales[hookpoint] for hookpoint, limit in self.norm_limits.items()}
+
+    @property
+    def _calibration_rows(self) -> NDArray[np.int64]:
+        total = len(self.corpus_rows.train.tokens)
+        return _evenly(min(-(-self.tokens.calibration_tokens // self.tokens.context_size), total), total)
+
+    def left_out_shares(self) -> dict[str, float]:
+        """Share of the calibration rows' positions that do not count whatever the LLM does there, by the reason."""
+        return self.corpus_rows.train.select(self._calibration_rows).left_out_shares()
+
     def calibration_activations(self, checkpoint: LLMCheckpoint) -> dict[str, Tensor]:
         """Activations of an LLM checkpoint on the calibration rows, in its own units, ``[n, d_in]`` by hookpoint."""
-        rows = self.corpus_rows.train
-        n_rows = min(-(-self.tokens.calibration_tokens // self.tokens.context_size), len(rows.tokens))
-        indices = _evenly(n_rows, len(rows.tokens))
+        rows, indices = self.corpus_rows.train, self._calibration_rows
         widths = {module_name(hookpoint): width for hookpoint, width in self.widths.items()}
         parts: dict[str, list[Tensor]] = {module: [] for module in widths}
         for _, activations in harvest(self.llm(checkpoint), checkpoint, rows, list(widths), indices):
@@ -287,7 +335,7 @@ class ActivationDataModule(LightningDataModule):
                 f"{rows.tokens.size:,}. Lower it, raise `data.tokens.split_share`, or name a larger corpus."
             )
         chosen = _evenly(n_rows, len(rows.tokens))
-        return TokenRows(rows.tokens[chosen], rows.documents[chosen], rows.bos_token_id)
+        return rows.select(chosen)
 
 
 def _evenly(n: int, total: int) -> NDArray[np.int64]:

@@ -6,9 +6,9 @@ of processes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,15 @@ from transformers import PreTrainedModel
 
 from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.lm.forward import edit_activations, next_token_losses
+from saetrack.lm.outliers import spread, take, within
 from saetrack.lm.tokens import TokenRows
 from saetrack.metrics import FVU, CELossRecovered, ExplainedVariance, FiringStatistics, FunctionalCorrelation
 from saetrack.sae import SAE
 from saetrack.training.stream import ROWS_PER_FORWARD, harvest
 
 Latents = list[scipy.sparse.csr_array]
-"""Latents of an SAE on this rank's evaluation rows, one ``[n, d_sae]`` matrix per forward of the LLM."""
+"""Latents of an SAE on this rank's evaluation rows, one ``[n, d_sae]`` matrix per forward of the LLM. Activations of
+outlier norm have none."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Site:
         rows: Token rows of the evaluation split.
         rank: This process.
         world_size: Number of processes.
+        norm_limits: By hookpoint, the norm over which activations are not measured; none where it is not named.
     """
 
     llm: PreTrainedModel
@@ -46,6 +49,11 @@ class Site:
     rows: TokenRows
     rank: int = 0
     world_size: int = 1
+    norm_limits: Mapping[str, float] = field(default_factory=dict)
+
+    def within(self, hookpoint: str, x: Tensor) -> Tensor | None:
+        """Which activations are measured; None for all."""
+        return within(x, self.norm_limits.get(hookpoint, math.inf))
 
     @property
     def indices(self) -> NDArray[np.int64]:
@@ -65,7 +73,8 @@ def reconstruction_fvu(site: Site, saes: Mapping[str, Mapping[str, SAE]]) -> dic
     """
     metrics = {h: {name: FVU(sae.d_in).to(site.llm.device) for name, sae in named.items()} for h, named in saes.items()}
     for _, activations in harvest(site.llm, site.checkpoint, site.rows, list(saes), site.indices):
-        for hookpoint, x in activations.items():
+        for hookpoint, every in activations.items():
+            x = take(every, site.within(hookpoint, every))
             for name, sae in saes[hookpoint].items():
                 with torch.inference_mode():
                     metrics[hookpoint][name].update(x, sae(x))
@@ -77,7 +86,8 @@ def latents_on(site: Site, saes: Mapping[str, SAE]) -> dict[str, Latents]:
     latents: dict[str, Latents] = {h: [] for h in saes}
     for _, activations in harvest(site.llm, site.checkpoint, site.rows, list(saes), site.indices):
         for hookpoint, x in activations.items():
-            latents[hookpoint].append(saes[hookpoint].encode_sparse(x))
+            mask = site.within(hookpoint, x)
+            latents[hookpoint].append(spread(saes[hookpoint].encode_sparse(take(x, mask)), mask))
     return latents
 
 
@@ -109,15 +119,16 @@ def evaluate(site: Site, saes: Mapping[str, SAE]) -> dict[str, Quality]:
     firing = {h: FiringStatistics(sae.d_sae).to(device) for h, sae in saes.items()}
     latents: dict[str, Latents] = {h: [] for h in saes}
     for _, activations in harvest(site.llm, site.checkpoint, site.rows, list(saes), site.indices):
-        for hookpoint, x in activations.items():
-            sae = saes[hookpoint]
+        for hookpoint, every in activations.items():
+            sae, mask = saes[hookpoint], site.within(hookpoint, every)
+            x = take(every, mask)
             with torch.inference_mode():
                 dense = sae.encode(x)
                 x_hat = sae.decode(dense)
                 fvu[hookpoint].update(x, x_hat)
                 explained[hookpoint].update(x, x_hat)
                 firing[hookpoint].update(dense)
-            latents[hookpoint].append(scipy.sparse.csr_array(dense.cpu().numpy()))
+            latents[hookpoint].append(spread(scipy.sparse.csr_array(dense.cpu().numpy()), mask))
     qualities = {}
     for hookpoint in saes:
         statistics = firing[hookpoint].compute()
@@ -151,8 +162,8 @@ def cross_entropy_recovered(
 ) -> dict[str, dict[str, float]]:
     """How much of the LLM's loss survives when its activations are replaced by their reconstruction.
 
-    BOS positions are left as they are, for the SAE has never seen them, and predictions made from them are not
-    counted.
+    BOS positions, and all else that is left out, stay as they are, for the SAE has never seen them, and predictions
+    made from them are not counted.
 
     Args:
         site: Where to measure; ``site.rows`` are the rows of the cross-entropy.
@@ -166,29 +177,55 @@ def cross_entropy_recovered(
     device = site.llm.device
     metrics = {h: CELossRecovered().to(device) for h in saes}
     for start in range(0, len(site.indices), ROWS_PER_FORWARD):
-        chosen = site.indices[start : start + ROWS_PER_FORWARD]
-        tokens = torch.from_numpy(site.rows.tokens[chosen].astype(np.int64)).to(device)
-        usable = torch.from_numpy(site.rows.usable(chosen)).to(device)
-        summed_loss = partial(_summed_loss, site.llm, tokens, usable)
-        clean = summed_loss(next(iter(saes)), lambda x: x)
+        losses = _Losses.on(site, site.indices[start : start + ROWS_PER_FORWARD])
+        clean, _ = losses.each(next(iter(saes)), lambda x: x)
         for hookpoint, sae in saes.items():
-            metrics[hookpoint].update(
-                clean,
-                summed_loss(hookpoint, sae),
-                summed_loss(hookpoint, torch.zeros_like),
-                summed_loss(hookpoint, means[hookpoint].to(device).expand_as),
-                int(usable[:, :-1].sum()),
-            )
+            edited, counted = losses.each(hookpoint, sae)
+            zero, _ = losses.each(hookpoint, torch.zeros_like)
+            mean, _ = losses.each(hookpoint, means[hookpoint].to(device).expand_as)
+            as_is, with_sae, at_zero, at_mean = (part[counted].sum() for part in (clean, edited, zero, mean))
+            metrics[hookpoint].update(as_is, with_sae, at_zero, at_mean, int(counted.sum()))
     return {h: {name: float(value) for name, value in metric.compute().items()} for h, metric in metrics.items()}
 
 
-def _summed_loss(
-    llm: PreTrainedModel, tokens: Tensor, usable: Tensor, hookpoint: str, edit: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """Summed cross-entropy of the predictions from usable positions, with ``edit`` applied at those positions."""
+@dataclass(frozen=True)
+class _Losses:
+    """Cross-entropies of some rows.
 
-    def replace(x: Tensor) -> Tensor:
-        return torch.where(usable[..., None], edit(x.float()).to(x.dtype), x)
+    Args:
+        site: Where they are.
+        tokens: ``[rows, context]``.
+        documents: What attention may not cross, of the same shape; None where it may.
+        usable: Where an edit applies, of the same shape.
+        predicting: Which predictions count, ``[rows, context - 1]``.
+    """
 
-    logits = edit_activations(llm, tokens, hookpoint, replace)
-    return next_token_losses(logits, tokens)[usable[:, :-1]].sum()
+    site: Site
+    tokens: Tensor
+    documents: NDArray[np.int32] | None
+    usable: Tensor
+    predicting: Tensor
+
+    @classmethod
+    def on(cls, site: Site, rows: NDArray[np.int64]) -> _Losses:
+        device = site.llm.device
+        return cls(
+            site,
+            torch.from_numpy(site.rows.tokens[rows].astype(np.int64)).to(device),
+            site.rows.contexts(rows),
+            torch.from_numpy(site.rows.usable(rows)).to(device),
+            torch.from_numpy(site.rows.predicting(rows)).to(device),
+        )
+
+    def each(self, hookpoint: str, edit: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of every prediction with ``edit`` applied where activations count, and which ones count."""
+        counted = self.usable
+
+        def replace(x: Tensor) -> Tensor:
+            nonlocal counted
+            if (mask := self.site.within(hookpoint, x.float())) is not None:
+                counted = self.usable & mask
+            return torch.where(counted[..., None], edit(x.float()).to(x.dtype), x)
+
+        logits = edit_activations(self.site.llm, self.tokens, hookpoint, replace, self.documents)
+        return next_token_losses(logits, self.tokens), self.predicting & counted[:, :-1]

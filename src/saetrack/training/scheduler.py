@@ -172,7 +172,7 @@ class CheckpointScheduler(Callback):
         data.fetch(self.stage.previous, self.stage.checkpoint)
         self.start = self._work.begin(self.stage, self.start)
         self._begun = True
-        data.scales = {hookpoint: start.calibration.scale for hookpoint, start in self.start.items()}
+        data.calibrate({hookpoint: start.calibration for hookpoint, start in self.start.items()})
         module.curves = {}
         trainer.strategy.setup_optimizers(trainer)
 
@@ -354,7 +354,7 @@ class CheckpointScheduler(Callback):
     def _enter_stage(self, module: SAEModule, data: ActivationDataModule) -> None:
         stage = self.stage
         module.first_stage = self.is_first(stage)
-        data.scales = {hookpoint: start.calibration.scale for hookpoint, start in self.start.items()}
+        data.calibrate({hookpoint: start.calibration for hookpoint, start in self.start.items()})
         tokens = self.tokens_first if module.first_stage else self.tokens_next
         before = stage.previous if module.continuity and stage.warm_start != "scratch" else None
         data.begin_stage(stage.checkpoint, tokens, before, self.arm(stage))

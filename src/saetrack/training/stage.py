@@ -5,8 +5,10 @@ When these happen is the scheduler's business.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from saetrack.lm.checkpoints import LLMCheckpoint, commit_sha
 from saetrack.lm.forward import lane_numbers
-from saetrack.lm.tokens import TokenRows
+from saetrack.lm.outliers import norm_limit, take, within
 from saetrack.metrics import dead_share, dense_share, fraction_variance_unexplained
 from saetrack.sae import SAE, sae_record
 from saetrack.track import Snapshot, Track
@@ -25,6 +27,10 @@ from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.module import SAEModule, reconstruct
 from saetrack.training.warm_start import Calibration, WarmStart, orthogonal_map, recentre, transport
 
+logger = logging.getLogger(__name__)
+
+SINK_NORM = 10
+"""Norm, in medians, over which an activation is taken for an attention sink and warned of."""
 INITIALISE_ON = 16_384
 """Activations from which a new SAE takes its ``b_dec``."""
 
@@ -38,12 +44,14 @@ class StageStart:
         rotation: The map of a ``transported`` start.
         fvu_before: FVU of the SAE that the stage starts from, before any training.
         fvu_shift: FVU of the previous snapshot, unchanged, on this LLM checkpoint.
+        left_out: Share of the calibration rows' positions whose activations are left out, by the reason.
     """
 
     calibration: Calibration
     rotation: Tensor | None
     fvu_before: float
     fvu_shift: float | None
+    left_out: dict[str, float] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values, for the resume file."""
@@ -89,6 +97,7 @@ class StageWork:
         self.module = module
         self.data = data
         self._activations: tuple[LLMCheckpoint, dict[str, Tensor]] | None = None
+        self._warned: set[str] = set()
         self._latents: tuple[LLMCheckpoint, dict[str, evaluation.Latents]] | None = None
 
     def begin(self, stage: Stage, last: Mapping[str, StageStart]) -> dict[str, StageStart]:
@@ -105,7 +114,8 @@ class StageWork:
         if stage.previous is not None and stage.warm_start == "transported":
             before = self._calibration_activations(stage.previous)
         activations = self._calibration_activations(stage.checkpoint)
-        calibrations = {h: Calibration.measure(x) for h, x in activations.items()}
+        limits = {h: norm_limit(x, self.data.tokens.outlier_norm) for h, x in activations.items()}
+        calibrations = {h: Calibration.measure(x, limits[h]) for h, x in activations.items()}
         rotations: dict[str, Tensor] = {}
         lanes = lane_numbers(list(calibrations))
         candidates: dict[str, dict[str, SAE]] = {}
@@ -116,19 +126,22 @@ class StageWork:
                 candidates[hookpoint]["shift"] = sae.folded(last[hookpoint].calibration.scale)
             if stage.previous is None or stage.warm_start == "scratch":
                 generator = self._generator(stage, lanes[hookpoint])
-                sae.initialise(activations[hookpoint][:INITIALISE_ON] * now.scale, generator)
+                x = take(activations[hookpoint], within(activations[hookpoint], now.norm_limit))
+                sae.initialise(x[:INITIALISE_ON] * now.scale, generator)
             elif stage.warm_start == "recentred":
                 recentre(sae, last[hookpoint].calibration, now)
             elif stage.warm_start == "transported":
-                rotations[hookpoint] = orthogonal_map(before[hookpoint], activations[hookpoint])
+                pair = _in_both(before[hookpoint], activations[hookpoint], last[hookpoint].calibration, now)
+                rotations[hookpoint] = orthogonal_map(*pair)
                 transport(sae, rotations[hookpoint], last[hookpoint].calibration, now)
             self._make_equal_on_every_rank(sae)
             candidates[hookpoint]["before"] = sae.folded(now.scale)
             new_features = stage.previous is not None and stage.warm_start == "scratch"
             self.module.feature_state(hookpoint).begin_stage(new_features)
-        fvu = evaluation.reconstruction_fvu(self._site(stage.checkpoint), candidates)
+        fvu = evaluation.reconstruction_fvu(self._site(stage.checkpoint, limits), candidates)
+        left_out = {h: self._left_out(stage.checkpoint, h, x, limits[h]) for h, x in activations.items()}
         return {
-            h: StageStart(now, rotations.get(h), fvu[h]["before"], fvu[h].get("shift"))
+            h: StageStart(now, rotations.get(h), fvu[h]["before"], fvu[h].get("shift"), left_out[h])
             for h, now in calibrations.items()
         }
 
@@ -138,7 +151,8 @@ class StageWork:
         The snapshots are read from disk, so a stage that is resumed in its middle meets the same bits.
         """
         activations = self.data.held_out_activations(stage.checkpoint)
-        self.module.held_out = {h: x * self.data.scales[h] for h, x in activations.items()}
+        limits = self.data.norm_limits
+        self.module.held_out = {h: take(x, within(x, limits[h])) * self.data.scales[h] for h, x in activations.items()}
         self.module.previous = {}
         if self.data.before is not None:
             saes = {h: track[stage.position - 1].sae() for h, track in tracks.items()}
@@ -150,7 +164,8 @@ class StageWork:
         """FVU of each track's last snapshot, as it is, on the held-out activations of an LLM checkpoint."""
         activations = self.data.held_out_activations(checkpoint)
         fvu = {}
-        for hookpoint, x in activations.items():
+        for hookpoint, every in activations.items():
+            x = take(every, within(every, norm_limit(every, self.data.tokens.outlier_norm)))
             sae = tracks[hookpoint][-1].sae().to(x.device)
             fvu[hookpoint] = float(fraction_variance_unexplained(x, reconstruct(sae, x)))
         return fvu
@@ -170,7 +185,8 @@ class StageWork:
             ValueError: If an SAE has diverged; nothing is written then.
         """
         saes = {h: self.module.sae(h).folded(s.calibration.scale).requires_grad_(False) for h, s in start.items()}
-        qualities = evaluation.evaluate(self._site(stage.checkpoint), saes)
+        limits = {h: s.calibration.norm_limit for h, s in start.items()}
+        qualities = evaluation.evaluate(self._site(stage.checkpoint, limits), saes)
         for hookpoint, quality in qualities.items():
             if not pd.notna(quality.scalars["fvu"]):
                 raise ValueError(
@@ -180,7 +196,7 @@ class StageWork:
                 )
         means = {h: s.calibration.mean.float() for h, s in start.items()}
         recovered = evaluation.cross_entropy_recovered(
-            self._site(stage.checkpoint, self.data.tokens.ce_tokens), saes, means
+            self._site(stage.checkpoint, limits, self.data.tokens.ce_tokens), saes, means
         )
         latents = {h: quality.latents for h, quality in qualities.items()}
         correlations = self._correlations(stage, tracks, latents)
@@ -199,6 +215,7 @@ class StageWork:
                     "sae": sae_record(sae),
                     "warm_start": stage.warm_start if stage.previous is not None else "scratch",
                     **{k: v for k, v in facts.items() if k != "llm"},
+                    "left_out": start[hookpoint].left_out,
                     "held_out_curve": [list(point) for point in self.module.curves.get(hookpoint, [])],
                     **_scalars(start[hookpoint], qualities[hookpoint].scalars, recovered[hookpoint], features),
                 }
@@ -226,7 +243,8 @@ class StageWork:
             return {}
         if self._latents is None or self._latents[0] != stage.previous:
             saes = {h: track[stage.position - 1].sae().to(self.data.device) for h, track in tracks.items()}
-            self._latents = (stage.previous, evaluation.latents_on(self._site(stage.previous), saes))
+            limits = {h: track[stage.position - 1].norm_limit for h, track in tracks.items()}
+            self._latents = (stage.previous, evaluation.latents_on(self._site(stage.previous, limits), saes))
         before = self._latents[1]
         return {
             h: evaluation.functional_correlation(before[h], after, tracks[h].facts["d_sae"], self.data.device)
@@ -239,13 +257,38 @@ class StageWork:
             weights = self.trainer.strategy.broadcast({k: v.cpu() for k, v in sae.state_dict().items()})
             sae.load_state_dict(weights)
 
-    def _site(self, checkpoint: LLMCheckpoint, n_tokens: int | None = None) -> evaluation.Site:
+    def _left_out(self, checkpoint: LLMCheckpoint, hookpoint: str, x: Tensor, limit: float) -> dict[str, float]:
+        """Shares of all positions; without a limit, a warning where there are outliers."""
+        shares = self.data.left_out_shares()
+        mask = within(x, limit)
+        left = 0.0 if mask is None else 1 - mask.double().mean().item()
+        if mask is None and hookpoint not in self._warned and self.trainer.is_global_zero:
+            sinks = 1 - (x.norm(dim=1) <= norm_limit(x, SINK_NORM)).double().mean().item()
+            if sinks:
+                self._warned.add(hookpoint)
+                logger.warning(
+                    "%s of LLM step %d: %.2g%% of its activations have norms over %d times the median, as attention "
+                    "sinks have, and weigh most in FVU and scale. `data.tokens.outlier_norm: %d` leaves them out.",
+                    *(hookpoint, checkpoint.step, 100 * sinks, SINK_NORM, SINK_NORM),
+                )
+        return {**shares, "outlier_norm": left * (1 - sum(shares.values()))}
+
+    def _site(
+        self, checkpoint: LLMCheckpoint, limits: Mapping[str, float], n_tokens: int | None = None
+    ) -> evaluation.Site:
         rows = self.data.measuring_rows("evaluation")
         if n_tokens is not None:
             n_rows = -(-n_tokens // self.data.tokens.context_size)
-            rows = TokenRows(rows.tokens[:n_rows], rows.documents[:n_rows], rows.bos_token_id)
+            rows = rows.select(slice(n_rows))
         llm = self.data.llm(checkpoint)
-        return evaluation.Site(llm, checkpoint, rows, self.trainer.global_rank, self.trainer.world_size)
+        return evaluation.Site(llm, checkpoint, rows, self.trainer.global_rank, self.trainer.world_size, limits)
+
+
+def _in_both(before: Tensor, now: Tensor, last: Calibration, calibration: Calibration) -> tuple[Tensor, Tensor]:
+    """The activations at the positions that are no outliers at either LLM checkpoint."""
+    masks = [m for m in (within(before, last.norm_limit), within(now, calibration.norm_limit)) if m is not None]
+    mask = torch.stack(masks).all(dim=0) if masks else None
+    return take(before, mask), take(now, mask)
 
 
 def _feature_table(
@@ -283,6 +326,7 @@ def _scalars(
     frequency = torch.tensor(features["firing_frequency"].to_numpy())
     scalars = {
         "scale": start.calibration.scale,
+        "norm_limit": None if math.isinf(start.calibration.norm_limit) else start.calibration.norm_limit,
         "fvu": quality["fvu"],
         "fvu_before": start.fvu_before,
         "fvu_shift": start.fvu_shift,

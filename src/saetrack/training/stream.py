@@ -7,6 +7,7 @@ so resuming needs one number and no buffer is ever saved.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.lm.forward import lane_numbers, module_name, read_activations
+from saetrack.lm.outliers import within
 from saetrack.lm.tokens import TokenRows, usable_counts
 
 ROWS_PER_FORWARD = 32
@@ -30,7 +32,7 @@ activations, and with them the hashes of the snapshots."""
 def harvest(
     llm: PreTrainedModel, checkpoint: LLMCheckpoint, rows: TokenRows, hookpoints: list[str], indices: NDArray[np.int64]
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Activations of token rows, one forward of the LLM at a time, BOS dropped.
+    """Activations of token rows, one forward of the LLM at a time, only where they count.
 
     Args:
         llm: The LLM, on the device where the activations are wanted.
@@ -50,8 +52,9 @@ def harvest(
         chosen = indices[start : start + ROWS_PER_FORWARD]
         tokens = torch.from_numpy(rows.tokens[chosen].astype(np.int64)).to(llm.device)
         usable = torch.from_numpy(rows.usable(chosen)).to(llm.device)
+        modules = list(dict.fromkeys(map(module_name, hookpoints)))
         activations = {}
-        for hookpoint, x in read_activations(llm, tokens, list(dict.fromkeys(map(module_name, hookpoints)))).items():
+        for hookpoint, x in read_activations(llm, tokens, modules, rows.contexts(chosen)).items():
             kept = x[usable].float()
             if not bool(torch.isfinite(kept).all()):
                 advice = "Leave" if x.dtype == torch.float32 else "Try `data.llm_dtype: float32`, or leave"
@@ -192,13 +195,21 @@ class ActivationStream:
     Args:
         order: Rows, chunks and shuffles of the stage.
         fill: Given the number of a chunk, returns the activations of its usable positions.
+        norm_limits: Gives, by hookpoint, the norm over which activations are left out; asked at every chunk, for a
+            stage's limits are measured when it begins. What is left out is made up for from the same chunk.
     """
 
-    def __init__(self, order: StageOrder, fill: Callable[[int], Batch]) -> None:
+    def __init__(
+        self,
+        order: StageOrder,
+        fill: Callable[[int], Batch],
+        norm_limits: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
         self.order = order
         self.end = order.batches
         """Batches after which iteration stops; a stage that has converged lowers it, ``len`` stays the budget."""
         self._fill = fill
+        self._norm_limits = norm_limits
         self._position = 0
 
     def __len__(self) -> int:
@@ -215,7 +226,7 @@ class ActivationStream:
             chunk, first = divmod(self._position, per_chunk)
             activations = self._fill(chunk)
             lanes = lane_numbers(list(activations.now))
-            shuffles = {h: self.order.shuffle(chunk, len(x), lanes[h]) for h, x in activations.now.items()}
+            shuffles = {h: self._shuffle(chunk, h, x, lanes[h]) for h, x in activations.now.items()}
             for i in range(first, per_chunk):
                 if self._position >= self.end:
                     break
@@ -224,6 +235,23 @@ class ActivationStream:
                 yield activations.at({h: order[i * batch : (i + 1) * batch] for h, order in shuffles.items()})
             del activations
         self._position = 0
+
+    def _shuffle(self, chunk: int, hookpoint: str, x: Tensor, lane: int) -> Tensor:
+        """The order of a chunk's activations without its outliers, with enough of them to fill its batches."""
+        order = self.order.shuffle(chunk, len(x), lane)
+        mask = within(x, self._norm_limits().get(hookpoint, math.inf))
+        if mask is None:
+            return order
+        order = order[mask.cpu()[order]]
+        if not len(order):
+            raise ValueError(
+                f"All {len(x)} activations of {hookpoint} in chunk {chunk} have outlier norms, measured by the "
+                "calibration tokens. Raise `data.tokens.outlier_norm`, or `data.tokens.calibration_tokens`."
+            )
+        # the leftover of whole rows usually covers what is gone; else a few activations are seen twice
+        batches = min(self.order.batches_per_chunk, self.order.batches - chunk * self.order.batches_per_chunk)
+        need = batches * self.order.local_batch
+        return order if len(order) >= need else order.repeat(-(-need // len(order)))[:need]
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches have been handed out, and of how many."""

@@ -15,6 +15,9 @@ from saetrack.track import Snapshot, Track, tracks_in
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.module import SAEModule, refuse_changes
 
+_BEFORE: dict[str, Any] = {"left_out_ids": [], "layout": "packed", "outlier_norm": None}
+"""What held for the tracks of 0.1.0, which do not say it."""
+
 
 def track_facts(module: SAEModule, data: ActivationDataModule, hookpoint: str) -> dict[str, Any]:
     """What makes a track this one and no other: the part of ``track.json`` that may not change."""
@@ -30,6 +33,9 @@ def track_facts(module: SAEModule, data: ActivationDataModule, hookpoint: str) -
         "corpus_hash": data.corpus_rows.hash,
         "context_size": data.tokens.context_size,
         "bos_token_id": data.corpus_rows.train.bos_token_id,
+        "left_out_ids": list(data.corpus_rows.train.left_out),
+        "layout": data.tokens.layout,
+        "outlier_norm": data.tokens.outlier_norm,
         "llm_dtype": data.llm_dtype,
     }
 
@@ -53,7 +59,7 @@ def refuse_another(track: Track, facts: Mapping[str, Any]) -> None:
     """Refuse a track that was begun with other facts."""
     # the tokenizer by what it does, which is in the corpus hash: in a growing folder its name changes
     same = {name: fact for name, fact in facts.items() if name != "tokenizer"}
-    refuse_changes(track.facts, same, str(track.path / "track.json"))
+    refuse_changes({**_BEFORE, **track.facts}, same, str(track.path / "track.json"))
 
 
 def refuse_other_hookpoints(track_dir: Path, hookpoints: Sequence[str]) -> None:

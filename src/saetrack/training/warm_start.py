@@ -6,12 +6,14 @@ sqrt(d_in).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from saetrack.lm.outliers import take, within
 from saetrack.sae import SAE
 from saetrack.track import Snapshot
 
@@ -26,31 +28,34 @@ class Calibration:
         mean: ``[d_in]``, float64.
         covariance: ``[d_in, d_in]``, float64.
         scale: Factor that brings the mean norm to sqrt(d_in).
+        norm_limit: Norm over which activations are outliers and left out everywhere, here too.
     """
 
     mean: Tensor
     covariance: Tensor
     scale: float
+    norm_limit: float = math.inf
 
     @classmethod
-    def measure(cls, x: Tensor) -> Calibration:
-        """Measure the activations ``x`` ``[n, d_in]``.
+    def measure(cls, x: Tensor, norm_limit: float = math.inf) -> Calibration:
+        """Measure the activations ``x`` ``[n, d_in]`` of a norm up to ``norm_limit``.
 
         Raises:
             ValueError: If all of them are zero.
         """
+        x = take(x, within(x, norm_limit))
         norm = x.double().norm(dim=1).mean().item()
         if norm == 0:
             raise ValueError(f"All {len(x)} calibration activations are zero, so they have no scale.")
         mean = x.double().mean(dim=0)
         centred = x.double() - mean
-        return cls(mean.cpu(), (centred.T @ centred / len(x)).cpu(), x.shape[1] ** 0.5 / norm)
+        return cls(mean.cpu(), (centred.T @ centred / len(x)).cpu(), x.shape[1] ** 0.5 / norm, norm_limit)
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> Calibration:
         """What a snapshot keeps of its LLM checkpoint's activations."""
         mean, covariance = (snapshot.statistics(name).double() for name in ("mean", "covariance"))
-        return cls(mean, covariance, snapshot.statistics("scale").item())
+        return cls(mean, covariance, snapshot.statistics("scale").item(), snapshot.norm_limit)
 
 
 def orthogonal_map(before: Tensor, after: Tensor) -> Tensor:

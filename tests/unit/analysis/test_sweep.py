@@ -77,10 +77,10 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counts:
         counts["loads"][checkpoint.step] += 1
         return load_llm(checkpoint, **kwargs)
 
-    def read(model: Any, tokens: torch.Tensor, hookpoints: list[str]) -> dict[str, torch.Tensor]:
+    def read(model: Any, tokens: torch.Tensor, *arguments: Any) -> dict[str, torch.Tensor]:
         for row in tokens:
             counts["rows"][(current[0], tuple(row.tolist()))] += 1
-        return read_activations(model, tokens, hookpoints)
+        return read_activations(model, tokens, *arguments)
 
     monkeypatch.setattr(sweep, "load_llm", load)
     monkeypatch.setattr(sweep, "read_activations", read)

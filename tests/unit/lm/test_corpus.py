@@ -5,8 +5,9 @@ from pathlib import Path
 import datasets
 import pytest
 
+from saetrack.lm import DatasetCorpus
 from saetrack.lm import corpus as corpus_module
-from saetrack.lm.corpus import Corpus, DatasetCorpus, StdlibCorpus, TextCorpus
+from saetrack.lm.corpus import Corpus, StdlibCorpus, TextCorpus
 
 ROWS = {"text": ["first", "", "third"], "title": ["a", "b", "c"]}
 
@@ -121,7 +122,7 @@ def test_a_data_set_is_read_however_it_is_kept(saved_rows: dict[str, Path], kind
 
     assert list(corpus("text").documents()) == ["first", "third"]
     assert corpus("text").identity == corpus("text").identity != corpus("title").identity
-    with pytest.raises(ValueError, match=r"corpus.column is 'body'.*\['text', 'title'\]"):
+    with pytest.raises(ValueError, match=r"has no column 'body'.*\['text', 'title'\]"):
         list(corpus("body").documents())
 
 

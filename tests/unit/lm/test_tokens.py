@@ -7,12 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from saetrack.lm import packing
+from saetrack.lm import rows as rows_module
 from saetrack.lm import tokens as tokens_module
 from saetrack.lm.corpus import Corpus
-from saetrack.lm.tokens import TokenizedCorpus, TokenRows, tokenize_corpus, tokenizer_hash, usable_counts
+from saetrack.lm.table_files import JsonLinesCorpus
+from saetrack.lm.tables import TokenColumns
+from saetrack.lm.tokens import (
+    RowSettings,
+    TokenizedCorpus,
+    TokenRows,
+    tokenize_corpus,
+    tokenizer_hash,
+    usable_counts,
+)
 
 SPLITS = ("train", "selection", "evaluation")
 CONTEXT = 8
@@ -51,6 +62,15 @@ def tokenise(corpus: list[str], folder: Path, **options: Any) -> TokenizedCorpus
     return tokenize_corpus(ListCorpus(corpus), tokenizer, ("folder", "main"), CONTEXT, folder, **(shares | options))
 
 
+def tokenised_elsewhere(folder: Path, rows: list[list[int]], **options: Any) -> TokenizedCorpus:
+    path = folder / "ids.jsonl"
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    corpus = JsonLinesCorpus([str(path)], tokens=TokenColumns())
+    tokenizer = options.pop("tokenizer", None) or character_tokenizer()
+    shares = {"selection_share": 0.0, "evaluation_share": 0.0}
+    return tokenize_corpus(corpus, tokenizer, ("folder", "main"), CONTEXT, folder / "cache", **(shares | options))
+
+
 def rows_by_hand(corpus: list[str], bos: int | None, eos: int | None) -> dict[str, list[list[tuple[int, int]]]]:
     """One token at a time: `(token, document)` of every row of every split."""
     rows: dict[str, list[list[tuple[int, int]]]] = {split: [[]] for split in SPLITS}
@@ -73,7 +93,7 @@ def test_rows_are_packed_as_documented(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bos: bool, eos: bool, batch: int
 ) -> None:
     monkeypatch.setattr(tokens_module, "_BATCH_CHARACTERS", batch)
-    monkeypatch.setattr(tokens_module, "_WRITE_ROWS", 7)
+    monkeypatch.setattr(packing, "_WRITE_ROWS", 7)
     got = tokenise(texts(), tmp_path, tokenizer=character_tokenizer(bos, eos))
     expected = rows_by_hand(texts(), 0 if bos else None, 1 if eos else None)
     for split in SPLITS:
@@ -206,6 +226,169 @@ def test_bos_is_not_usable_even_as_id_zero() -> None:
 
 
 def test_usable_positions_are_counted_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens_module, "_COUNT_ROWS", 3)
+    monkeypatch.setattr(rows_module, "_COUNT_ROWS", 3)
     rows = tokenise(texts(), tmp_path).train
     np.testing.assert_array_equal(usable_counts(rows), rows.usable().sum(axis=1))
+
+
+def with_own_bos(bos: str | None) -> PreTrainedTokenizerFast:
+    """A tokenizer with a BOS, which puts it before every text by itself, or does not."""
+    tokenizer = character_tokenizer()
+    if bos is not None:
+        template = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
+        tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("setting", "tokenizer", "expected"),
+    [
+        ("always", with_own_bos(None), 0),
+        ("always", with_own_bos("<bos>"), 0),
+        ("always", character_tokenizer(bos=False), None),
+        ("tokenizer", with_own_bos(None), None),
+        ("tokenizer", with_own_bos("<bos>"), 0),
+        ("tokenizer", character_tokenizer(bos=False), None),
+        ("never", with_own_bos("<bos>"), None),
+    ],
+)
+def test_bos_is_put_where_it_is_asked_for(
+    tmp_path: Path, setting: Any, tokenizer: PreTrainedTokenizerFast, expected: int | None
+) -> None:
+    got = tokenise(texts(), tmp_path, tokenizer=tokenizer, settings=RowSettings(bos=setting))
+    assert got.train.bos_token_id == expected
+    tokens = np.asarray(got.train.tokens)
+    assert (tokens[:, 0] == 0).all() == (expected == 0)
+    assert (tokens == 1).any() == (expected is None)  # without BOS, EOS ends each document
+
+
+def test_bos_with_id_zero_is_a_bos(tmp_path: Path) -> None:
+    """PEERS.md 2.8: SAELens #724 takes BOS id 0 for unset, which hits every Pythia series."""
+    tokenizer = character_tokenizer()
+    assert tokenizer.bos_token_id == 0
+    rows = tokenise(texts(), tmp_path, tokenizer=tokenizer).train
+    assert rows.bos_token_id == 0
+    assert rows.tokens[:, 0].tolist() == [0] * len(rows.tokens)
+    assert not rows.usable()[:, 0].any()
+    assert rows.left_out_shares()["bos"] == (np.asarray(rows.tokens) == 0).mean() > 1 / CONTEXT
+
+
+@pytest.mark.parametrize(("leave_out", "left_out"), [(True, (1,)), (False, ())], ids=["left out", "kept"])
+def test_special_tokens_can_be_left_out(tmp_path: Path, leave_out: bool, left_out: tuple[int, ...]) -> None:
+    tokenizer = character_tokenizer(bos=False)
+    rows = tokenise(texts(), tmp_path, tokenizer=tokenizer, settings=RowSettings(leave_out_special=leave_out)).train
+    assert rows.left_out == left_out
+    tokens = np.asarray(rows.tokens)
+    np.testing.assert_array_equal(rows.usable(), tokens != 1 if leave_out else np.ones_like(tokens, dtype=bool))
+    np.testing.assert_array_equal(usable_counts(rows), rows.usable().sum(axis=1))
+    shares = {"bos": 0.0, "special": (tokens == 1).mean() if leave_out else 0.0, "padding": 0.0}
+    assert rows.left_out_shares() == shares
+    assert rows.select(np.array([2, 1])).left_out == left_out
+
+
+def separate_by_hand(corpus: list[str]) -> list[tuple[list[int], list[int]]]:
+    rows = []
+    for document, text in enumerate(corpus):
+        letters = ["abcdefghijklmnopqrstuvwxyz \n".index(c) + 2 for c in text]
+        while letters:
+            part, letters = letters[: CONTEXT - 1], letters[CONTEXT - 1 :]
+            fill = CONTEXT - 1 - len(part)
+            rows.append(([0, *part, *[1] * fill], [document] * (len(part) + 1) + [-1] * fill))
+    return rows
+
+
+def test_separate_rows_hold_one_document_and_padding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "_WRITE_ROWS", 7)
+    options = {"selection_share": 0.0, "evaluation_share": 0.0, "settings": RowSettings(layout="separate")}
+    rows = tokenise(texts(), tmp_path, **options).train
+    tokens, documents = (np.array(part) for part in zip(*separate_by_hand(texts()), strict=True))
+    np.testing.assert_array_equal(rows.tokens, tokens)
+    np.testing.assert_array_equal(rows.documents, documents)
+    np.testing.assert_array_equal(rows.usable(), (tokens != 0) & (documents >= 0))
+    np.testing.assert_array_equal(usable_counts(rows), rows.usable().sum(axis=1))
+    np.testing.assert_array_equal(rows.predicting(), rows.usable()[:, :-1] & rows.usable()[:, 1:])
+    assert rows.contexts(slice(None)) is None  # what stands before a token is of its own document
+    assert rows.left_out_shares() == {
+        "bos": (tokens == 0).mean(),
+        "special": 0.0,
+        "padding": pytest.approx((documents < 0).mean()),
+    }
+
+
+def test_masked_rows_are_the_packed_ones(tmp_path: Path) -> None:
+    packed, masked = (tokenise(texts(), tmp_path, settings=RowSettings(layout=x)) for x in ("packed", "masked"))
+    assert packed.hash == masked.hash
+    some = np.array([3, 1])
+    np.testing.assert_array_equal(masked.train.contexts(some), packed.train.documents[some])
+    assert packed.train.contexts(some) is None
+    ends = np.asarray(packed.train.documents[:, 1:] != packed.train.documents[:, :-1])
+    np.testing.assert_array_equal(masked.train.predicting(), packed.train.predicting() & ~ends)
+    assert (packed.train.predicting() & ends).any()
+
+
+@pytest.mark.parametrize(
+    ("bos", "rows", "expected"),
+    [
+        ("always", [[2, 3, 4], [5, 6]], [0, 2, 3, 4, 0, 5, 6]),
+        ("always", [[0, 2, 3, 4], [0, 5, 6]], [0, 2, 3, 4, 0, 5, 6]),
+        ("always", [[0, 2, 3, 0, 4], [5, 6]], [0, 2, 3, 0, 4, 0, 5, 6]),
+        ("never", [[0, 2, 3, 0, 4], [5, 6]], [0, 2, 3, 0, 4, 5, 6]),
+    ],
+    ids=["BOS is put before", "BOS is there", "BOS is within", "as it is"],
+)
+def test_tokens_made_elsewhere_are_packed_alike(
+    tmp_path: Path, bos: Any, rows: list[list[int]], expected: list[int]
+) -> None:
+    filler = [[7] * 9]
+    got = tokenised_elsewhere(tmp_path, rows + filler, settings=RowSettings(bos=bos))
+    assert np.asarray(got.train.tokens).ravel()[: len(expected)].tolist() == expected
+    assert not (np.asarray(got.train.tokens) == 1).any()
+
+
+def test_text_and_its_tokens_give_the_same_rows_in_other_splits(tmp_path: Path) -> None:
+    shares = {"selection_share": 0.0, "evaluation_share": 0.0}
+    ids = [["abcdefghijklmnopqrstuvwxyz \n".index(c) + 2 for c in text] for text in texts()]
+    got, expected = tokenised_elsewhere(tmp_path, ids), tokenise(texts(), tmp_path, **shares)
+    np.testing.assert_array_equal(got.train.tokens, expected.train.tokens)
+    np.testing.assert_array_equal(got.train.documents, expected.train.documents)
+    split = tokenised_elsewhere(tmp_path, ids + ids, selection_share=0.3, evaluation_share=0.3)
+    seen = [{tuple(ids[d % len(ids)]) for d in np.unique(getattr(split, name).documents)} for name in SPLITS]
+    assert all(seen)
+    assert len(set.union(*seen)) == sum(map(len, seen))  # equal documents land together
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab_size", "message"),
+    [
+        (
+            [[5] * 20, [6, 40]],
+            40,
+            r"ids\.jsonl, line 2 holds the token id 40, .* has 40 ids.*`data\.corpus`",
+        ),
+        ([[5] * 20, [6, 30]], None, r"line 2 holds the token id 30, .* vocabulary has 30 ids"),
+        ([[5, -100, 6], [5] * 20], 40, r"line 1 holds the token id -100, .* vocabulary has 40 ids"),
+    ],
+    ids=["beyond", "beyond the tokenizer", "negative"],
+)
+def test_an_id_that_the_llm_does_not_know_is_named(
+    tmp_path: Path, rows: list[list[int]], vocab_size: int | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        tokenised_elsewhere(tmp_path, rows, vocab_size=vocab_size)
+    assert "\n" not in str(raised.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_text_and_cached_rows_are_held_against_the_vocabulary_too(tmp_path: Path) -> None:
+    corpus = [" ", *texts()]  # the blank is the last of the ids, 28
+    known = tokenise(corpus, tmp_path, vocab_size=30)
+    for folder in (tmp_path, tmp_path / "new"):
+        with pytest.raises(ValueError, match=r"Document 0 of the corpus .* token id 28, .* vocabulary has 28 ids"):
+            tokenise(corpus, folder, vocab_size=28)
+    assert tokenise(corpus, tmp_path, vocab_size=29).hash == known.hash
+
+
+def test_ids_beyond_the_tokenizer_are_kept_where_the_llm_knows_them(tmp_path: Path) -> None:
+    got = tokenised_elsewhere(tmp_path, [[5] * 20, [70_000] * 20], vocab_size=100_000)
+    assert got.train.tokens.dtype == np.int32
+    assert got.train.tokens.max() == 70_000

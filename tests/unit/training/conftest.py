@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,8 @@ def tiny_data(tiny_series: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 def tiny_fit(tiny_data: Callable[..., ActivationDataModule]) -> Callable[..., Fitted]:
     """Fit SAEs to LLM steps 0, 2 and 10 of the tiny series.
 
-    ``tiny_fit(run, callbacks=[], logger=False, hookpoints=None, ckpt_path=None, trainer={}, module={}, **scheduler)``
+    ``tiny_fit(run, callbacks=[], logger=False, hookpoints=None, ckpt_path=None, trainer={}, module={}, tokens={},
+    source=None, **scheduler)``
     """
 
     def fit(
@@ -87,10 +88,14 @@ def tiny_fit(tiny_data: Callable[..., ActivationDataModule]) -> Callable[..., Fi
         ckpt_path: Path | None = None,
         trainer: dict[str, Any] | None = None,
         module: dict[str, Any] | None = None,
+        tokens: dict[str, Any] | None = None,
+        source: FolderSource | None = None,
         **scheduler: Any,
     ) -> Fitted:
         seed_everything(0, verbose=False)
         data = tiny_data(hookpoints)
+        data.tokens = replace(data.tokens, **(tokens or {}))
+        data.source = source or data.source
         settings = {"optimizer": OptimizerSettings(warmup_tokens=500), "dead_after_tokens": 1000, **(module or {})}
         trained = SAEModule(lambda d: TopKSAE(d, 4, k=4), log_every_tokens=256, **settings)
         options = {"steps": [0, 2, 10], "tokens_first": 2000, "tokens_next": 1000, **scheduler}

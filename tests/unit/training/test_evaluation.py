@@ -1,4 +1,7 @@
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +11,18 @@ from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
 from saetrack import metrics
-from saetrack.lm import LLMCheckpoint, TokenRows
+from saetrack.lm import (
+    JsonLinesCorpus,
+    LLMCheckpoint,
+    RowSettings,
+    TokenColumns,
+    TokenRows,
+    edit_activations,
+    next_token_losses,
+    read_activations,
+    tokenize_corpus,
+)
+from saetrack.lm.rows import Layout
 from saetrack.sae import SAE, StandardSAE, TopKSAE
 from saetrack.training.evaluation import (
     Site,
@@ -18,6 +32,8 @@ from saetrack.training.evaluation import (
     latents_on,
     reconstruction_fvu,
 )
+from saetrack.training.stream import harvest
+from tests.conftest import build_tokenizer
 
 D = 16
 H = "gpt_neox.layers.0"
@@ -200,3 +216,78 @@ def test_latents_on_and_evaluate_give_the_same_latents(site: Site, x: Tensor) ->
 def test_ranks_share_the_evaluation_rows(site: Site) -> None:
     shares = [Site(site.llm, site.checkpoint, site.rows, rank, 3).indices for rank in range(3)]
     assert sorted(np.concatenate(shares).tolist()) == list(range(70))
+
+
+def test_outliers_are_not_measured_and_have_no_latents(site: Site, x: Tensor) -> None:
+    sae, norms = trained(x), x.norm(dim=1)
+    limit = norms.quantile(0.9).item() + 1e-4
+    kept = x[norms <= limit]
+    assert 0 < len(kept) < len(x)
+    limited = replace(site, norm_limits={H: limit})
+    got = evaluate(limited, {H: sae})[H]
+    assert got.scalars["fvu"] == pytest.approx(metrics.fraction_variance_unexplained(kept, sae(kept)).item(), rel=1e-4)
+    assert got.scalars["evaluation_tokens"] == len(kept)
+    expected = torch.where((norms <= limit)[:, None], sae.encode(x), 0)
+    for parts in (got.latents, latents_on(limited, {H: sae})[H]):
+        np.testing.assert_allclose(np.concatenate([p.toarray() for p in parts]), expected, rtol=1e-4, atol=1e-4)
+    fvu = reconstruction_fvu(limited, {H: {"sae": sae}, OTHER: {"sae": sae}})
+    assert fvu[H]["sae"] == pytest.approx(got.scalars["fvu"], rel=1e-6)
+    assert fvu[OTHER] == reconstruction_fvu(site, {OTHER: {"sae": sae}})[OTHER]
+
+
+def test_cross_entropy_spares_outliers_and_does_not_count_them(site: Site, x: Tensor) -> None:
+    sae, limit = trained(x), x.norm(dim=1).quantile(0.8).item()
+    got = cross_entropy_recovered(replace(site, norm_limits={H: limit}), {OTHER: sae, H: sae}, {H: x[0], OTHER: x[0]})
+    tokens = torch.from_numpy(site.rows.tokens.astype(np.int64))
+    at = read_activations(site.llm, tokens, [H])[H]
+    counted = (tokens != 0) & (at.norm(dim=-1) <= limit)
+    for name, edit in (("ce_clean", lambda x: x), ("ce_sae", sae), ("ce_zero", torch.zeros_like)):
+        logits = edit_activations(site.llm, tokens, H, lambda x, edit=edit: torch.where(counted[..., None], edit(x), x))
+        by_hand = next_token_losses(logits, tokens)[counted[:, :-1]].mean().item()
+        assert got[H][name] == pytest.approx(by_hand, rel=1e-5)
+    assert got[OTHER] == cross_entropy_recovered(site, {OTHER: sae}, {OTHER: x[0]})[OTHER]
+
+
+def alone(site: Site) -> list[list[int]]:
+    """The pieces of documents in the rows of a site, without padding."""
+    pieces = []
+    for tokens, documents in zip(site.rows.tokens, site.rows.documents, strict=True):
+        cuts = np.flatnonzero(np.diff(documents)) + 1
+        parts = zip(np.split(tokens, cuts), np.split(documents, cuts), strict=True)
+        pieces += [part.tolist() for part, number in parts if number[0] >= 0]
+    return pieces
+
+
+@pytest.mark.parametrize("layout", ["masked", "separate"])
+def test_documents_that_share_no_context_are_measured_as_if_alone(
+    site: Site, x: Tensor, layout: Layout, tmp_path: Path
+) -> None:
+    """Activations and losses of rows agree with forwards of one document each, without mask or padding."""
+    (tmp_path / "ids.jsonl").write_text(
+        "".join(json.dumps({"input_ids": row[: 4 + i % 20].tolist()}) + "\n" for i, row in enumerate(site.rows.tokens))
+    )
+    corpus = JsonLinesCorpus([str(tmp_path / "ids.jsonl")], tokens=TokenColumns())
+    shares = {"selection_share": 0.0, "evaluation_share": 0.0, "vocab_size": 64}
+    made = tokenize_corpus(
+        corpus, build_tokenizer(), ("", None), 16, tmp_path, settings=RowSettings(layout=layout), **shares
+    )
+    here = Site(site.llm, site.checkpoint, made.train)
+    sae, mean = trained(x), x.mean(0)
+    got = cross_entropy_recovered(here, {H: sae}, {H: mean})[H]
+    activations, losses = [], {"ce_clean": [], "ce_sae": []}
+    for piece in alone(here):
+        tokens = torch.tensor([piece])
+        keep = (tokens != 0) & (tokens != 1)
+        read = read_activations(site.llm, tokens, [H])[H]
+        activations.append(read[keep])
+        for name, edit in (("ce_clean", lambda x: x), ("ce_sae", sae)):
+
+            def edited(x: Tensor, edit: Any = edit, keep: Tensor = keep) -> Tensor:
+                return torch.where(keep[..., None], edit(x), x)
+
+            logits = edit_activations(site.llm, tokens, H, edited)
+            losses[name].append(next_token_losses(logits, tokens)[keep[:, :-1]])
+    harvested = torch.cat([a[H] for _, a in harvest(site.llm, site.checkpoint, made.train, [H], here.indices)])
+    torch.testing.assert_close(harvested, torch.cat(activations), rtol=1e-5, atol=1e-5)
+    for name, parts in losses.items():
+        assert got[name] == pytest.approx(torch.cat(parts).mean().item(), rel=1e-5)

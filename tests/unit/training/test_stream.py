@@ -216,6 +216,48 @@ def test_a_budget_below_one_batch_is_refused() -> None:
         replace(ORDER, tokens=63)
 
 
+def stream_without(order: StageOrder, over: dict[str, float], sinks: np.ndarray) -> ActivationStream:
+    """Activations are their place in the corpus; those of ``sinks`` have a norm of their own, 1e6 times theirs."""
+
+    def fill(chunk: int) -> Batch:
+        x = positions(order.chunk_rows(chunk)).double() + 1
+        x[torch.isin(x[:, 0].long() - 1, torch.from_numpy(sinks))] *= 1e6
+        return Batch({HOOKPOINT: x, "other": -x}, {HOOKPOINT: 2 * x})
+
+    return ActivationStream(order, fill, lambda: over)
+
+
+SINKS = np.random.default_rng(5).permutation(400 * CONTEXT)[: 400 * CONTEXT // 20]
+
+
+def test_outliers_are_never_served_and_every_batch_is_full() -> None:
+    got = list(stream_without(ORDER, {HOOKPOINT: 1e5}, SINKS))
+    assert {len(b.now[HOOKPOINT]) for b in got} == {BATCH}
+    assert len(got) == ORDER.batches
+    seen = torch.cat([b.now[HOOKPOINT] for b in got])[:, 0].long().numpy() - 1
+    assert not np.isin(seen, SINKS).any()
+    assert len(np.unique(seen)) > 0.95 * len(seen)  # a few are seen twice, where a chunk has no others left
+    assert all(torch.equal(b.before[HOOKPOINT], 2 * b.now[HOOKPOINT]) for b in got)
+    assert any((b.now["other"].abs() > 1e5).any() for b in got)  # it has no limit
+
+
+def test_without_outliers_the_limit_changes_nothing() -> None:
+    free, limited = (list(stream_without(ORDER, over, np.array([]))) for over in ({}, {HOOKPOINT: 1e5}))
+    assert all(torch.equal(a.now[HOOKPOINT], b.now[HOOKPOINT]) for a, b in zip(free, limited, strict=True))
+
+
+def test_a_batch_without_outliers_is_reached_directly() -> None:
+    expected = list(stream_without(ORDER, {HOOKPOINT: 1e5}, SINKS))[6:]
+    direct = stream_without(ORDER, {HOOKPOINT: 1e5}, SINKS)
+    direct.load_state_dict({"position": 6, "end": 25})
+    assert all(torch.equal(a.now[HOOKPOINT], b.now[HOOKPOINT]) for a, b in zip(direct, expected, strict=True))
+
+
+def test_a_chunk_of_outliers_alone_says_what_to_change() -> None:
+    with pytest.raises(ValueError, match=r"All \d+ activations of .* in chunk 0 .*`data\.tokens\.outlier_norm`"):
+        next(iter(stream_without(ORDER, {HOOKPOINT: 0.5}, SINKS)))
+
+
 @pytest.mark.parametrize("n", [1, ROWS_PER_FORWARD, 2 * ROWS_PER_FORWARD + 3])
 def test_harvest_gives_the_usable_activations_in_reading_order(
     make_llm: Callable[..., GPTNeoXForCausalLM], n: int

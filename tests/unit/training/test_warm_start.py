@@ -54,6 +54,16 @@ def started(sae: SAE, x: Tensor) -> SAE:
     return sae
 
 
+def test_calibration_leaves_outliers_out() -> None:
+    x = activations(0)
+    sinks = torch.cat([x, 1000 * x[:20]])
+    got, expected = Calibration.measure(sinks, 10 * x.norm(dim=1).max().item()), Calibration.measure(x)
+    assert torch.equal(got.mean, expected.mean)
+    assert torch.equal(got.covariance, expected.covariance)
+    assert got.scale == expected.scale
+    assert Calibration.measure(sinks).scale < 0.1 * expected.scale
+
+
 def test_calibration_matches_numpy() -> None:
     x = activations(0)
     got = Calibration.measure(x)
