@@ -16,6 +16,7 @@ LAYER = {
     "storage": -1,
     "errors": -1,
     "hub": -1,
+    "tensor_files": -1,
     "sae": 0,
     "metrics": 0,
     "lm": 0,

@@ -122,7 +122,9 @@ def test_two_hookpoints_give_two_tracks_from_one_forward(config: dict[str, Any],
     assert done.returncode == 0, done.stderr
     folder = Path(config["scheduler"]["track_dir"])
     first, second = (Track.open(folder / h) for h in config["data"]["hookpoints"])
-    assert first.steps == second.steps == [10, 0]
+    assert first.steps == second.steps == [0, 10]
+    assert [s.number for s in first] == [1, 0]
+    assert first[0].metadata["warm_started_from"] == {"track": None, "snapshot": "0000-step10", "step": 10}
     assert first.facts["hookpoint"] == "gpt_neox.layers.1"
     assert first[0].metadata["fvu"] != second[0].metadata["fvu"]
     with pytest.raises(ValueError, match="holds 2 tracks; open one of"):

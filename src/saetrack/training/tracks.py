@@ -11,7 +11,7 @@ import saetrack
 from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.lm.forward import module_name
 from saetrack.sae import sae_record
-from saetrack.storage import link_or_copy, whole_folder, write_json
+from saetrack.storage import link_or_copy, whole_folder
 from saetrack.track import Snapshot, Track, tracks_in
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.module import SAEModule, refuse_changes
@@ -45,9 +45,12 @@ def adopt(track: Track, snapshot: Snapshot) -> None:
     """Begin a track with a snapshot of another: the same files on the disk, which no snapshot's are ever changed."""
     with whole_folder(track.path / "snapshots" / f"0000-step{snapshot.step}") as folder:
         for file in snapshot.path.iterdir():
-            if file.name != "metadata.json":
-                link_or_copy(file, folder / file.name)
-        write_json(folder / "metadata.json", {**snapshot.metadata, "position": 0})
+            link_or_copy(file, folder / file.name)
+
+
+def trained(track: Track) -> list[Snapshot]:
+    """The snapshots that training was spent on: all but one that was adopted unchanged to begin with."""
+    return [snapshot for snapshot in track if snapshot.metadata.get("tokens_trained") != 0]
 
 
 def refuse_another(track: Track, facts: Mapping[str, Any]) -> None:
@@ -79,15 +82,28 @@ def refuse_other_weights(done: Sequence[Snapshot], weight_hashes: Mapping[int, s
             )
 
 
-def refuse_gaps(track: Track, done: int) -> None:
-    """Refuse to go on when a snapshot before position ``done`` is not there."""
-    have = {snapshot.position for snapshot in track}
+def refuse_gaps(track: Track, steps: Sequence[int], done: int) -> None:
+    """Refuse to go on when a snapshot of a number below ``done`` is not there, or one is that would be lost.
+
+    Args:
+        track: The track.
+        steps: LLM steps in the order of training.
+        done: How many stages the resume file has.
+    """
+    have = {snapshot.number for snapshot in track}
     missing = [i for i in range(done) if i not in have]
     if missing:
         raise FileNotFoundError(
             f"{track.path} should hold the snapshots 0 to {done - 1}, but {missing} are not there. Restore them "
             "from a copy, or start again in another `scheduler.track_dir`."
         )
+    planned = dict(enumerate(steps))
+    for snapshot in track:  # one that was written after the last resume file is trained again, to the same bytes
+        if planned.get(snapshot.number) != snapshot.step:
+            raise ValueError(
+                f"{snapshot.path} is finished, but with these `scheduler.steps` stage {snapshot.number} would be of "
+                f"LLM step {planned.get(snapshot.number)}. Finish the run with the steps that it had, then add others."
+            )
 
 
 def _series_name(checkpoints: list[LLMCheckpoint]) -> str:
