@@ -280,8 +280,10 @@ def wide_gaps(metrics: pd.DataFrame) -> list[int]:
 def snapshot_table(track: Track) -> str:
     """The snapshots of a track as a plain text table, one line each."""
     metrics = track.metrics()
+    began = metrics["from_step"].map(lambda step: "-" if pd.isna(step) else f"{step:,.0f}")
     columns = {
         "LLM step": metrics["step"].map("{:,}".format),
+        **({} if track.is_forward_chain else {"from step": began}),
         "FVU before": metrics["fvu_before"].map("{:.3f}".format),
         "FVU after": metrics["fvu"].map("{:.3f}".format),
         "L0": metrics["l0"].map("{:.1f}".format),

@@ -4,6 +4,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from saetrack.exchange.exporting import export_track
 from saetrack.exchange.importing import ImportedFacts, import_sae
 from saetrack.lm import LLMCheckpoint, load_llm
 from saetrack.lm.forward import read_activations
-from saetrack.sae import TopKSAE
+from saetrack.sae import SAE, StandardSAE, TopKSAE, sae_record
 from saetrack.track import Track
 from saetrack.training.control_plan import ControlSettings, plan_controls
 from saetrack.training.datamodule import ActivationDataModule
@@ -215,12 +216,11 @@ def test_a_start_belongs_to_the_series_although_the_choice_leaves_it_out() -> No
     assert [c.step for c in reachable(SERIES, SERIES, 2, "backward", named=False)] == [0, 1, 2]
 
 
-def planted(folder: Path, sae: TopKSAE, imported: Track) -> str:
+def planted(folder: Path, sae: SAE, imported: Track) -> str:
     """A track with this SAE at step 2, written as `saetrack import` would."""
     facts = {k: v for k, v in imported.facts.items() if k != "schema"}
     track = Track.create(folder, {**facts, "d_in": sae.d_in, "d_sae": sae.d_sae}, {})
-    record = {"class": "saetrack.sae.TopKSAE", "arguments": sae.arguments}
-    track.write(0, sae, {**imported[0].metadata, "sae": record}, {}, imported[0].features)
+    track.write(0, sae, {**imported[0].metadata, "sae": sae_record(sae)}, {}, imported[0].features)
     return str(folder)
 
 
@@ -230,18 +230,27 @@ def planted(folder: Path, sae: TopKSAE, imported: Track) -> str:
         (lambda: TopKSAE(8, 4, k=4), r"width 8, but gpt_neox\.layers\.0 of this LLM is 16 wide"),
         (lambda: TopKSAE(16, 2, k=4), r"needs `model\.sae\.init_args\.expansion_factor: 2`"),
         (lambda: TopKSAE(16, 4, k=3), r"needs `model\.sae\.init_args\.k: 3`, but the configuration has 4"),
+        (lambda: StandardSAE(16, 4), r"needs `model\.sae\.class_path: StandardSAE`, but the configuration has TopKSAE"),
         (lambda: random_sae(torch.linspace(1, 2, 64)), "differ in norm by up to 100.0%"),
-        (lambda: random_sae(torch.full((64,), 300.0)), "worse than the mean activation"),
     ],
-    ids=["d_in", "d_sae", "k", "unequal norms", "not of this LLM"],
+    ids=["d_in", "d_sae", "k", "class", "unequal norms"],
 )
 def test_an_sae_that_does_not_fit_is_refused(
-    make: Callable[[], TopKSAE], message: str, tiny_fit: Fit, imported: Track, tmp_path: Path
+    make: Callable[[], SAE], message: str, imported: Track, tmp_path: Path
 ) -> None:
-    start = planted(tmp_path / "planted", make(), imported)
+    start = read_start(planted(tmp_path / "planted", make(), imported), [HOOKPOINT])
+    assert start is not None
+    own = TopKSAE(16, 4, k=4)
+    module: Any = SimpleNamespace(build_sae=lambda _: own, sae=lambda _: own)
     with pytest.raises(ValueError, match=message) as refused:
-        tiny_fit(tmp_path / "run", steps=[2, 10], module={"start": start})
+        start.saes(module)
     assert "\n" not in str(refused.value)
+
+
+def test_an_sae_that_reconstructs_nothing_is_refused(tiny_fit: Fit, imported: Track, tmp_path: Path) -> None:
+    start = planted(tmp_path / "planted", random_sae(torch.full((64,), 300.0)), imported)
+    with pytest.raises(ValueError, match="worse than the mean activation"):
+        tiny_fit(tmp_path / "run", steps=[2, 10], module={"start": start})
 
 
 def random_sae(norms: torch.Tensor) -> TopKSAE:
