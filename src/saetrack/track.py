@@ -7,8 +7,6 @@ without the dot is complete and the listing is the list: there is no index that 
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -17,133 +15,35 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from torch import Tensor
 
 from saetrack.hub import HubFolder, is_hub_address
-from saetrack.lm.checkpoints import LLMCheckpoint
-from saetrack.lm.local.recognise import format_from_record
 from saetrack.lm.tokens import TokenRows
-from saetrack.sae import SAE, sae_from_record, save_saelens
+from saetrack.sae import SAE, save_saelens
+from saetrack.snapshot import FEATURES, METADATA, SNAPSHOT_NAME, SNAPSHOTS, STATISTICS, WEIGHTS, Snapshot
 from saetrack.storage import make_readable, whole_folder, write_json
+from saetrack.tensor_files import damage, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from saetrack.report import Plots
 
+__all__ = ["SCHEMA", "Snapshot", "Track", "tracks_in"]
+
 SCHEMA = 1
 """Version of the layout on disk; a reader refuses a track whose schema is newer than this."""
 
-_SNAPSHOT = re.compile(r"^(?P<position>\d{4,})-step(?P<step>\d+)$")
 _TRACK_FILE = "track.json"
 _TOKENS = "tokens.safetensors"
-_SNAPSHOTS = "snapshots"
-_WEIGHTS = "sae_weights.safetensors"
-_STATISTICS = "statistics.safetensors"
-_FEATURES = "features.parquet"
-_METADATA = "metadata.json"
-
-
-class Snapshot:
-    """The SAE at the end of a stage, with its statistics.
-
-    Args:
-        path: The snapshot's directory, e.g. ``runs/NAME/HOOKPOINT/snapshots/0007-step64``.
-        hub: Where the track comes from when it is on the Hub: files that are not here are then downloaded.
-    """
-
-    def __init__(self, path: Path, hub: HubFolder | None = None) -> None:
-        match = _SNAPSHOT.match(path.name)
-        if match is None:
-            raise ValueError(f"{path} is not a snapshot's directory; expected a name like 0007-step64.")
-        self.path = path
-        self._hub = hub
-        self.position = int(match["position"])
-        self.step = int(match["step"])
-
-    def __repr__(self) -> str:
-        return f"Snapshot({str(self.path)!r})"
-
-    def file(self, name: str) -> Path:
-        """A file of the snapshot, e.g. ``sae_weights.safetensors``; from the Hub, it is downloaded when asked for."""
-        path = self.path / name
-        if self._hub is not None and not path.exists():
-            return self._hub.fetch(f"{_SNAPSHOTS}/{self.path.name}/{name}")
-        return path
-
-    @cached_property
-    def metadata(self) -> dict[str, Any]:
-        """The facts of ``metadata.json``: the LLM checkpoint, the SAE's class, and the quality of the snapshot."""
-        facts: dict[str, Any] = json.loads(self.file(_METADATA).read_text(encoding="utf-8"))
-        return facts
-
-    @property
-    def norm_limit(self) -> float:
-        """Norm over which activations of its LLM checkpoint are left out, in the LLM's own units; may be infinite."""
-        limit = self.metadata.get("norm_limit")
-        return math.inf if limit is None else float(limit)
-
-    @property
-    def llm(self) -> LLMCheckpoint:
-        """The LLM checkpoint this snapshot was trained on."""
-        facts = self.metadata["llm"]
-        return LLMCheckpoint(
-            facts["model"],
-            facts["revision"],
-            facts["step"],
-            facts["tokens"],
-            facts.get("cache_dir"),
-            format_from_record(facts.get("format")),
-        )
-
-    def sae(self) -> SAE:
-        """The SAE, in the LLM's own units (the activation scale is folded into its weights)."""
-        sae = sae_from_record(self.metadata["sae"])
-        with safe_open(self.file(_WEIGHTS), framework="pt") as weights:
-            sae.load_state_dict({name: weights.get_tensor(name) for name in weights.keys()})  # noqa: SIM118
-        return sae.eval().requires_grad_(False)
-
-    def tensor(self, name: str) -> Tensor:
-        """One tensor of the SAE, e.g. ``W_dec`` ``[d_sae, d_in]``; only that tensor is read.
-
-        Raises:
-            ValueError: If there is no tensor of that name; the message lists the names.
-        """
-        return _read_tensor(self.file(_WEIGHTS), name)
-
-    def statistics(self, name: str) -> Tensor:
-        """One array of ``statistics.safetensors``.
-
-        Args:
-            name: ``mean`` ``[d_in]``, ``covariance`` ``[d_in, d_in]`` (both of the LLM's activations, in its
-                units), ``scale`` ``[1]``, or ``transport`` ``[d_in, d_in]`` when the stage began with it.
-
-        Raises:
-            ValueError: If there is no array of that name; the message lists the names.
-        """
-        return _read_tensor(self.file(_STATISTICS), name)
-
-    @cached_property
-    def features(self) -> pd.DataFrame:
-        """One row per feature: firing statistics on the evaluation split, revivals, identity."""
-        return pd.read_parquet(self.file(_FEATURES))
-
-
-def _read_tensor(path: Path, name: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        names = sorted(file.keys())
-        if name not in names:
-            raise ValueError(f"{path} holds no tensor {name!r}; it holds {', '.join(names)}.")
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
 
 
 class Track(Sequence[Snapshot]):
-    """The ordered snapshots of one hookpoint in one run.
+    """The snapshots of one hookpoint in one run, by increasing LLM step; those of a control as they were trained.
 
     ``Track.open`` is the way in. It is cheap: it reads ``track.json``, lists a directory and checks the
     headers of the weight files.
@@ -175,7 +75,7 @@ class Track(Sequence[Snapshot]):
         """
         hub: HubFolder | None = None
         if is_hub_address(path):
-            hub = HubFolder.open(str(path), [_TRACK_FILE, f"{_SNAPSHOTS}/*/{_METADATA}"])
+            hub = HubFolder.open(str(path), [_TRACK_FILE, f"{SNAPSHOTS}/*/{METADATA}"])
             path = hub.path
         path = Path(path)
         if not (path / _TRACK_FILE).is_file():
@@ -204,7 +104,7 @@ class Track(Sequence[Snapshot]):
         path = Path(path)
         if (path / _TRACK_FILE).exists():
             raise FileExistsError(f"{path} already holds a track; choose another `scheduler.track_dir`.")
-        (path / _SNAPSHOTS).mkdir(parents=True, exist_ok=True)
+        (path / SNAPSHOTS).mkdir(parents=True, exist_ok=True)
         arrays = {}
         for split, rows in tokens.items():
             arrays[f"{split}.tokens"] = np.ascontiguousarray(rows.tokens, dtype=np.int32)
@@ -221,9 +121,13 @@ class Track(Sequence[Snapshot]):
         Raises:
             ValueError: If the weights of a snapshot are truncated or are no safetensors file.
         """
-        folder = self.path / _SNAPSHOTS
-        paths = [p for p in folder.iterdir() if _SNAPSHOT.match(p.name)] if folder.is_dir() else []
-        self._snapshots = sorted((Snapshot(p, self._hub) for p in paths), key=lambda s: s.position)
+        folder = self.path / SNAPSHOTS
+        paths = [p for p in folder.iterdir() if SNAPSHOT_NAME.match(p.name)] if folder.is_dir() else []
+        by_step = "control" not in self.facts  # a null control has one LLM step all through
+        listed = (Snapshot(path, self._hub) for path in paths)
+        self._snapshots = sorted(listed, key=lambda s: (s.step if by_step else 0, s.number))
+        for position, snapshot in enumerate(self._snapshots):
+            snapshot.position = position
         if self._hub is None:
             for snapshot in self._snapshots:
                 _check_weights(snapshot.path)
@@ -246,7 +150,7 @@ class Track(Sequence[Snapshot]):
 
     @property
     def steps(self) -> list[int]:
-        """LLM step of every snapshot, in the order of the track."""
+        """LLM step of every snapshot, in the order of the track: increasing, but in a control."""
         return [snapshot.step for snapshot in self]
 
     @property
@@ -292,13 +196,47 @@ class Track(Sequence[Snapshot]):
         nearest = sorted(self.steps, key=lambda s: abs(s - step))[:3]
         raise ValueError(f"{self.path} has no snapshot of LLM step {step}; the nearest are {sorted(nearest)}.")
 
+    def numbered(self, number: int) -> Snapshot:
+        """The snapshot of a number, which is its place in the order of training.
+
+        Raises:
+            ValueError: If the track has none.
+        """
+        for snapshot in self:
+            if snapshot.number == number:
+                return snapshot
+        raise ValueError(f"{self.path} has no snapshot {number}; it has {sorted(s.number for s in self)}.")
+
+    def before(self, snapshot: Snapshot) -> Snapshot | None:
+        """The snapshot that a stage began from, and that its ``fvu_shift`` and correlations are against.
+
+        In a track that was trained forward in one go this is the neighbour of the next lower LLM step. None for the
+        first that was trained, and where that snapshot is not here.
+        """
+        if "compared_with" in snapshot.metadata:  # the tracks of 0.1.0 are chains, and do not say so
+            of = snapshot.metadata["compared_with"]
+            found = (s for s in self if s.path.name == of and s.number < snapshot.number)
+        else:
+            found = (s for s in self if s.number == snapshot.number - 1)
+        return next(found, None)
+
+    @property
+    def is_forward_chain(self) -> bool:
+        """Whether every stage began from the snapshot of the next lower LLM step, in that order."""
+        return all(s.number == s.position and (not i or self.before(s) is self[i - 1]) for i, s in enumerate(self))
+
     def metrics(self) -> pd.DataFrame:
-        """One row per snapshot: ``position``, ``step``, ``tokens`` of the LLM, and every number of its metadata."""
+        """One row per snapshot: its place, LLM step and tokens, and every number of its metadata.
+
+        ``from_step`` is the LLM step of the snapshot that :meth:`before` gives, NaN where there is none.
+        """
         rows = []
         for snapshot in self:
-            numbers = {k: v for k, v in snapshot.metadata.items() if not isinstance(v, (dict, list, str))}
+            facts, before = snapshot.metadata, self.before(snapshot)
+            left_out = ("position", "warm_started_from", "compared_with")
+            numbers = {k: v for k, v in facts.items() if not isinstance(v, (dict, list, str)) and k not in left_out}
             row = {"position": snapshot.position, "step": snapshot.step, "tokens": snapshot.llm.tokens} | numbers
-            rows.append(row | {"warm_start": snapshot.metadata["warm_start"]})
+            rows.append(row | {"warm_start": facts["warm_start"], "from_step": before.step if before else np.nan})
         return pd.DataFrame(rows)
 
     def decoder(self, features: Sequence[int] | None = None) -> Tensor:
@@ -310,7 +248,7 @@ class Track(Sequence[Snapshot]):
         Returns:
             Shape ``[len(track), n, d_in]``; row norms are 1 / scale of the snapshot.
         """
-        return torch.stack([_rows(s.file(_WEIGHTS), "W_dec", features) for s in self])
+        return torch.stack([read_rows(s.file(WEIGHTS), "W_dec", features) for s in self])
 
     def encoder(self, features: Sequence[int] | None = None) -> Tensor:
         """Encoder directions through the track: the columns of ``W_enc`` as rows, shape ``[len(track), n, d_in]``."""
@@ -351,7 +289,7 @@ class Track(Sequence[Snapshot]):
 
     def write(
         self,
-        position: int,
+        number: int,
         sae: SAE,
         metadata: Mapping[str, Any],
         statistics: Mapping[str, Tensor],
@@ -360,31 +298,31 @@ class Track(Sequence[Snapshot]):
         """Write a snapshot, all of it or nothing.
 
         Args:
-            position: Its place in the track, from 0.
+            number: Its place in the order of training, from 0.
             sae: The SAE in the LLM's own units, i.e. ``sae.folded(scale)``.
             metadata: Facts for ``metadata.json``; ``llm.step`` names the directory.
             statistics: Arrays for ``statistics.safetensors``.
             features: One row per feature.
 
         Returns:
-            The snapshot. One that was already at this position and step is replaced: it is there only when a
+            The snapshot. One that was already of this number and step is replaced: it is there only when a
             run was killed between writing it and writing its resume file, and the two are then equal.
         """
         step = metadata["llm"]["step"]
-        final = self.path / _SNAPSHOTS / f"{position:04d}-step{step}"
+        final = self.path / SNAPSHOTS / f"{number:04d}-step{step}"
         try:
             with whole_folder(final) as folder:
                 save_saelens(sae, folder, self._saelens_metadata(metadata))
-                save_file({k: v.contiguous().cpu() for k, v in statistics.items()}, folder / _STATISTICS)
-                features.to_parquet(folder / _FEATURES, index=False)
-                write_json(folder / _METADATA, {"position": position, **metadata})
+                save_file({k: v.contiguous().cpu() for k, v in statistics.items()}, folder / STATISTICS)
+                features.to_parquet(folder / FEATURES, index=False)
+                write_json(folder / METADATA, metadata)
         except (OSError, SafetensorError) as error:
             raise OSError(
                 f"Snapshot {final} could not be written: {error}. The snapshots before it are whole. Make room, "
                 "then run `saetrack fit` again with `--ckpt_path last`."
             ) from error
         self.refresh()
-        return Snapshot(final)
+        return self.numbered(number)
 
     def _saelens_metadata(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         revision = metadata["llm"]["revision"]
@@ -417,21 +355,9 @@ def _only_track_in(path: Path) -> Path:
 
 
 def _check_weights(path: Path) -> None:
-    try:
-        with safe_open(path / _WEIGHTS, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
+    error = damage(path / WEIGHTS)
+    if error is not None:
         raise ValueError(
-            f"{path} is damaged: {_WEIGHTS} cannot be read ({error}). Restore it from a "
+            f"{path} is damaged: {WEIGHTS} cannot be read ({error}). Restore it from a "
             "copy, or begin again in another `scheduler.track_dir`."
-        ) from error
-
-
-def _rows(path: Path, name: str, features: Sequence[int] | None) -> Tensor:
-    """Rows of a matrix on disk; with ``features``, only those rows are read."""
-    with safe_open(path, framework="pt") as file:
-        matrix = file.get_slice(name)
-        if features is None:
-            whole: Tensor = matrix[:]
-            return whole
-        return torch.cat([matrix[int(i) : int(i) + 1] for i in features])
+        )

@@ -159,8 +159,8 @@ def test_a_track_that_recorded_no_recipe_cannot_have_controls(track: Track) -> N
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "null", "positions": [0]}, "can be at 1 to 2"),
-        ({"kind": "scratch", "positions": [3]}, "can be at 0 to 2"),
+        ({"kind": "null", "positions": [0]}, r"can be at 1 \(step 2\), 2 \(step 10\)"),
+        ({"kind": "scratch", "positions": [3]}, r"can be at 0 \(step 0\), 1"),
         ({"kind": "replica", "chain": True}, "it goes with --kind null"),
         ({"kind": "null", "budget": "first"}, "can have next"),
         ({"kind": "null", "warm_start": "prior"}, "is for --kind thinned"),

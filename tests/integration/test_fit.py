@@ -11,6 +11,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from saetrack import Track
+from saetrack.cli import main
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -122,7 +123,9 @@ def test_two_hookpoints_give_two_tracks_from_one_forward(config: dict[str, Any],
     assert done.returncode == 0, done.stderr
     folder = Path(config["scheduler"]["track_dir"])
     first, second = (Track.open(folder / h) for h in config["data"]["hookpoints"])
-    assert first.steps == second.steps == [10, 0]
+    assert first.steps == second.steps == [0, 10]
+    assert [s.number for s in first] == [1, 0]
+    assert first[0].metadata["warm_started_from"] == {"track": None, "snapshot": "0000-step10", "step": 10}
     assert first.facts["hookpoint"] == "gpt_neox.layers.1"
     assert first[0].metadata["fvu"] != second[0].metadata["fvu"]
     with pytest.raises(ValueError, match="holds 2 tracks; open one of"):
@@ -159,3 +162,24 @@ def test_every_warm_start_is_what_the_snapshot_says(warm_start: str, config: dic
     cosine = track[1].features["decoder_cosine_previous"].median()
     assert (cosine < 0.5) == (warm_start == "scratch")
     assert json.loads((track.path / "track.json").read_text())["schema"] == 1
+
+
+def test_a_series_begins_from_an_imported_sae_and_is_complete_afterwards(
+    config: dict[str, Any], fit_here: Run, tmp_path: Path
+) -> None:
+    config["scheduler"]["steps"] = [10]
+    assert fit_here(config).returncode == 0
+    main(["export", str(tmp_path / "run"), "--format", "saelens", "--step", "10", "--to", str(tmp_path / "out")])
+    main(["import", str(tmp_path / "out/step10/gpt_neox.layers.0"), "--as", str(tmp_path / "imported")])
+    config["scheduler"] |= {"track_dir": str(tmp_path / "back"), "steps": [2, 10], "direction": "backward"}
+    config["model"]["start"] = str(tmp_path / "imported")
+    done = fit_here(config)
+    assert done.returncode == 0, done.stderr
+    assert "from step" in done.stdout
+    before = tree(tmp_path / "back")
+    again = fit_here(config)
+    assert "complete; nothing was changed" in again.stdout
+    assert tree(tmp_path / "back") == before
+    events = EventAccumulator(str(tmp_path / "back" / "tensorboard"))
+    events.Reload()
+    assert sorted(event.step for event in events.Scalars("track/fvu")) == [2, 10]

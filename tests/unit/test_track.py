@@ -99,7 +99,7 @@ def test_metrics_are_one_row_per_snapshot_and_numbers_only(track: Track) -> None
     assert metrics["tokens"].tolist() == [20, 100, 1000]
     assert metrics["fvu"].tolist() == pytest.approx([0.5, 0.25, 0.5 / 3])
     assert metrics["fvu_shift"].isna().all()
-    assert set(metrics.columns) == {"position", "step", "tokens", "fvu", "fvu_shift", "warm_start"}
+    assert set(metrics.columns) == {"position", "step", "tokens", "fvu", "fvu_shift", "warm_start", "from_step"}
 
 
 def test_a_step_that_is_not_there_names_the_nearest(track: Track) -> None:
@@ -121,11 +121,15 @@ def test_the_order_is_numeric_also_past_four_digits(tmp_path: Path) -> None:
     assert Track.open(track.path).steps == [9, 10, 64, 512]
 
 
-def test_a_track_backwards_through_training_keeps_its_own_order(tmp_path: Path) -> None:
+def test_snapshots_are_in_the_order_of_llm_steps_whatever_the_order_of_training(tmp_path: Path) -> None:
     track = new_track(tmp_path)
     write(track, 0, 100)
-    write(track, 1, 2)
-    assert track.steps == [100, 2]
+    assert write(track, 1, 2).position == 0
+    assert track.steps == [2, 100]
+    assert [(s.number, s.position) for s in track] == [(1, 0), (0, 1)]
+    assert track.before(track.at(2)) is track.at(100)
+    assert track.before(track.at(100)) is None
+    assert not track.is_forward_chain
 
 
 @pytest.mark.parametrize("cache_dir", [None, "/mnt/hub"], ids=["usual cache", "own cache"])

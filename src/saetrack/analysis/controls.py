@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from saetrack.track import Track
+    from saetrack.track import Snapshot, Track
 
 
 def one_step_controls(track: Track, kind: str) -> dict[int, list[Track]]:
-    """The controls that repeat one stage, by the position of that stage.
+    """The controls that repeat one stage, by the place of its snapshot in the track.
 
     Args:
         track: The track that they calibrate.
         kind: ``null`` or ``replica``.
 
     Returns:
-        Position to controls; snapshot 0 of each is the track's at the position before.
+        Position to controls; snapshot 0 of each is the one of the track that the stage began from.
 
     Raises:
         ValueError: If a control begins with another snapshot than the track's, or was made by another recipe.
     """
     found: dict[int, list[Track]] = {}
     for control in track.controls(kind):
-        position = control.facts["control"]["position"]
-        if position is None:
+        number = control.facts["control"]["position"]  # in the order of training, which no extension changes
+        if number is None:
             continue
-        _refuse_foreign(track, control, position - 1)
-        found.setdefault(position, []).append(control)
+        snapshot = track.numbered(number)
+        _refuse_foreign(track, control, track.before(snapshot))
+        found.setdefault(snapshot.position, []).append(control)
     return found
 
 
@@ -38,11 +39,17 @@ def null_chains(track: Track) -> list[Track]:
         track: The track that they calibrate.
 
     Raises:
-        ValueError: If a chain begins with another snapshot than the track's, or was made by another recipe.
+        ValueError: If a chain begins with another snapshot than the track's, or was made by another recipe, or the
+            track is no chain itself.
     """
     chains = [control for control in track.controls("null") if control.facts["control"]["position"] is None]
     for chain in chains:
-        _refuse_foreign(track, chain, 0)
+        if not track.is_forward_chain:
+            raise ValueError(
+                f"The control {chain.path} repeats a series that was trained forward in one go, but {track.path} was "
+                "not, or has been extended since, so it cannot calibrate it. Move it out of the folder."
+            )
+        _refuse_foreign(track, chain, track[0])
     return chains
 
 
@@ -57,22 +64,32 @@ def scratch_controls(track: Track) -> dict[str, list[Track]]:
     """
     found: dict[str, list[Track]] = {}
     for control in track.controls("scratch"):
-        _refuse_foreign(track, control, None)
+        _refuse_another_recipe(track, control)
         budget = "first" if control.facts["control"]["first_budget"] else "next"
         found.setdefault(budget, []).append(control)
     return found
 
 
-def _refuse_foreign(track: Track, control: Track, start: int | None) -> None:
-    """Refuse another recipe, and another snapshot at the beginning than the track has at position ``start``."""
+def _refuse_foreign(track: Track, control: Track, start: Snapshot | None) -> None:
+    """Refuse another recipe, and another snapshot at the beginning than ``start`` of the track."""
+    _refuse_another_recipe(track, control)
+    if start is None or _facts(control[0]) != _facts(start):
+        _refuse(track, control, "begins with another snapshot than the stage of the track did that it repeats")
+
+
+def _refuse_another_recipe(track: Track, control: Track) -> None:
     if track.training_recipe != control.training_recipe:
-        what = f"was made by another recipe than {track.path}"
-    elif start is not None and {**control[0].metadata, "position": start} != track[start].metadata:
-        what = f"begins with another snapshot than {track.path} has at position {start}"
-    else:
-        return
+        _refuse(track, control, f"was made by another recipe than {track.path}")
+
+
+def _refuse(track: Track, control: Track, what: str) -> None:
     kind = control.facts["control"]["kind"]
     raise ValueError(
         f"The control {control.path} {what}, so it cannot calibrate it. Remove it and run "
         f"`saetrack control {track.path} --kind {kind}`."
     )
+
+
+def _facts(snapshot: Snapshot) -> dict[str, Any]:
+    """Its metadata, but for the place in the track, which 0.1.0 wrote there too."""
+    return {name: fact for name, fact in snapshot.metadata.items() if name != "position"}

@@ -92,7 +92,7 @@ class Density(Analysis):
         return AnalysisResult(tables, figures, {}, settings, _summary(thinned, limits), {"density": CAPTION})
 
     def _survival(self, track: Track, control: Track) -> dict[str, Any]:
-        last, reference = control[-1], track[-1]
+        last, reference = control[-1], track.at(control[-1].step)
         both = alive(last) & alive(reference)
         cosines = np.einsum("fd,fd->f", decoder_rows(last), decoder_rows(reference), dtype=np.float64)[both]
         survives = (cosines >= SURVIVES).astype(float)[None]
@@ -118,8 +118,10 @@ def _gaps(track: Track, controls: list[Track]) -> pd.DataFrame:
     """One row for every stage of the track and of its thinned controls."""
     rows = []
     for series in (track, *controls):
-        for before, after in zip(list(series), list(series)[1:], strict=False):
-            facts = after.metadata
+        for after in series:
+            before, facts = series.before(after), after.metadata
+            if before is None:
+                continue
             rows.append(
                 {
                     "series": series.path.name,

@@ -11,7 +11,8 @@ import pandas as pd
 from . import figures as look
 from .base import Analysis, AnalysisResult
 from .drift_geometry import unit_rows
-from .drift_rows import alive, decoder_rows, encoder_rows, transport_into
+from .drift_rows import alive, decoder_rows, encoder_rows
+from .lineage import rotation_between
 from .matching import CosineSimilarity, directional_covariance, match, random_rows, relate
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Dictionaries(Analysis):
         if len(track) < 2:
             raise ValueError(f"{track.path} has {len(track)} snapshots; dictionaries compares at least two.")
         pairs = zip(list(track), list(track)[1:], strict=False)
-        neighbours = pd.DataFrame([self._neighbours(before, after) for before, after in pairs])
+        neighbours = pd.DataFrame([self._neighbours(track, before, after) for before, after in pairs])
         scratch = self._scratch(track)
         missing = f"not available: run `saetrack control {track.path} --kind scratch`"
         settings = {
@@ -98,8 +99,8 @@ class Dictionaries(Analysis):
             {"dictionaries": CAPTION},
         )
 
-    def _neighbours(self, before: Snapshot, after: Snapshot) -> dict[str, Any]:
-        rotation = transport_into(after)
+    def _neighbours(self, track: Track, before: Snapshot, after: Snapshot) -> dict[str, Any]:
+        rotation = rotation_between(track, before, after)
         turn = np.eye(decoder_rows(after).shape[1], dtype=np.float32) if rotation is None else rotation
         a, b = alive(before), alive(after)
         both = np.flatnonzero(a & b)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from .drift_figures import (
     trajectory_figure,
 )
 from .drift_geometry import Plane, principal_plane, row_cosines, unit_rows
-from .drift_rows import FROZEN, alive, decoder_rows, encoder_rows, fitted_rotation, flags, frozen, transport_into
+from .drift_rows import FROZEN, alive, decoder_rows, encoder_rows, fitted_rotation, flags, frozen
 from .figures import step_position
+from .lineage import correlation_between, revived_between, rotation_between
 from .resampling import bootstrap_means
 
 if TYPE_CHECKING:
@@ -69,7 +71,8 @@ TRAJECTORIES = (
 class Drift(Analysis):
     """How far each feature's decoder and encoder direction turns, with and without the rotation all have in common.
 
-    For every feature and snapshot: the cosine to the previous and to the last snapshot (same index), of the decoder
+    For every feature and snapshot: the cosine to the previous and to the last snapshot (same index), in the order of
+    LLM steps, of the decoder
     row and of the encoder column, signs kept. ``..._without_rotation`` first applies the rotation that the two
     dictionaries have in common to the earlier one. Where every later snapshot has a ``transport`` map (warm start
     `transported`), that is the rotation; otherwise it is the orthogonal Procrustes map between the two decoders'
@@ -193,7 +196,7 @@ class Drift(Analysis):
 def _compare(track: Track) -> tuple[list[dict[str, Floats]], str]:
     """Cosines of every snapshot to the one before and to the last; at most three dictionaries are held at once."""
     snapshots = list(track)
-    transports = [transport_into(snapshot) for snapshot in snapshots]
+    transports = [None, *(rotation_between(track, *pair) for pair in pairwise(snapshots))]
     known = [transport for transport in transports[1:] if transport is not None]
     to_last = _maps_to_last(known) if len(known) == len(snapshots) - 1 else None
     last = _directions(snapshots[-1])
@@ -204,14 +207,15 @@ def _compare(track: Track) -> tuple[list[dict[str, Floats]], str]:
         cosines: dict[str, Floats] = {}
         if previous is not None:
             still = frozen(previous["decoder"], here["decoder"], transports[t])
-            use = alive(snapshots[t - 1]) & alive(snapshot) & ~flags(snapshot, "revived") & ~still
+            revived = revived_between(track, snapshots[t - 1], snapshot)
+            use = alive(snapshots[t - 1]) & alive(snapshot) & ~revived & ~still
             rotation = (
                 transports[t] if to_last is not None else fitted_rotation(previous["decoder"], here["decoder"], use)
             )
             cosines |= _cosines(previous, here, rotation, "previous")
             cosines["frozen"] = still.astype(np.float64)
         if t < len(snapshots) - 1:
-            use = alive(snapshot) & alive(snapshots[-1]) & ~_revived_after(snapshots, t)
+            use = alive(snapshot) & alive(snapshots[-1]) & ~revived_between(track, snapshot, snapshots[-1])
             rotation = to_last[t] if to_last is not None else fitted_rotation(here["decoder"], last["decoder"], use)
             cosines |= _cosines(here, last, rotation, "last")
         else:
@@ -247,11 +251,6 @@ def _maps_to_last(transports: list[Floats]) -> list[Floats]:
     return maps[::-1]
 
 
-def _revived_after(snapshots: list[Snapshot], t: int) -> NDArray[np.bool_]:
-    revived: NDArray[np.bool_] = np.logical_or.reduce([flags(s, "revived") for s in snapshots[t + 1 :]])
-    return revived
-
-
 def _feature_table(track: Track, cosines: list[dict[str, Floats]]) -> pd.DataFrame:
     """One row per feature and snapshot: every cosine, the functional correlation, and what the row may be used for."""
     snapshots = list(track)
@@ -260,10 +259,12 @@ def _feature_table(track: Track, cosines: list[dict[str, Floats]]) -> pd.DataFra
         snapshot, found = snapshots[t], cosines[t]
         count = len(found[LAST[0]])
         missing = np.full(count, np.nan)
-        revived, living = flags(snapshot, "revived"), alive(snapshot)
+        before = snapshots[t - 1] if t else None
+        revived = flags(snapshot, "revived") if before is None else revived_between(track, before, snapshot)
+        living = alive(snapshot)
         still = found.get("frozen", np.zeros(count)) > 0
-        later = _revived_after(snapshots, t) if t < len(snapshots) - 1 else np.zeros(count, dtype=bool)
-        from_alive = alive(snapshots[t - 1]) if t else np.ones(count, dtype=bool)
+        later = revived_between(track, snapshot, snapshots[-1])
+        from_alive = np.ones(count, dtype=bool) if before is None else alive(before)
         columns: dict[str, Any] = {
             "feature": np.arange(count),
             "step": snapshot.step,
@@ -273,7 +274,7 @@ def _feature_table(track: Track, cosines: list[dict[str, Floats]]) -> pd.DataFra
             "followed_to_last": living & alive(snapshots[-1]) & ~later,
         }
         columns |= {name: found.get(name, missing) for name in PREVIOUS}
-        columns["functional_correlation"] = snapshot.features["functional_correlation"].to_numpy(dtype=np.float64)
+        columns["functional_correlation"] = missing if before is None else correlation_between(track, before, snapshot)
         columns |= {name: found[name] for name in LAST}
         columns |= dict(zip(WALKS, walks.values(), strict=True))
         walks = {name: walk * found.get(name, missing) for name, walk in walks.items()}

@@ -93,7 +93,7 @@ def calibrate(track: Track) -> Calibration:
 def _calibrate_stage(
     track: Track, position: int, replicas: list[Track], nulls: list[Track]
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    before, ends = track[position - 1], [track[position], *(c[1] for c in replicas), *(c[1] for c in nulls)]
+    before, ends = _began_from(track, position), [track[position], *(c[1] for c in replicas), *(c[1] for c in nulls)]
     start = decoder_rows(before)
     n_real = 1 + len(replicas)
     moved, use = _displacements(before, start, ends)
@@ -128,6 +128,12 @@ def _calibrate_stage(
         "fvu_null": float(np.mean([c[1].metadata["fvu"] for c in nulls])),
     }
     return stage, table
+
+
+def _began_from(track: Track, position: int) -> Snapshot:
+    before = track.before(track[position])
+    assert before is not None  # one_step_controls has compared it with the control's first
+    return before
 
 
 def _displacements(before: Snapshot, start: Floats, ends: list[Snapshot]) -> tuple[list[Floats], NDArray[np.bool_]]:

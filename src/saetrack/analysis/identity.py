@@ -6,6 +6,7 @@ positions, and ``4 * T * d_sae * 8`` bytes of correlations.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from .controls import one_step_controls
 from .drift_rows import flags
 from .identity_figures import CAPTIONS, correlation_figure, survival_figure
 from .identity_stretches import stretch_table
+from .lineage import revived_between
 from .resampling import bootstrap_means
 
 if TYPE_CHECKING:
@@ -89,7 +91,7 @@ class Identity(SweepAnalysis):
         self._ceilings = {kind: self._ceiling(track, kind) for kind in ("null", "replica")}
         shape = (len(track), int(track.facts["d_sae"]))
         self._found = {name: np.full(shape, np.nan) for name in COMPARISONS}
-        self._alive, self._revived = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+        self._alive, self._revived = np.zeros(shape, dtype=bool), _revivals(track)
         self._latents: dict[int, scipy.sparse.csr_array] = {}
         return Probe(evaluation_rows=self.evaluation_rows)
 
@@ -99,7 +101,6 @@ class Identity(SweepAnalysis):
         latents, t, last = observation.evaluation.latents, snapshot.position, len(self._track) - 1
         share = np.bincount(latents.indices, minlength=latents.shape[1]) / latents.shape[0]
         self._alive[t] = share > self.min_firing_frequency
-        self._revived[t] = flags(snapshot, "revived")
         self._latents[t] = latents
         for name, other in (("to_first", 0), ("to_last", last)):
             if other in self._latents:
@@ -118,7 +119,7 @@ class Identity(SweepAnalysis):
         steps = self._track.steps
         limits = self._limits()
         kept = self._found["to_previous"] >= limits["threshold"].to_numpy()[:, None]  # NaN is not
-        kept &= ~self._revived
+        kept &= ~self._revived["to_previous"]
         stretches = stretch_table(self._alive, kept, steps)
         curves = self._curves()
         survival = self._survival(kept, limits)
@@ -182,14 +183,11 @@ class Identity(SweepAnalysis):
 
     def _counted(self, name: str) -> Floats:
         """A comparison's correlations, NaN where the feature does not count."""
-        values, alive = self._found[name].copy(), self._alive
-        revivals = np.cumsum(self._revived, axis=0)
+        values, alive, revived = self._found[name].copy(), self._alive, self._revived
         if name in ("to_previous", "other_feature"):
-            values[1:][~(alive[1:] & alive[:-1]) | self._revived[1:]] = np.nan
-        elif name == "to_first":
-            values[~(alive & alive[0]) | (revivals > revivals[0])] = np.nan
+            values[1:][~(alive[1:] & alive[:-1]) | revived["to_previous"][1:]] = np.nan
         else:
-            values[~(alive & alive[-1]) | (revivals[-1] > revivals)] = np.nan
+            values[~(alive & alive[0 if name == "to_first" else -1]) | revived[name]] = np.nan
         return values
 
     def _curves(self) -> pd.DataFrame:
@@ -222,7 +220,7 @@ class Identity(SweepAnalysis):
         for t in range(1, len(unbroken)):
             unbroken[t] &= kept[t] & unbroken[t - 1]
         like_first = self._found["to_first"] >= limits["threshold"].fillna(0).to_numpy()[:, None]
-        like_first &= self._alive & (np.cumsum(self._revived, axis=0) <= self._revived[0])
+        like_first &= self._alive & ~self._revived["to_first"]
         like_first[0] = at_first
         table = pd.DataFrame({"step": self._track.steps, "n_features": int(at_first.sum())})
         for name, which in (("unbroken", unbroken), ("like_first", like_first)):
@@ -234,7 +232,7 @@ class Identity(SweepAnalysis):
     def _features(self, kept: NDArray[np.bool_]) -> pd.DataFrame:
         t, count = self._alive.shape
         columns = {"feature": np.tile(np.arange(count), t), "step": np.repeat(self._track.steps, count)}
-        columns |= {"alive": self._alive.ravel(), "revived": self._revived.ravel(), "kept": kept.ravel()}
+        columns |= {"alive": self._alive.ravel(), "revived": self._revived["to_previous"].ravel(), "kept": kept.ravel()}
         columns |= {name: self._found[name].ravel() for name in COMPARISONS[:3]}
         return pd.DataFrame(columns)
 
@@ -254,6 +252,17 @@ class Identity(SweepAnalysis):
             "seed": self.seed,
             "controls_by_step": controls,
         }
+
+
+def _revivals(track: Track) -> dict[str, NDArray[np.bool_]]:
+    """Which features were revived between each snapshot and another one, ``[T, d_sae]`` for each comparison."""
+    snapshots = list(track)
+    previous = [flags(snapshots[0], "revived"), *(revived_between(track, *pair) for pair in pairwise(snapshots))]
+    return {
+        "to_previous": np.stack(previous),
+        "to_first": np.stack([revived_between(track, snapshots[0], s) for s in snapshots]),
+        "to_last": np.stack([revived_between(track, s, snapshots[-1]) for s in snapshots]),
+    }
 
 
 def _correlate(a: scipy.sparse.csr_array, b: scipy.sparse.csr_array) -> Floats:

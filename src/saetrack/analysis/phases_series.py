@@ -136,7 +136,9 @@ def loss_amounts(tables: Tables) -> Amounts:
 
 def shift_amounts(tables: Tables) -> Amounts:
     """What the LLM's step costs the SAE of the snapshot before, unchanged: its FVU after the step less before it."""
-    table = tables.read_by_step("quality", "quality", ["fvu", "fvu_shift"])
+    table = tables.read_by_step("quality", "quality", ["fvu", "fvu_shift"], ["from_step"])
+    if "from_step" in table and table["from_step"].tolist()[1:] != tables.steps[:-1]:
+        raise NotAvailable("the stages of this track did not each begin from the snapshot before in LLM steps")
     shift = table["fvu_shift"].to_numpy(dtype=np.float64)[1:] - table["fvu"].to_numpy(dtype=np.float64)[:-1]
     return _of_llm(shift, "rise of the old SAE's FVU")
 

@@ -24,6 +24,7 @@ _COLUMNS = (
     "tokens",
     "tokens_trained",
     "warm_start",
+    "from_step",
     "fvu",
     "fvu_before",
     "fvu_shift",
@@ -69,9 +70,10 @@ class Quality(Analysis):
     """Quality of every snapshot: FVU, L0, dead and dense features, CE loss recovered, functional correlation.
 
     All numbers were measured on the evaluation split when the snapshot was written; this puts them side by side.
-    ``fvu_shift`` is the FVU of the previous SAE, as it was, on the new LLM checkpoint; ``fvu_before`` that of the warm
-    start before any training; ``fvu`` that of the snapshot. The functional correlation of a feature is the Pearson
-    correlation of its latent with the snapshot before on the same rows, each SAE on its own LLM checkpoint; its
+    ``fvu_shift`` is the FVU of the SAE that the stage began from, as it was, on the new LLM checkpoint; ``fvu_before``
+    that of the warm start before any training; ``fvu`` that of the snapshot. The functional correlation of a feature is
+    the Pearson correlation of its latent with the snapshot that the stage began from (``from_step``: a later LLM step
+    where the series was trained backward) on the same rows, each SAE on its own LLM checkpoint; its
     quartiles are over features whose firing frequency is above a threshold in both snapshots.
 
     Where the track has null or scratch controls, the table ``controls`` has what they reach at the LLM checkpoint that
@@ -94,10 +96,8 @@ class Quality(Analysis):
         table = track.metrics().reindex(columns=list(_COLUMNS))
         numbers = [column for column in _COLUMNS if column != "warm_start"]
         table[numbers] = table[numbers].apply(pd.to_numeric)
-        identity = [self._identity(before, now) for before, now in zip([None, *track[:-1]], track, strict=True)]
+        identity = [self._identity(track.before(snapshot), snapshot) for snapshot in track]
         table = pd.concat([table, pd.DataFrame(identity)], axis=1)
-        # a chain may run backward through training; the table and the curves run forward
-        table = table.sort_values("step", ignore_index=True)
         controls = _control_table(track)
         title = f"{str(track.facts['model']).rstrip('/').split('/')[-1]}, {track.facts['hookpoint']}"
         return AnalysisResult(

@@ -26,11 +26,12 @@ from saetrack.track import Track, tracks_in
 from saetrack.training.callbacks import AnalyzeTrack, ResumeFile
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.downloads import HubDownloads
-from saetrack.training.grid import select_checkpoints
 from saetrack.training.module import SAEModule
 from saetrack.training.progress import TrackProgressBar
 from saetrack.training.scheduler import CheckpointScheduler
+from saetrack.training.start import read_start
 from saetrack.training.track_logger import TrackLogger
+from saetrack.training.tracks import trained
 
 _SERIES = ("data", "model", "scheduler")
 """The sections of a configuration that say what the track is; the others say how it is made."""
@@ -171,7 +172,8 @@ class FitCLI(LightningCLI):
         data.source.prepare()
         if data.source.watcher is not None and not data.source.watcher.look().ended:
             return
-        wanted = select_checkpoints(data.source.checkpoints(), scheduler.steps, scheduler.direction)
+        start = read_start(self.model.start, data.hookpoints)
+        wanted = scheduler.wanted(data.source.checkpoints(), start)
         tracks = [Track.open(path) for path in tracks_in(scheduler.track_dir)]
         complete = (
             bool(tracks)
@@ -208,7 +210,7 @@ class FitCLI(LightningCLI):
         if options.ckpt_path != "last":
             return
         path = ResumeFile.path(track_dir)
-        if not path.is_file() and any(len(Track.open(track)) for track in tracks_in(track_dir)):
+        if not path.is_file() and any(trained(Track.open(track)) for track in tracks_in(track_dir)):
             raise FileNotFoundError(
                 f"`--ckpt_path last` needs {path}, which is not there, but the track in {track_dir} has begun. "
                 "Restore the file, or choose another `scheduler.track_dir`."
@@ -261,7 +263,9 @@ def _same(now: Any, saved: Any) -> bool:
 
 def _covers(have: list[int], wanted: list[int], may_skip: bool) -> bool:
     """Whether a track has all the LLM steps that are wanted, or all that its grid has chosen of them."""
-    return have[-1:] == wanted[-1:] and set(have) <= set(wanted) if may_skip else have == wanted
+    if not may_skip:
+        return have == wanted
+    return (have[:1], have[-1:]) == (wanted[:1], wanted[-1:]) and set(have) <= set(wanted)
 
 
 def wide_gaps(metrics: pd.DataFrame) -> list[int]:
@@ -271,18 +275,21 @@ def wide_gaps(metrics: pd.DataFrame) -> list[int]:
         metrics: As ``Track.metrics`` gives them.
 
     Example:
-        >>> wide_gaps(pd.DataFrame({"step": [0, 4, 64], "fvu_before": [0.9, 0.12, 0.3], "fvu": [0.1, 0.1, 0.1]}))
+        >>> fvu = {"fvu_before": [0.9, 0.12, 0.3], "fvu": [0.1, 0.1, 0.1]}
+        >>> wide_gaps(pd.DataFrame({"step": [0, 4, 64], "from_step": [float("nan"), 0, 4], **fvu}))
         [64]
     """
-    rise = metrics["fvu_before"] / metrics["fvu"].shift() - 1
+    rise = metrics["fvu_before"] / metrics["from_step"].map(metrics.set_index("step")["fvu"]) - 1
     return [int(step) for step in metrics.loc[rise > ADMISSIBLE_RISE, "step"]]
 
 
 def snapshot_table(track: Track) -> str:
     """The snapshots of a track as a plain text table, one line each."""
     metrics = track.metrics()
+    began = metrics["from_step"].map(lambda step: "-" if pd.isna(step) else f"{step:,.0f}")
     columns = {
         "LLM step": metrics["step"].map("{:,}".format),
+        **({} if track.is_forward_chain else {"from step": began}),
         "FVU before": metrics["fvu_before"].map("{:.3f}".format),
         "FVU after": metrics["fvu"].map("{:.3f}".format),
         "L0": metrics["l0"].map("{:.1f}".format),

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
 
 from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.storage import claimed
-from saetrack.track import Snapshot, Track
+from saetrack.track import Track
 from saetrack.training import tracks
 from saetrack.training.cli import FitCLI
 from saetrack.training.control_plan import Control, ControlSettings, plan_controls
@@ -29,8 +28,7 @@ from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.module import SAEModule, refuse_changes
 from saetrack.training.progress import TrackProgressBar
 from saetrack.training.scheduler import CheckpointScheduler
-from saetrack.training.stage import Stage, StageStart
-from saetrack.training.warm_start import Calibration
+from saetrack.training.stage import Stage
 
 _ARMS = 1009  # more than a chain has stages: every replica has orders of rows that no other has
 
@@ -99,12 +97,16 @@ class ControlScheduler(CheckpointScheduler):
         self.control = control
         self.replicas = list(replicas)
 
-    def choose_checkpoints(self, data: ActivationDataModule) -> list[LLMCheckpoint]:
+    def choose_checkpoints(self, data: ActivationDataModule, module: SAEModule) -> list[LLMCheckpoint]:
         """Those of the control."""
         return list(self.control.checkpoints)
 
     def watcher(self, data: ActivationDataModule) -> None:
         """None: what a control visits, its track has visited."""
+
+    def source_of(self, position: int) -> int | None:
+        """A stage of a control begins from the one before, whatever their LLM steps."""
+        return position - 1 if position else None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As for any track, but Lightning counts from the snapshots that are there."""
@@ -119,19 +121,6 @@ class ControlScheduler(CheckpointScheduler):
             trainer.strategy.barrier()
             self.tracks[hookpoint] = Track.open(self._path(replica))
         self.position = min(len(track) for track in self.tracks.values())
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a stage, from what is on disk also when the stage before was trained in this process."""
-        assert isinstance(pl_module, SAEModule)
-        if self.position:
-            for hookpoint, track in self.tracks.items():
-                before: Snapshot = track[self.position - 1]
-                calibration = Calibration.of(before)
-                pl_module.sae(hookpoint).load_state_dict(before.sae().folded(1 / calibration.scale).state_dict())
-                since_fired = torch.tensor(before.features["tokens_since_fired"].to_numpy())
-                pl_module.feature_state(hookpoint).tokens_since_fired.copy_(since_fired)
-                self.start[hookpoint] = StageStart(calibration, None, before.metadata["fvu"], None)
-        super().on_train_epoch_start(trainer, pl_module)
 
     def is_first(self, stage: Stage) -> bool:
         """Whether the stage has the budget of the track's first one."""

@@ -24,7 +24,8 @@ class ControlSettings:
     replicas: int = 3
     """Tracks of each control."""
     positions: list[int] | None = None
-    """Stages to repeat, or where scratch SAEs are trained. By default four (five), spread over the track."""
+    """Stages to repeat, or where scratch SAEs are trained: the numbers with which the snapshots' folders begin. By
+    default four (five), spread over the track."""
     chain: bool = False
     """For null: as many null steps as the track has stages, each from the one before, beginning with its first
     snapshot, instead of single ones."""
@@ -67,7 +68,7 @@ class Control:
     Args:
         name: Their common name, such as ``null-0003``.
         kind: As in :class:`ControlSettings`.
-        position: Of the track's stage that is repeated; None where it is not one stage.
+        position: Number of the track's stage that is repeated; None where it is not one stage.
         start: The snapshot that it begins with, as its own position 0; None for ``scratch``.
         checkpoints: LLM checkpoint of every snapshot of the control, that of ``start`` among them.
         first_budget: Whether a stage has the tokens and the learning rate of the track's first.
@@ -95,23 +96,33 @@ def plan_controls(track: Track, settings: ControlSettings) -> list[Control]:
         settings: What is asked for.
 
     Raises:
-        ValueError: If the track is too short, or a position is not in it.
+        ValueError: If the track is too short, a position is not in it, or a control of the whole series is asked for
+            and the track was not trained forward in one go.
     """
     if len(track) < 2:
         raise ValueError(f"{track.path} has {len(track)} snapshots; a control repeats a stage between two of them.")
     llms, kind = [snapshot.llm for snapshot in track], settings.kind
+    if (kind == "thinned" or settings.chain) and not track.is_forward_chain:
+        raise ValueError(
+            f"{track.path} was not trained forward in one go, from each LLM step to the next, so there is no series "
+            f"that a {'null chain' if settings.chain else 'thinned control'} could repeat; take null or replica "
+            "controls of single stages."
+        )
     if kind == "thinned":
         return [_thinned(track, llms, settings)]
     if settings.chain:
         return [Control("null-chain", kind, None, track[0], (llms[0],) * len(track))]
     if kind == "scratch":
-        chosen = tuple(llms[i] for i in _positions(track, settings.positions, first=0, count=5))
+        chosen = tuple(s.llm for s in _chosen(track, list(track), settings.positions, count=5))
         first = settings.budget == "first"
         return [Control(f"scratch-{settings.budget}", kind, None, None, chosen, first, warm_start="scratch")]
-    return [
-        Control(f"{kind}-{i:04d}", kind, i, track[i - 1], (llms[i - 1], llms[i - 1 if kind == "null" else i]))
-        for i in _positions(track, settings.positions, first=1, count=4)
-    ]
+    began = {snapshot: before for snapshot in track if (before := track.before(snapshot)) is not None}
+    controls = []
+    for snapshot in _chosen(track, list(began), settings.positions, count=4):
+        before = began[snapshot]
+        checkpoints = before.llm, (before if kind == "null" else snapshot).llm
+        controls.append(Control(f"{kind}-{snapshot.number:04d}", kind, snapshot.number, before, checkpoints))
+    return controls
 
 
 def _thinned(track: Track, llms: list[LLMCheckpoint], settings: ControlSettings) -> Control:
@@ -127,15 +138,17 @@ def _thinned(track: Track, llms: list[LLMCheckpoint], settings: ControlSettings)
     )
 
 
-def _positions(track: Track, asked: list[int] | None, first: int, count: int) -> list[int]:
-    """The positions asked for, or at most ``count`` spread evenly from ``first`` to the last."""
-    last = len(track) - 1
+def _chosen(track: Track, possible: list[Snapshot], asked: list[int] | None, count: int) -> list[Snapshot]:
+    """The snapshots of the numbers asked for, or at most ``count`` spread evenly from the first to the last."""
     if asked is None:
-        return sorted({first + round(i * (last - first) / (count - 1)) for i in range(count)})
-    for position in asked:
-        if not first <= position <= last:
+        last = len(possible) - 1
+        return [possible[i] for i in sorted({round(i * last / (count - 1)) for i in range(count)})]
+    by_number = {snapshot.number: snapshot for snapshot in possible}
+    for number in asked:
+        if number not in by_number:
+            known = ", ".join(f"{s.number} (step {s.step})" for s in possible)
             raise ValueError(
-                f"--positions names {position}, but such a control of {track.path} can be at {first} to {last}: "
-                f"{', '.join(f'{s.position} (step {s.step})' for s in track[first:])}."
+                f"--positions names {number}, but such a control of {track.path} can be at {known}, the numbers of the "
+                "snapshots' folders."
             )
-    return sorted(set(asked))
+    return [by_number[number] for number in sorted(set(asked))]

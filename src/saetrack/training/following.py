@@ -12,14 +12,18 @@ from saetrack.lm.selection import Selection
 from saetrack.lm.watching import Growing
 
 
-def refuse_what_needs_the_end(steps: list[int] | str | None, direction: str, max_rise: float | None) -> None:
+def refuse_what_needs_the_end(
+    steps: list[int] | str | None, direction: str, max_rise: float | None, start: str | None
+) -> None:
     """Refuse settings of the scheduler that cannot be followed while there is no last LLM checkpoint.
 
     Raises:
         ValueError: If there is one.
     """
-    if direction == "backward":
-        found = "scheduler.direction is backward"
+    if direction != "forward":
+        found = f"scheduler.direction is {direction}"
+    elif start is not None:
+        found = f"model.start is {start}"
     elif max_rise is not None:
         found = f"scheduler.max_rise is {max_rise}"
     elif isinstance(steps, list) or not Selection(steps or "all").keeps_growing:

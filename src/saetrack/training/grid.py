@@ -4,30 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.lm.selection import Selection, pick_steps
 
 
-def select_checkpoints(
-    available: list[LLMCheckpoint], steps: list[int] | str | None, direction: Literal["forward", "backward"]
-) -> list[LLMCheckpoint]:
-    """The LLM checkpoints to visit, in the order of the track.
+def select_checkpoints(available: list[LLMCheckpoint], steps: list[int] | str | None) -> list[LLMCheckpoint]:
+    """The LLM checkpoints to visit, by increasing step.
 
     Args:
         available: What the source has, by increasing step.
         steps: The steps wanted, a text as ``Selection`` reads it, or None for all.
-        direction: ``backward`` reverses the order.
 
     Raises:
         ValueError: If a wanted step is not there, or the text takes none.
     """
     try:
-        chosen = pick_steps(available, steps) if isinstance(steps, list) else Selection(steps or "all").of(available)
+        return pick_steps(available, steps) if isinstance(steps, list) else Selection(steps or "all").of(available)
     except ValueError as error:
         raise ValueError(f"scheduler.steps: {error}") from error
-    return chosen[::-1] if direction == "backward" else chosen
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,11 @@ class SAEModule(LightningModule):
             ones, and all values and gradients are float32; where they are dense (StandardSAE, SAETrackSAE) latents and
             gradients pass through it. ``auto`` is bfloat16 where the hardware has it, else float32.
         kernels: ``pytorch``, or ``native``: the inner loops of sparse steps on a CPU in C++, compiled on first use.
+        start: The snapshot to begin the series with, instead of a fresh SAE: a track, such as ``saetrack import``
+            makes, or a run with one for each hookpoint, each with ``@step`` where it holds several snapshots, or the
+            folder of a snapshot. It becomes the track's first, untrained, at its own LLM step; every other stage has
+            ``scheduler.tokens_next``, and ``scheduler.direction`` says which way to go. ``sae`` must be of its class
+            and size.
     """
 
     def __init__(
@@ -123,6 +128,7 @@ class SAEModule(LightningModule):
         log_every_tokens: int = 100_000,
         precision: Precision = "auto",
         kernels: Kernels = "pytorch",
+        start: str | None = None,
     ) -> None:
         super().__init__()
         self.build_sae = sae
@@ -136,10 +142,12 @@ class SAEModule(LightningModule):
         self.log_every_tokens = log_every_tokens
         self.precision = precision
         self.kernels = kernels
+        self.start = start
+        """Where the series begins; read by the scheduler."""
         self.first_stage = True
         """Whether the current stage is the first; set by the scheduler, chooses the learning rate."""
         self.previous: dict[str, SAE] = {}
-        """Snapshots of the stage before, in the LLM's own units; set by the scheduler where continuity needs them."""
+        """Snapshots that the stage began from, in the LLM's own units; set by the scheduler for continuity."""
         self.held_out: dict[str, Tensor] = {}
         """Scaled activations on which convergence is seen; set by the scheduler."""
         self.curves: dict[str, Curve] = {}

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Timer
 
-from saetrack.lm.audit import audit, problems
 from saetrack.lm.checkpoints import LLMCheckpoint, Watcher
 from saetrack.lm.selection import Selection
 from saetrack.track import Snapshot, Track
 from saetrack.training import tracks
+from saetrack.training.checks import audited, refuse_what_cuts_stages
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.following import follow, refuse_what_needs_the_end
 from saetrack.training.grid import Choice, farthest_within, select_checkpoints
 from saetrack.training.module import SAEModule, refuse_changes
+from saetrack.training.order import Direction, branch_ahead, reachable, source_of, training_order
 from saetrack.training.stage import Stage, StageStart, StageWork
+from saetrack.training.start import Start, read_start
 from saetrack.training.warm_start import WarmStart
-
-logger = logging.getLogger(__name__)
 
 _STEPS = "scheduler.steps"
 """Key of the LLM steps in a recipe; the others too are named as a configuration names them."""
@@ -43,18 +41,21 @@ class CheckpointScheduler(Callback):
     """Trains the SAE on one LLM checkpoint after another; one checkpoint is one stage, and one Lightning epoch.
 
     At the end of a stage it writes the snapshot; at the beginning of the next it loads the LLM checkpoint,
-    measures its activations, starts the SAE from the one before, and gives it a fresh optimizer.
+    measures its activations, starts the SAE from a snapshot, and gives it a fresh optimizer. A track grows outward:
+    later LLM steps begin from its last snapshot, earlier ones from its first, and those that are added in between
+    from the nearest earlier one.
 
     Args:
         track_dir: The run's folder; each hookpoint's track is a folder in it.
         steps: LLM steps to visit, increasing, or a text such as ``every:10``, ``log:20``, ``dense:512+every:10``,
             ``tokens:1B-10B`` or ``paper:pythia-410m-deduped``. By default every checkpoint of the source.
-        direction: ``forward`` through the LLM's training, or ``backward`` from its end.
+        direction: ``forward`` through the LLM's training, or ``backward`` from its end. With ``model.start``, which
+            side of it is visited; ``both`` goes forward first, then back from the start.
         warm_start: How a stage's SAE begins. ``prior`` copies the weights of the SAE before (SAE-Track,
             arXiv 2412.17626); ``recentred`` also moves ``b_dec`` by the change of the mean activation;
             ``transported`` turns the whole dictionary by the rotation that best carries the activations of the
             previous LLM checkpoint onto those of this one; ``scratch`` starts anew.
-        tokens_first: Tokens of the first stage, over all processes.
+        tokens_first: Tokens of the first stage, over all processes; with ``model.start`` there is none.
         tokens_next: Tokens of every later stage.
         allow_duplicates: Go on although two LLM checkpoints have equal weights. Without it the run stops before
             any training and names them: published series often serve one checkpoint under several names.
@@ -67,7 +68,7 @@ class CheckpointScheduler(Callback):
         self,
         track_dir: Path,
         steps: list[int] | str | None = None,
-        direction: Literal["forward", "backward"] = "forward",
+        direction: Direction = "forward",
         warm_start: WarmStart = "transported",
         tokens_first: int = 10_000_000,
         tokens_next: int = 2_000_000,
@@ -101,8 +102,14 @@ class CheckpointScheduler(Callback):
         self.position = 0
         """Index of the current stage. Saved in the resume file, for Lightning's epoch counter is stale there."""
         self.checkpoints: list[LLMCheckpoint] = []
-        """Those visited and those ahead, in the order of the track; with ``max_rise``, the skipped are taken out, and
+        """Those visited and those ahead, in the order of training; with ``max_rise``, the skipped are taken out, and
         those that come to a series that is watched are added."""
+        self._wanted: list[LLMCheckpoint] = []
+        """The same by increasing step, the skipped among them."""
+        self._from: Start | None = None
+        """The snapshots of other tracks that this one begins with."""
+        self._adopted = False
+        """Whether this process has adopted them, and the other callbacks do not know yet."""
         self._choice: Choice | None = None
         self.tracks: dict[str, Track] = {}
         self.start: dict[str, StageStart] = {}
@@ -121,56 +128,67 @@ class CheckpointScheduler(Callback):
     @property
     def stage(self) -> Stage:
         """The current stage; when every stage is done, the last one."""
-        position = min(self.position, len(self.checkpoints) - 1)
-        previous = self.checkpoints[position - 1] if position else None
-        return Stage(position, self.checkpoints[position], previous, self.warm_start)
+        return self._stage_at(min(self.position, len(self.checkpoints) - 1))
+
+    def _stage_at(self, position: int) -> Stage:
+        source = self.source_of(position)
+        previous = None if source is None else self.checkpoints[source]
+        return Stage(position, self.checkpoints[position], source, previous, self.warm_start)
+
+    @property
+    def n_stages(self) -> int:
+        """How many stages are trained in all, each a Lightning epoch; what is adopted is none."""
+        return len(self.checkpoints) - (self._from is not None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Choose the LLM checkpoints and audit them."""
         data = _data(trainer)
-        watcher = self.watcher(data)
+        module, watcher = _module(pl_module), self.watcher(data)
         if watcher is None:
-            self.checkpoints = self.choose_checkpoints(data)
+            self.checkpoints = self.choose_checkpoints(data, module)
         else:
-            refuse_what_needs_the_end(self.steps, self.direction, self.max_rise)
+            refuse_what_needs_the_end(self.steps, self.direction, self.max_rise, module.start)
             assert not isinstance(self.steps, list)
-            self.checkpoints = follow(trainer, watcher, self.steps, [], wait=True)
-        self._audit(trainer, self.checkpoints)
+            self.checkpoints = self._wanted = follow(trainer, watcher, self.steps, [], wait=True)
+        self._weight_hashes = audited(trainer, self.checkpoints, self.allow_duplicates, {})
         data.read_widths(self.checkpoints[0])
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
-            raise ValueError(
-                "Every stage has its own activations, so the trainer must ask for a new loader in every epoch; "
-                "give Trainer(reload_dataloaders_every_n_epochs=1)."
-            )
-        _refuse_what_cuts_stages(trainer)
+        refuse_what_cuts_stages(trainer)
         for name in ("tokens_first", "tokens_next"):
             if getattr(self, name) < data.batch_size:
                 raise ValueError(
                     f"scheduler.{name} is {getattr(self, name)}, less than one batch of {data.batch_size}; raise it, "
                     "or lower `data.batch_size`."
                 )
-        trainer.fit_loop.max_epochs = len(self.checkpoints)
-        self.recipe = self._make_recipe(trainer, _module(pl_module), data)
+        trainer.fit_loop.max_epochs = self.n_stages
+        self.recipe = self._make_recipe(trainer, module, data)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open or create the tracks, and point the data at the current stage."""
         module, data = _module(pl_module), _data(trainer)
         self._work = StageWork(trainer, module, data)
-        trainer.fit_loop.max_epochs = len(self.checkpoints)  # less those that a resumed run had skipped
+        trainer.fit_loop.max_epochs = self.n_stages  # less those that a resumed run had skipped
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.open_tracks(trainer, module, data)
+            if self._from is not None and self.position == 0:
+                self._adopt(trainer, data, self._from)
         self._enter_stage(module, data)
         self.follow_series(trainer, module)
         if not self.finished:
             data.fetch(self.stage.previous, self.stage.checkpoint)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the callbacks of what was adopted, now that the loggers are open."""
+        if self._adopted:
+            self._tell(trainer, _module(pl_module), 0)
+            self._adopted = False
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a stage. Lightning does not call this when a stage is resumed in its middle, and rightly so."""
         module, data = _module(pl_module), _data(trainer)
         data.fetch(self.stage.previous, self.stage.checkpoint)
-        self.start = self._work.begin(self.stage, self.start)
+        self.start = self._work.begin(self.stage, self.tracks)
         self._begun = True
         data.calibrate({hookpoint: start.calibration for hookpoint, start in self.start.items()})
         module.curves = {}
@@ -192,22 +210,10 @@ class CheckpointScheduler(Callback):
                 f"Something stopped the stage of LLM step {self.stage.checkpoint.step} before its end, so no snapshot "
                 "was written. Run the same command again with `--ckpt_path last`."
             )
-        facts = {
-            "llm": {"weight_hash": self._weight_hashes[self.stage.checkpoint.step]},
-            **({} if self._choice is None else {"choice": self._choice.facts}),
-            "seed": data.seed,
-            "tokens_trained": module.stream.end * data.batch_size,
-        }
+        facts = {**self._facts(data), "tokens_trained": module.stream.end * data.batch_size}
         self._work.finish(self.stage, self.start, self.tracks, facts)
-        if trainer.is_global_zero:
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, SnapshotCallback):
-                    for track in self.tracks.values():
-                        callback.on_snapshot(trainer, module, track, track[self.position])
-        if self.max_rise is not None:
-            self._skip_ahead(trainer, module)
-        self.position += 1
-        self._begun = False
+        self._tell(trainer, module, self.position)
+        self._move_on(trainer)
         self._enter_stage(module, data)
 
     def follow_series(self, trainer: Trainer, module: SAEModule) -> None:
@@ -221,12 +227,13 @@ class CheckpointScheduler(Callback):
             return
         assert not isinstance(self.steps, list)
         known, waiting = self.checkpoints, self.finished
-        self.checkpoints = follow(trainer, watcher, self.steps, known, wait=waiting)
+        self.checkpoints = self._wanted = follow(trainer, watcher, self.steps, known, wait=waiting)
         if len(self.checkpoints) == len(known):
             return
-        self._audit(trainer, self.checkpoints[len(known) :])
+        arrived = self.checkpoints[len(known) :]
+        self._weight_hashes |= audited(trainer, arrived, self.allow_duplicates, self._weight_hashes)
         self.recipe[_STEPS] = [checkpoint.step for checkpoint in self.checkpoints]
-        trainer.fit_loop.max_epochs = len(self.checkpoints)
+        trainer.fit_loop.max_epochs = self.n_stages
         if waiting:
             self._enter_stage(module, data)
 
@@ -248,21 +255,55 @@ class CheckpointScheduler(Callback):
 
         Raises:
             ValueError: If a setting has changed that would make the rest of the series another one. Steps may be
-                added after those that are done.
+                added anywhere.
         """
         saved, now = state_dict["recipe"], self.recipe
         skipped = set(state_dict.get("skipped", ()))
-        begun = state_dict.get("begun", True)
-        done = min(state_dict["position"] + len(skipped) + begun, len(saved[_STEPS]))
-        refuse_changes({**saved, _STEPS: saved[_STEPS][:done]}, {**now, _STEPS: now[_STEPS][:done]}, "the resume file")
-        self.position, self._begun = state_dict["position"], begun
-        self.checkpoints = [checkpoint for checkpoint in self.checkpoints if checkpoint.step not in skipped]
+        self.position, self._begun = state_dict["position"], state_dict.get("begun", True)
+        visited = [step for step in saved[_STEPS] if step not in skipped][: self.position + self._begun]
+        wanted = {checkpoint.step for checkpoint in self._wanted}
+        if lost := [step for step in visited if step not in wanted]:
+            raise ValueError(
+                f"scheduler.steps lacks LLM step {lost[0]}, on which this track is trained. Add it, or begin another "
+                "track with another `scheduler.track_dir`."
+            )
+        refuse_changes({**saved, _STEPS: visited}, {**now, _STEPS: visited}, "the resume file")
+        order = training_order(self._wanted, [*visited, *(skipped & wanted)])
+        self.recipe = {**now, _STEPS: [checkpoint.step for checkpoint in order]}
+        self.checkpoints = [checkpoint for checkpoint in order if checkpoint.step not in skipped]
+        between = [c.step for c in self.checkpoints[len(visited) :] if min(visited) < c.step < max(visited)]
+        if between and self.max_rise is not None:
+            raise ValueError(
+                f"scheduler.steps adds LLM step {between[0]} between snapshots that are there, but a track with "
+                "`scheduler.max_rise` chooses its own gaps. Take it out; later and earlier steps can be added."
+            )
         self._choice = None if state_dict["choice"] is None else Choice(**state_dict["choice"])
         self.start = {h: StageStart.from_state_dict(state) for h, state in state_dict["start"].items()}
 
-    def choose_checkpoints(self, data: ActivationDataModule) -> list[LLMCheckpoint]:
-        """The LLM checkpoints to visit, in order."""
-        return select_checkpoints(data.checkpoints, self.steps, self.direction)
+    def wanted(self, available: list[LLMCheckpoint], start: Start | None) -> list[LLMCheckpoint]:
+        """The LLM checkpoints that the track shall have, by increasing step.
+
+        Args:
+            available: What the source has.
+            start: What ``model.start`` names.
+
+        Raises:
+            ValueError: If a step is not there, or on the wrong side of the start.
+        """
+        chosen = select_checkpoints(available, self.steps)
+        step = None if start is None else start.step
+        return reachable(chosen, available, step, self.direction, isinstance(self.steps, list))
+
+    def choose_checkpoints(self, data: ActivationDataModule, module: SAEModule) -> list[LLMCheckpoint]:
+        """The LLM checkpoints to visit, in the order of training, as far as nothing is visited yet."""
+        self._from = read_start(module.start, data.hookpoints)
+        self._wanted = self.wanted(data.checkpoints, self._from)
+        first = self._wanted[-1 if self.direction == "backward" else 0].step
+        return training_order(self._wanted, [first if self._from is None else self._from.step])
+
+    def source_of(self, position: int) -> int | None:
+        """Position of the stage whose snapshot the stage at a position begins from; None for the first."""
+        return source_of([checkpoint.step for checkpoint in self.checkpoints], position)
 
     def watcher(self, data: ActivationDataModule) -> Watcher | None:
         """What looks for further LLM checkpoints; None when all are there."""
@@ -285,32 +326,46 @@ class CheckpointScheduler(Callback):
             **module.recipe(),
         }
 
-    def _audit(self, trainer: Trainer, checkpoints: list[LLMCheckpoint]) -> None:
-        known = {digest: step for step, digest in reversed(self._weight_hashes.items()) if digest is not None}
-        # one rank reads the weights of the whole series for all
-        rows = trainer.strategy.broadcast(
-            audit(list(dict.fromkeys(checkpoints)), known) if trainer.is_global_zero else []
-        )
-        self._weight_hashes |= {row.checkpoint.step: row.weight_hash for row in rows}
-        found = problems(rows)
-        faulty = any(row.fault for row in rows)
-        if found and (faulty or not self.allow_duplicates):
-            more = f" ({len(found) - 1} more; `saetrack checkpoints SOURCE --audit` lists them.)" if found[1:] else ""
-            remedy = "" if faulty else ", or go on all the same with `scheduler.allow_duplicates: true`"
-            raise ValueError(f"{found[0]}{more} Choose the others with `scheduler.steps`{remedy}.")
-        for line in found:
-            logger.warning(line)
+    def _facts(self, data: ActivationDataModule) -> dict[str, Any]:
+        """What a snapshot says of the current stage beside its measures."""
+        return {
+            "llm": {"weight_hash": self._weight_hashes[self.stage.checkpoint.step]},
+            **({} if self._choice is None else {"choice": self._choice.facts}),
+            "seed": data.seed,
+        }
 
-    def _skip_ahead(self, trainer: Trainer, module: SAEModule) -> None:
+    def _tell(self, trainer: Trainer, module: SAEModule, number: int) -> None:
+        if trainer.is_global_zero:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SnapshotCallback):
+                    for track in self.tracks.values():
+                        callback.on_snapshot(trainer, module, track, track.numbered(number))
+
+    def _move_on(self, trainer: Trainer) -> None:
+        """Go to the next stage, which with ``max_rise`` is chosen now."""
+        if self.max_rise is not None:
+            self._skip_ahead(trainer, self.max_rise)
+        self.position += 1
+        self._begun = False
+
+    def _adopt(self, trainer: Trainer, data: ActivationDataModule, start: Start) -> None:
+        """Write the snapshots of another track as the first ones of this, and go to the first stage that is trained."""
+        self._work.adopt(self.stage, start, self.tracks, self._facts(data))
+        self._adopted = True
+        self._move_on(trainer)
+
+    def _skip_ahead(self, trainer: Trainer, max_rise: float) -> None:
         """Take out of the series the LLM checkpoints that the SAE, as it is, still describes well enough."""
-        ahead = self.checkpoints[self.position + 1 :]
+        ahead = branch_ahead(self.checkpoints, self.position + 1)
         if not ahead:
             return
-        assert self.max_rise is not None
-        max_rise, fvu_here = self.max_rise, self._work.held_out_fvu(self.stage.checkpoint, self.tracks)
+        source = self._stage_at(self.position + 1).source
+        assert source is not None
+        snapshots = {hookpoint: track.numbered(source) for hookpoint, track in self.tracks.items()}
+        fvu_here = self._work.held_out_fvu(self.checkpoints[source], snapshots)
 
         def rise_on(checkpoint: LLMCheckpoint) -> float:
-            there = self._work.held_out_fvu(checkpoint, self.tracks)
+            there = self._work.held_out_fvu(checkpoint, snapshots)
             return max(there[hookpoint] / fvu_here[hookpoint] - 1 for hookpoint in there)
 
         # the ranks' last bits may differ, their series may not
@@ -318,38 +373,19 @@ class CheckpointScheduler(Callback):
             farthest_within(ahead, rise_on, max_rise) if trainer.is_global_zero else None
         )
         assert self._choice is not None
-        taken = self._choice.index
-        self.checkpoints = self.checkpoints[: self.position + 1] + ahead[taken:]
-        trainer.fit_loop.max_epochs = len(self.checkpoints)
+        del self.checkpoints[self.position + 1 : self.position + 1 + self._choice.index]
+        trainer.fit_loop.max_epochs = self.n_stages
 
     def open_tracks(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule) -> None:
         """Open or create the track of every hookpoint."""
         tracks.refuse_other_hookpoints(self.track_dir, data.hookpoints)
         for hookpoint in data.hookpoints:
-            self.tracks[hookpoint] = self._open_track(trainer, module, data, hookpoint)
-
-    def _open_track(self, trainer: Trainer, module: SAEModule, data: ActivationDataModule, hookpoint: str) -> Track:
-        path = self.track_dir / hookpoint
-        facts = tracks.track_facts(module, data, hookpoint)
-        exists = (path / "track.json").is_file()
-        snapshots = len(Track.open(path)) if exists else 0
-        trainer.strategy.barrier()  # every rank has looked before rank zero creates anything
-        if snapshots and trainer.ckpt_path is None:
-            go_on = "Continue it with `--ckpt_path last`, or choose" if snapshots <= len(self.checkpoints) else "Choose"
-            raise FileExistsError(
-                f"{path} already holds {snapshots} of {len(self.checkpoints)} snapshots. {go_on} another "
-                "`scheduler.track_dir`."
-            )
-        if trainer.is_global_zero and (not exists or trainer.ckpt_path is None):
-            # killed before its first resume file, a run leaves a track without snapshots: begin it again
-            (path / "track.json").unlink(missing_ok=True)
-            tracks.begin(path, facts, self.recipe, data)
-        trainer.strategy.barrier()
-        track = Track.open(path)
-        tracks.refuse_another(track, facts)
-        tracks.refuse_other_weights(track[: self.position], self._weight_hashes)
-        tracks.refuse_gaps(track, self.position)
-        return track
+            facts = tracks.track_facts(module, data, hookpoint)
+            steps = [checkpoint.step for checkpoint in self.checkpoints]
+            track = tracks.open_or_begin(trainer, self.track_dir / hookpoint, facts, self.recipe, data, steps)
+            tracks.refuse_other_weights([s for s in track if s.number < self.position], self._weight_hashes)
+            tracks.refuse_gaps(track, steps, self.position)
+            self.tracks[hookpoint] = track
 
     def _enter_stage(self, module: SAEModule, data: ActivationDataModule) -> None:
         stage = self.stage
@@ -378,23 +414,6 @@ def scheduler_of(trainer: Trainer) -> CheckpointScheduler:
         if isinstance(callback, CheckpointScheduler):
             return callback
     raise RuntimeError("This callback needs a CheckpointScheduler beside it in the trainer's callbacks.")
-
-
-def _refuse_what_cuts_stages(trainer: Trainer) -> None:
-    """Refuse options of Lightning's that would end a stage before its budget, or change what a step is."""
-    options = {
-        "max_steps": (trainer.max_steps, -1),
-        "limit_train_batches": (trainer.limit_train_batches, 1.0),
-        "accumulate_grad_batches": (trainer.accumulate_grad_batches, 1),
-    }
-    changed = [f"trainer.{name} is {value}" for name, (value, default) in options.items() if value != default]
-    if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        changed.append("trainer.max_time is set")
-    if changed:
-        raise ValueError(
-            f"{changed[0]}, which would cut every stage short or change its steps. Leave it out; a stage is as long as "
-            "`scheduler.tokens_first` and `scheduler.tokens_next`, and a run can be killed and continued at any moment."
-        )
 
 
 def _module(pl_module: LightningModule) -> SAEModule:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -25,7 +25,8 @@ from saetrack.track import Snapshot, Track
 from saetrack.training import evaluation
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.module import SAEModule, reconstruct
-from saetrack.training.warm_start import Calibration, WarmStart, orthogonal_map, recentre, transport
+from saetrack.training.start import Start, equal_norms
+from saetrack.training.warm_start import Calibration, WarmStart, in_both, orthogonal_map, recentre, transport
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class StageStart:
         calibration: The LLM checkpoint's mean, covariance and scale.
         rotation: The map of a ``transported`` start.
         fvu_before: FVU of the SAE that the stage starts from, before any training.
-        fvu_shift: FVU of the previous snapshot, unchanged, on this LLM checkpoint.
+        fvu_shift: FVU of the snapshot that the stage began from, unchanged, on this LLM checkpoint.
         left_out: Share of the calibration rows' positions whose activations are left out, by the reason.
     """
 
@@ -68,14 +69,16 @@ class Stage:
     """One LLM checkpoint's turn.
 
     Args:
-        position: Its place in the track, from 0.
+        position: Its place in the order of training, from 0: the number of its snapshot.
         checkpoint: The LLM checkpoint.
-        previous: The one before, None in the first stage.
+        source: Number of the snapshot that it begins from, and is compared with; None in the first stage.
+        previous: The LLM checkpoint of that snapshot, which may be an earlier or a later one.
         warm_start: How the SAE begins.
     """
 
     position: int
     checkpoint: LLMCheckpoint
+    source: int | None
     previous: LLMCheckpoint | None
     warm_start: WarmStart
 
@@ -83,8 +86,9 @@ class Stage:
 class StageWork:
     """Does the work at both ends of a stage, and remembers between stages what would cost a second LLM load.
 
-    Everything remembered can be made again from the LLM and the track, and is after a resume; so none of it is
-    saved, and an interrupted run gives the same bytes as an uninterrupted one.
+    A stage begins from a snapshot on disk, whether or not it was trained in this process: so a series that is resumed
+    or extended has the bytes of one trained at once. What is remembered can be made again from the LLM and the track,
+    and none of it is saved.
 
     Args:
         trainer: The trainer.
@@ -100,16 +104,17 @@ class StageWork:
         self._warned: set[str] = set()
         self._latents: tuple[LLMCheckpoint, dict[str, evaluation.Latents]] | None = None
 
-    def begin(self, stage: Stage, last: Mapping[str, StageStart]) -> dict[str, StageStart]:
+    def begin(self, stage: Stage, tracks: Mapping[str, Track]) -> dict[str, StageStart]:
         """Measure the LLM checkpoint and start the SAEs on it.
 
         Args:
             stage: The stage that begins.
-            last: What :meth:`begin` gave for the stage before; empty in the first.
+            tracks: Those with the snapshots that it begins from, by hookpoint.
 
         Returns:
             What was measured, by hookpoint.
         """
+        sources = _sources(stage, tracks)
         before: dict[str, Tensor] = {}
         if stage.previous is not None and stage.warm_start == "transported":
             before = self._calibration_activations(stage.previous)
@@ -122,18 +127,19 @@ class StageWork:
         for hookpoint, now in calibrations.items():
             sae = self.module.sae(hookpoint)
             candidates[hookpoint] = {}
-            if stage.previous is not None:
-                candidates[hookpoint]["shift"] = sae.folded(last[hookpoint].calibration.scale)
+            if hookpoint in sources:
+                last = self._load(sources[hookpoint], hookpoint)
+                candidates[hookpoint]["shift"] = sources[hookpoint].sae().to(self.data.device)
             if stage.previous is None or stage.warm_start == "scratch":
                 generator = self._generator(stage, lanes[hookpoint])
                 x = take(activations[hookpoint], within(activations[hookpoint], now.norm_limit))
                 sae.initialise(x[:INITIALISE_ON] * now.scale, generator)
             elif stage.warm_start == "recentred":
-                recentre(sae, last[hookpoint].calibration, now)
+                recentre(sae, last, now)
             elif stage.warm_start == "transported":
-                pair = _in_both(before[hookpoint], activations[hookpoint], last[hookpoint].calibration, now)
+                pair = in_both(before[hookpoint], activations[hookpoint], last, now)
                 rotations[hookpoint] = orthogonal_map(*pair)
-                transport(sae, rotations[hookpoint], last[hookpoint].calibration, now)
+                transport(sae, rotations[hookpoint], last, now)
             self._make_equal_on_every_rank(sae)
             candidates[hookpoint]["before"] = sae.folded(now.scale)
             new_features = stage.previous is not None and stage.warm_start == "scratch"
@@ -145,6 +151,37 @@ class StageWork:
             for h, now in calibrations.items()
         }
 
+    def adopt(self, stage: Stage, start: Start, tracks: Mapping[str, Track], facts: Mapping[str, Any]) -> None:
+        """Measure the SAEs that the series begins with, on their own LLM checkpoint, and write them untrained.
+
+        Args:
+            stage: The first.
+            start: Where they are.
+            tracks: Where to write, by hookpoint.
+            facts: As for :meth:`finish`.
+
+        Raises:
+            ValueError: If one does not fit the run, or reconstructs worse than the mean activation.
+        """
+        saes, starts = start.saes(self.module), {}
+        for hookpoint, x in self._calibration_activations(stage.checkpoint).items():
+            limit = norm_limit(x, self.data.tokens.outlier_norm)
+            calibration = Calibration.measure(x, limit)
+            saes[hookpoint] = equal_norms(saes[hookpoint], calibration.scale).to(self.data.device)
+            left_out = self._left_out(stage.checkpoint, hookpoint, x, limit)
+            starts[hookpoint] = StageStart(calibration, None, 1.0, None, left_out)
+        site = self._site(stage.checkpoint, {h: s.calibration.norm_limit for h, s in starts.items()})
+        fvu = evaluation.reconstruction_fvu(site, {h: {"before": sae} for h, sae in saes.items()})
+        for hookpoint, sae in fvu.items():
+            if not sae["before"] < 1:
+                raise ValueError(
+                    f"model.start {start.snapshots[hookpoint].path} has FVU {sae['before']:.2f} on LLM step "
+                    f"{start.step}, worse than the mean activation: it is of another LLM, module or scale of "
+                    "activations. Check `data.source` and `data.hookpoints`."
+                )
+        starts = {h: replace(s, fvu_before=fvu[h]["before"]) for h, s in starts.items()}
+        self._write(stage, starts, saes, tracks, {h: {**facts, **start.facts(h), "tokens_trained": 0} for h in starts})
+
     def equip(self, stage: Stage, tracks: Mapping[str, Track]) -> None:
         """Give the module the held-out activations of the stage, and the snapshots that continuity compares with.
 
@@ -155,23 +192,27 @@ class StageWork:
         self.module.held_out = {h: take(x, within(x, limits[h])) * self.data.scales[h] for h, x in activations.items()}
         self.module.previous = {}
         if self.data.before is not None:
-            saes = {h: track[stage.position - 1].sae() for h, track in tracks.items()}
+            saes = {h: snapshot.sae() for h, snapshot in _sources(stage, tracks).items()}
             self.module.previous = {h: sae.to(self.data.device) for h, sae in saes.items()}
             for hookpoint, sae in self.module.previous.items():
                 sae.precision = self.module.sae(hookpoint).precision
 
-    def held_out_fvu(self, checkpoint: LLMCheckpoint, tracks: Mapping[str, Track]) -> dict[str, float]:
-        """FVU of each track's last snapshot, as it is, on the held-out activations of an LLM checkpoint."""
+    def held_out_fvu(self, checkpoint: LLMCheckpoint, snapshots: Mapping[str, Snapshot]) -> dict[str, float]:
+        """FVU of each hookpoint's snapshot, as it is, on the held-out activations of an LLM checkpoint."""
         activations = self.data.held_out_activations(checkpoint)
         fvu = {}
         for hookpoint, every in activations.items():
             x = take(every, within(every, norm_limit(every, self.data.tokens.outlier_norm)))
-            sae = tracks[hookpoint][-1].sae().to(x.device)
+            sae = snapshots[hookpoint].sae().to(x.device)
             fvu[hookpoint] = float(fraction_variance_unexplained(x, reconstruct(sae, x)))
         return fvu
 
     def finish(
-        self, stage: Stage, start: Mapping[str, StageStart], tracks: Mapping[str, Track], facts: Mapping[str, Any]
+        self,
+        stage: Stage,
+        start: Mapping[str, StageStart],
+        tracks: Mapping[str, Track],
+        facts: Mapping[str, Any],
     ) -> None:
         """Measure the SAEs as they are now and write their snapshots.
 
@@ -185,6 +226,16 @@ class StageWork:
             ValueError: If an SAE has diverged; nothing is written then.
         """
         saes = {h: self.module.sae(h).folded(s.calibration.scale).requires_grad_(False) for h, s in start.items()}
+        self._write(stage, start, saes, tracks, dict.fromkeys(saes, facts))
+
+    def _write(
+        self,
+        stage: Stage,
+        start: Mapping[str, StageStart],
+        saes: Mapping[str, SAE],
+        tracks: Mapping[str, Track],
+        facts: Mapping[str, Mapping[str, Any]],
+    ) -> None:
         limits = {h: s.calibration.norm_limit for h, s in start.items()}
         qualities = evaluation.evaluate(self._site(stage.checkpoint, limits), saes)
         for hookpoint, quality in qualities.items():
@@ -199,7 +250,7 @@ class StageWork:
             self._site(stage.checkpoint, limits, self.data.tokens.ce_tokens), saes, means
         )
         latents = {h: quality.latents for h, quality in qualities.items()}
-        correlations = self._correlations(stage, tracks, latents)
+        correlations, sources = self._correlations(stage, tracks, latents), _sources(stage, tracks)
         for hookpoint, sae in saes.items():
             if self.trainer.is_global_zero:
                 features = _feature_table(
@@ -208,13 +259,17 @@ class StageWork:
                     self.module.feature_state(hookpoint).tokens_since_fired,
                     self.module.feature_state(hookpoint).revived,
                     correlations.get(hookpoint),
-                    tracks[hookpoint][stage.position - 1] if stage.position else None,
+                    sources.get(hookpoint),
                 )
                 metadata = {
-                    "llm": {**asdict(stage.checkpoint), "commit": commit_sha(stage.checkpoint), **facts["llm"]},
+                    "llm": {
+                        **asdict(stage.checkpoint),
+                        "commit": commit_sha(stage.checkpoint),
+                        **facts[hookpoint]["llm"],
+                    },
                     "sae": sae_record(sae),
-                    "warm_start": stage.warm_start if stage.previous is not None else "scratch",
-                    **{k: v for k, v in facts.items() if k != "llm"},
+                    **_descent(stage, sources.get(hookpoint)),
+                    **{k: v for k, v in facts[hookpoint].items() if k != "llm"},
                     "left_out": start[hookpoint].left_out,
                     "held_out_curve": [list(point) for point in self.module.curves.get(hookpoint, [])],
                     **_scalars(start[hookpoint], qualities[hookpoint].scalars, recovered[hookpoint], features),
@@ -238,18 +293,27 @@ class StageWork:
     def _correlations(
         self, stage: Stage, tracks: Mapping[str, Track], latents: Mapping[str, evaluation.Latents]
     ) -> dict[str, Tensor]:
-        """Functional correlation with the snapshot before, by hookpoint; empty in the first stage."""
+        """Functional correlation with the snapshot that the stage began from; empty in the first stage."""
         if stage.previous is None:
             return {}
         if self._latents is None or self._latents[0] != stage.previous:
-            saes = {h: track[stage.position - 1].sae().to(self.data.device) for h, track in tracks.items()}
-            limits = {h: track[stage.position - 1].norm_limit for h, track in tracks.items()}
+            snapshots = _sources(stage, tracks)
+            saes = {h: snapshot.sae().to(self.data.device) for h, snapshot in snapshots.items()}
+            limits = {h: snapshot.norm_limit for h, snapshot in snapshots.items()}
             self._latents = (stage.previous, evaluation.latents_on(self._site(stage.previous, limits), saes))
         before = self._latents[1]
         return {
             h: evaluation.functional_correlation(before[h], after, tracks[h].facts["d_sae"], self.data.device)
             for h, after in latents.items()
         }
+
+    def _load(self, source: Snapshot, hookpoint: str) -> Calibration:
+        """Put a snapshot into the module, in the training units of its own LLM checkpoint, which are returned."""
+        calibration = Calibration.of(source)
+        self.module.sae(hookpoint).load_state_dict(source.sae().folded(1 / calibration.scale).state_dict())
+        since_fired = torch.tensor(source.features["tokens_since_fired"].to_numpy())
+        self.module.feature_state(hookpoint).tokens_since_fired.copy_(since_fired)
+        return calibration
 
     def _make_equal_on_every_rank(self, sae: SAE) -> None:
         """The ranks compute the same start; a last bit in which their machines differ must not stay."""
@@ -284,11 +348,21 @@ class StageWork:
         return evaluation.Site(llm, checkpoint, rows, self.trainer.global_rank, self.trainer.world_size, limits)
 
 
-def _in_both(before: Tensor, now: Tensor, last: Calibration, calibration: Calibration) -> tuple[Tensor, Tensor]:
-    """The activations at the positions that are no outliers at either LLM checkpoint."""
-    masks = [m for m in (within(before, last.norm_limit), within(now, calibration.norm_limit)) if m is not None]
-    mask = torch.stack(masks).all(dim=0) if masks else None
-    return take(before, mask), take(now, mask)
+def _sources(stage: Stage, tracks: Mapping[str, Track]) -> dict[str, Snapshot]:
+    """The snapshots that a stage begins from, by hookpoint; empty in the first stage."""
+    return {} if stage.source is None else {h: track.numbered(stage.source) for h, track in tracks.items()}
+
+
+def _descent(stage: Stage, source: Snapshot | None) -> dict[str, Any]:
+    """How the stage began: the name of its warm start, from what, and which snapshot its measures are against."""
+    if source is None:
+        return {"warm_start": "scratch", "warm_started_from": None, "compared_with": None}
+    origin = {"track": None, "snapshot": source.path.name, "step": source.step}  # no path: it is in this track
+    return {
+        "warm_start": stage.warm_start,
+        "warm_started_from": None if stage.warm_start == "scratch" else origin,
+        "compared_with": source.path.name,
+    }
 
 
 def _feature_table(
@@ -299,7 +373,7 @@ def _feature_table(
     correlation: Tensor | None,
     previous: Snapshot | None,
 ) -> pd.DataFrame:
-    """One row per feature; the two columns of identity are NaN in the first snapshot."""
+    """One row per feature; the two columns of identity are NaN where the stage began from no snapshot."""
     unknown = torch.full((sae.d_sae,), torch.nan, dtype=torch.float64)
     cosine = unknown
     if previous is not None:

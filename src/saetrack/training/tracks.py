@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning import Trainer
+
 import saetrack
 from saetrack.lm.forward import module_name
 from saetrack.sae import sae_record
-from saetrack.storage import link_or_copy, whole_folder, write_json
+from saetrack.storage import link_or_copy, whole_folder
 from saetrack.track import Snapshot, Track, tracks_in
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.module import SAEModule, refuse_changes
@@ -50,9 +53,12 @@ def adopt(track: Track, snapshot: Snapshot) -> None:
     """Begin a track with a snapshot of another: the same files on the disk, which no snapshot's are ever changed."""
     with whole_folder(track.path / "snapshots" / f"0000-step{snapshot.step}") as folder:
         for file in snapshot.path.iterdir():
-            if file.name != "metadata.json":
-                link_or_copy(file, folder / file.name)
-        write_json(folder / "metadata.json", {**snapshot.metadata, "position": 0})
+            link_or_copy(file, folder / file.name)
+
+
+def trained(track: Track) -> list[Snapshot]:
+    """The snapshots that training was spent on: all but one that was adopted unchanged to begin with."""
+    return [snapshot for snapshot in track if snapshot.metadata.get("tokens_trained") != 0]
 
 
 def refuse_another(track: Track, facts: Mapping[str, Any]) -> None:
@@ -84,15 +90,28 @@ def refuse_other_weights(done: Sequence[Snapshot], weight_hashes: Mapping[int, s
             )
 
 
-def refuse_gaps(track: Track, done: int) -> None:
-    """Refuse to go on when a snapshot before position ``done`` is not there."""
-    have = {snapshot.position for snapshot in track}
+def refuse_gaps(track: Track, steps: Sequence[int], done: int) -> None:
+    """Refuse to go on when a snapshot of a number below ``done`` is not there, or one is that would be lost.
+
+    Args:
+        track: The track.
+        steps: LLM steps in the order of training.
+        done: How many stages the resume file has.
+    """
+    have = {snapshot.number for snapshot in track}
     missing = [i for i in range(done) if i not in have]
     if missing:
         raise FileNotFoundError(
             f"{track.path} should hold the snapshots 0 to {done - 1}, but {missing} are not there. Restore them "
             "from a copy, or start again in another `scheduler.track_dir`."
         )
+    planned = dict(enumerate(steps))
+    for snapshot in track:  # one that was written after the last resume file is trained again, to the same bytes
+        if planned.get(snapshot.number) != snapshot.step:
+            raise ValueError(
+                f"{snapshot.path} is finished, but with these `scheduler.steps` stage {snapshot.number} would be of "
+                f"LLM step {planned.get(snapshot.number)}. Finish the run with the steps that it had, then add others."
+            )
 
 
 def _series_name(data: ActivationDataModule) -> str:
@@ -101,3 +120,44 @@ def _series_name(data: ActivationDataModule) -> str:
     if data.source.watcher is not None:  # the first of a folder may be there alone
         return data.source.watcher.where
     return models.pop() if len(models) == 1 else os.path.commonpath(models) or ", ".join(sorted(models))
+
+
+def open_or_begin(
+    trainer: Trainer,
+    path: Path,
+    facts: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    data: ActivationDataModule,
+    steps: Sequence[int],
+) -> Track:
+    """Open the track that a run continues, or begin it.
+
+    Args:
+        trainer: The trainer; its rank zero writes.
+        path: The track's folder.
+        facts: As :func:`track_facts` gives them.
+        recipe: How the track is trained.
+        data: Gives the rows that it is measured on.
+        steps: LLM steps of all its snapshots, those to come among them.
+
+    Raises:
+        FileExistsError: If snapshots are there and the run does not continue them.
+        ValueError: If the track is another one.
+    """
+    exists = (path / "track.json").is_file()
+    snapshots = len(trained(Track.open(path))) if exists else 0
+    trainer.strategy.barrier()  # every rank has looked before rank zero creates anything
+    if snapshots and trainer.ckpt_path is None:
+        go_on = "Continue it with `--ckpt_path last`, or choose" if snapshots <= len(steps) else "Choose"
+        raise FileExistsError(
+            f"{path} already holds {snapshots} of {len(steps)} snapshots. {go_on} another `scheduler.track_dir`."
+        )
+    if trainer.is_global_zero and (not exists or trainer.ckpt_path is None):
+        # killed before its first resume file, a run leaves a track on which nothing was trained: begin it again
+        (path / "track.json").unlink(missing_ok=True)
+        shutil.rmtree(path / "snapshots", ignore_errors=True)
+        begin(path, facts, recipe, data)
+    trainer.strategy.barrier()
+    track = Track.open(path)
+    refuse_another(track, facts)
+    return track

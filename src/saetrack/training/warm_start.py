@@ -58,6 +58,13 @@ class Calibration:
         return cls(mean, covariance, snapshot.statistics("scale").item(), snapshot.norm_limit)
 
 
+def in_both(before: Tensor, now: Tensor, last: Calibration, calibration: Calibration) -> tuple[Tensor, Tensor]:
+    """The activations at the positions that are no outliers at either LLM checkpoint."""
+    masks = [m for m in (within(before, last.norm_limit), within(now, calibration.norm_limit)) if m is not None]
+    mask = torch.stack(masks).all(dim=0) if masks else None
+    return take(before, mask), take(now, mask)
+
+
 def orthogonal_map(before: Tensor, after: Tensor) -> Tensor:
     """The rotation that best carries one LLM checkpoint's activations onto another's.
 

@@ -37,12 +37,15 @@ class PlantedTrack(list):
     def controls(self, kind: str | None = None) -> list[Track]:
         return []
 
+    def before(self, snapshot: SimpleNamespace) -> SimpleNamespace | None:
+        return self[snapshot.position - 1] if snapshot.position else None
+
 
 def run_planted(revived: tuple[int, int] | None = None) -> AnalysisResult:
     track = PlantedTrack()
     for position, step in enumerate(STEPS):
         table = pd.DataFrame({"revived": [(step, i) == revived for i in range(FEATURES)]})
-        track.append(SimpleNamespace(position=position, step=step, features=table))
+        track.append(SimpleNamespace(position=position, number=position, step=step, features=table))
     analysis = Identity(replicates=50)
     analysis.begin(track)
     for snapshot in (track[-1], *track[:-1]):

@@ -44,13 +44,6 @@ def test_quartiles_are_over_features_that_fire_in_both_snapshots(tiny_track: Tra
     assert np.isnan(table["functional_correlation_median"][0])
 
 
-def test_a_backward_chain_is_drawn_forward(tiny_track: Track, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny_track, "_snapshots", list(tiny_track)[::-1])
-    table = Quality().run(tiny_track).tables["quality"]
-    assert table["step"].tolist() == [0, 1, 4, 10]
-    assert np.isnan(table["functional_correlation_median"].to_numpy()[-1])
-
-
 def test_a_track_of_one_snapshot_is_enough(tiny_track: Track, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiny_track, "_snapshots", list(tiny_track)[:1])
     result = Quality().run(tiny_track)

@@ -8,18 +8,20 @@ import pytest
 from saetrack.training.downloads import HubDownloads
 from saetrack.training.following import refuse_what_needs_the_end
 
-FORWARD = {"steps": None, "direction": "forward", "max_rise": None}
+FORWARD = {"steps": None, "direction": "forward", "max_rise": None, "start": None}
 
 
 @pytest.mark.parametrize(
     ("options", "found"),
     [
         ({"direction": "backward"}, "scheduler.direction is backward"),
+        ({"direction": "both"}, "scheduler.direction is both"),
+        ({"start": "runs/imported"}, "model.start is runs/imported"),
         ({"max_rise": 0.5}, "scheduler.max_rise is 0.5"),
         ({"steps": "log:3"}, "scheduler.steps is 'log:3'"),
         ({"steps": [0, 2]}, "scheduler.steps is [0, 2]"),
     ],
-    ids=["backward", "max_rise", "log", "list"],
+    ids=["backward", "both", "start", "max_rise", "log", "list"],
 )
 def test_what_needs_the_whole_series_is_refused(options: dict[str, Any], found: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{found}, which needs the whole series, but data.source has")):

@@ -14,11 +14,11 @@ from saetrack.training.scheduler import CheckpointScheduler
 
 def test_a_text_or_a_list_chooses_the_steps_of_a_track(tmp_path: Path) -> None:
     series = [LLMCheckpoint("llm", None, step) for step in (0, 1, 2, 4, 10)]
-    assert [c.step for c in select_checkpoints(series, "every:2", "backward")] == [10, 2, 0]
-    assert [c.step for c in select_checkpoints(series, [1, 4], "forward")] == [1, 4]
-    assert select_checkpoints(series, None, "forward") == series
+    assert [c.step for c in select_checkpoints(series, "every:2")] == [0, 2, 10]
+    assert [c.step for c in select_checkpoints(series, [1, 4])] == [1, 4]
+    assert select_checkpoints(series, None) == series
     with pytest.raises(ValueError, match=r"scheduler\.steps: LLM step 3 is asked for"):
-        select_checkpoints(series, [3], "forward")
+        select_checkpoints(series, [3])
     with pytest.raises(ValueError, match="'often' is no choice of LLM checkpoints"):
         CheckpointScheduler(tmp_path, steps="often")
 

@@ -1,0 +1,111 @@
+"""A snapshot: the SAE at the end of a stage, with what was measured of it, in one directory."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from saetrack.hub import HubFolder
+from saetrack.lm.checkpoints import LLMCheckpoint
+from saetrack.lm.local.recognise import format_from_record
+from saetrack.sae import SAE, sae_from_record
+from saetrack.tensor_files import read_tensor, read_tensors
+
+SNAPSHOT_NAME = re.compile(r"^(?P<number>\d{4,})-step(?P<step>\d+)$")
+SNAPSHOTS = "snapshots"
+WEIGHTS = "sae_weights.safetensors"
+STATISTICS = "statistics.safetensors"
+FEATURES = "features.parquet"
+METADATA = "metadata.json"
+
+
+class Snapshot:
+    """The SAE at the end of a stage, with its statistics.
+
+    Args:
+        path: The snapshot's directory, ``runs/NAME/HOOKPOINT/snapshots/0007-step64``: ``number`` 7 in the order of
+            training, LLM ``step`` 64. ``position`` is its place in the track.
+        hub: Where the track comes from when it is on the Hub: files that are not here are then downloaded.
+    """
+
+    def __init__(self, path: Path, hub: HubFolder | None = None) -> None:
+        match = SNAPSHOT_NAME.match(path.name)
+        if match is None:
+            raise ValueError(f"{path} is not a snapshot's directory; expected a name like 0007-step64.")
+        self.path = path
+        self._hub = hub
+        self.number = self.position = int(match["number"])
+        self.step = int(match["step"])
+
+    def __repr__(self) -> str:
+        return f"Snapshot({str(self.path)!r})"
+
+    def file(self, name: str) -> Path:
+        """A file of the snapshot, e.g. ``sae_weights.safetensors``; from the Hub, it is downloaded when asked for."""
+        path = self.path / name
+        if self._hub is not None and not path.exists():
+            return self._hub.fetch(f"{SNAPSHOTS}/{self.path.name}/{name}")
+        return path
+
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """The facts of ``metadata.json``: the LLM checkpoint, the SAE's class, and the quality of the snapshot."""
+        facts: dict[str, Any] = json.loads(self.file(METADATA).read_text(encoding="utf-8"))
+        return facts
+
+    @property
+    def norm_limit(self) -> float:
+        """Norm over which activations of its LLM checkpoint are left out, in the LLM's own units; may be infinite."""
+        limit = self.metadata.get("norm_limit")
+        return math.inf if limit is None else float(limit)
+
+    @property
+    def llm(self) -> LLMCheckpoint:
+        """The LLM checkpoint this snapshot was trained on."""
+        facts = self.metadata["llm"]
+        return LLMCheckpoint(
+            facts["model"],
+            facts["revision"],
+            facts["step"],
+            facts["tokens"],
+            facts.get("cache_dir"),
+            format_from_record(facts.get("format")),
+        )
+
+    def sae(self) -> SAE:
+        """The SAE, in the LLM's own units (the activation scale is folded into its weights)."""
+        sae = sae_from_record(self.metadata["sae"])
+        sae.load_state_dict(read_tensors(self.file(WEIGHTS)))
+        return sae.eval().requires_grad_(False)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor of the SAE, e.g. ``W_dec`` ``[d_sae, d_in]``; only that tensor is read.
+
+        Raises:
+            ValueError: If there is no tensor of that name; the message lists the names.
+        """
+        return read_tensor(self.file(WEIGHTS), name)
+
+    def statistics(self, name: str) -> Tensor:
+        """One array of ``statistics.safetensors``.
+
+        Args:
+            name: ``mean`` ``[d_in]``, ``covariance`` ``[d_in, d_in]`` (both of the LLM's activations, in its
+                units), ``scale`` ``[1]``, or ``transport`` ``[d_in, d_in]`` when the stage began with it.
+
+        Raises:
+            ValueError: If there is no array of that name; the message lists the names.
+        """
+        return read_tensor(self.file(STATISTICS), name)
+
+    @cached_property
+    def features(self) -> pd.DataFrame:
+        """One row per feature: firing statistics on the evaluation split, revivals, identity."""
+        return pd.read_parquet(self.file(FEATURES))
