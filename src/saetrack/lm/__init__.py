@@ -17,6 +17,7 @@ from saetrack.lm.checkpoints import (
 )
 from saetrack.lm.corpus import Corpus, DatasetCorpus, StdlibCorpus, TextCorpus
 from saetrack.lm.forward import (
+    EditableLLM,
     activation_widths,
     edit_activations,
     next_token_losses,
@@ -31,6 +32,7 @@ __all__ = [
     "CheckpointSource",
     "Corpus",
     "DatasetCorpus",
+    "EditableLLM",
     "FolderSource",
     "HubSource",
     "LLMCheckpoint",
