@@ -173,8 +173,8 @@ def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
             f"logits have shape {tuple(logits.shape)} but tokens {tuple(tokens.shape)}; expected [batch, context, "
             f"vocabulary] and [batch, context]."
         )
-    # flat, since a softmax over the middle axis of [batch, vocabulary, context] takes twice as long; and whole, with the
-    # last position ignored, since flattening a part would copy the logits
+    # flat, since a softmax over the middle axis of [batch, vocabulary, context] takes longer; and whole, with the last
+    # position ignored, since flattening a part would copy the logits
     targets = tokens.to(device=logits.device, dtype=torch.long).roll(-1, dims=1)
     targets[:, -1] = -100
     losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
@@ -183,7 +183,7 @@ def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EditableLLM:
-    """An LLM whose activations at one hookpoint may be changed, and the loss it then has.
+    """An LLM whose activations at one hookpoint may be changed, and what it then predicts.
 
     Args:
         model: A causal language model of transformers.
@@ -194,8 +194,8 @@ class EditableLLM:
     hookpoint: str
 
     @torch.inference_mode()
-    def losses(self, tokens: Tensor, change: Tensor | None = None) -> Tensor:
-        """Cross entropy of each next token, in nats, with something added to the activations.
+    def log_probabilities(self, tokens: Tensor, change: Tensor | None = None) -> Tensor:
+        """What the LLM predicts with something added to its activations.
 
         Args:
             tokens: Token ids, shape ``[batch, context]``, without padding.
@@ -203,7 +203,8 @@ class EditableLLM:
                 LLM's dtype; None for nothing.
 
         Returns:
-            Float32 on the CPU, shape ``[batch, context - 1]``, see `next_token_losses`.
+            Logarithms of the next token's probabilities, ``[batch, context - 1, vocabulary]``, float32 on the LLM's
+            device.
 
         Raises:
             ValueError: If ``change`` has another shape than the activations.
@@ -212,7 +213,7 @@ class EditableLLM:
         logits = edit_activations(
             self.model, tokens, self.hookpoint, lambda x: x if added is None else x.float() + added
         )
-        return next_token_losses(logits, tokens).cpu()
+        return logits[:, :-1].float().log_softmax(dim=-1)
 
 
 def activation_widths(model: "PreTrainedModel", hookpoints: Sequence[str]) -> dict[str, int]:
