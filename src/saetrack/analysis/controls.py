@@ -46,8 +46,8 @@ def null_chains(track: Track) -> list[Track]:
     return chains
 
 
-def scratch_controls(track: Track) -> dict[str, list[Track]]:
-    """The fresh SAEs at LLM checkpoints of the track, by budget (``first`` or ``next``), a control for each seed.
+def random_controls(track: Track) -> list[Track]:
+    """The SAEs on LLMs that were never trained, one snapshot each: what the measures give where nothing was learned.
 
     Args:
         track: The track that they calibrate.
@@ -55,11 +55,10 @@ def scratch_controls(track: Track) -> dict[str, list[Track]]:
     Raises:
         ValueError: If a control was made by another recipe.
     """
-    found: dict[str, list[Track]] = {}
-    for control in track.controls("scratch"):
+    controls = track.controls("random")
+    for control in controls:
         _refuse_foreign(track, control, None)
-        found.setdefault(control.facts["control"]["budget"], []).append(control)
-    return found
+    return controls
 
 
 def _refuse_foreign(track: Track, control: Track, start: int | None) -> None:

@@ -10,6 +10,7 @@ from matplotlib.ticker import PercentFormatter
 
 from . import figures
 from .base import Analysis, AnalysisResult
+from .controls import random_controls
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +60,8 @@ class Quality(Analysis):
     ``fvu_shift`` is the FVU of the previous SAE, as it was, on the new LLM checkpoint; ``fvu_before`` that of the warm
     start before any training; ``fvu`` that of the snapshot. The functional correlation of a feature is the Pearson
     correlation of its latent with the snapshot before on the same rows, each SAE on its own LLM checkpoint; its
-    quartiles are over features whose firing frequency is above a threshold in both snapshots.
+    quartiles are over features whose firing frequency is above a threshold in both snapshots. Where there are random
+    controls, the FVU on LLMs that were never trained is beside the curve, after as many tokens as the first snapshot.
 
     Args:
         min_firing_frequency: Features that fire on no larger a share of the evaluation positions, in this snapshot or
@@ -82,11 +84,16 @@ class Quality(Analysis):
         table = pd.concat([table, pd.DataFrame(identity)], axis=1)
         # a chain may run backward through training; the table and the curves run forward
         table = table.sort_values("step", ignore_index=True)
+        untrained = [control[-1].metadata["fvu"] for control in random_controls(track)]
         return AnalysisResult(
             tables={"quality": table},
-            figures={"quality": _figure(table, str(track.facts["model"]), str(track.facts["hookpoint"]))},
+            figures={"quality": _figure(table, untrained, str(track.facts["model"]), str(track.facts["hookpoint"]))},
             scalars={name: _by_step(table, name) for name in _SCALARS},
-            settings={"min_firing_frequency": self.min_firing_frequency, "split": "evaluation"},
+            settings={
+                "min_firing_frequency": self.min_firing_frequency,
+                "split": "evaluation",
+                "fvu_random_llm": untrained,
+            },
             summary=_summary(table),
         )
 
@@ -124,11 +131,11 @@ def _summary(table: pd.DataFrame) -> str:
     return text
 
 
-def _figure(table: pd.DataFrame, model: str, hookpoint: str) -> Figure:
+def _figure(table: pd.DataFrame, untrained: list[float], model: str, hookpoint: str) -> Figure:
     steps = table["step"].tolist()
     title = f"SAE quality through the training of {model.rstrip('/').split('/')[-1]}, {hookpoint}"
     figure, axes = figures.small_multiples(6, columns=3, title=title)
-    _draw_fvu(axes[0], table, steps)
+    _draw_fvu(axes[0], table, untrained, steps)
     _draw_recovered(axes[1], table, steps)
     for name, label, color in (
         ("ce_clean", "as it is", figures.BLACK),
@@ -154,10 +161,12 @@ def _figure(table: pd.DataFrame, model: str, hookpoint: str) -> Figure:
     return figure
 
 
-def _draw_fvu(ax: Axes, table: pd.DataFrame, steps: list[int]) -> None:
+def _draw_fvu(ax: Axes, table: pd.DataFrame, untrained: list[float], steps: list[int]) -> None:
     shift, before = table["fvu_shift"], table["fvu_before"]
     if not np.allclose(shift.dropna(), before[shift.notna()], rtol=1e-6):
         figures.line(ax, steps, shift, color=figures.GREY, label="SAE before", linestyle=":", marker="s")
+    if untrained:
+        ax.axhline(float(np.mean(untrained)), color=figures.BLACK, linewidth=1.0, linestyle="-.", label="random LLM")
     figures.line(ax, steps, before, color=figures.VERMILION, label="warm start", linestyle="--")
     figures.line(ax, steps, table["fvu"], color=figures.BLUE, label="trained")
     figures.log_y(ax)

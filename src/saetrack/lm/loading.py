@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 
 from saetrack.lm import files
+from saetrack.storage import whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,6 +128,33 @@ def load_llm(
             f"be random. Fetch it again, or check that config.json belongs to these weights."
         )
     return llm.to(device).eval().requires_grad_(False)
+
+
+def save_random_llm(like: LLMCheckpoint, folder: Path, seed: int, dtype: str = "float32") -> LLMCheckpoint:
+    """An LLM of the same architecture with fresh weights, in a folder; one that is there already is left as it is.
+
+    The weights are those that transformers gives a new model of this configuration. Where a series was begun by another
+    initialisation, as Pythia's was, they are not of the distribution of its step 0.
+
+    Args:
+        like: A checkpoint of the series; only its configuration is used.
+        folder: Where it is written, all or nothing.
+        seed: Of the weights.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+
+    Returns:
+        The LLM as a checkpoint of step 0.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    checkpoint = LLMCheckpoint(str(folder), None, 0, 0)
+    if folder.is_dir():
+        return checkpoint
+    config = AutoConfig.from_pretrained(files.fetch(like.model, like.revision, like.cache_dir), local_files_only=True)
+    with torch.random.fork_rng(devices=[]), whole_folder(folder) as unfinished:
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype)).save_pretrained(unfinished)
+    return checkpoint
 
 
 def release_memory() -> None:
