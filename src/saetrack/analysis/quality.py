@@ -120,8 +120,10 @@ def _summary(table: pd.DataFrame) -> str:
     text = (
         f"{count}, LLM steps {int(first['step'])} to {int(last['step'])}: FVU {first['fvu']:.3f} at the first and "
         f"{last['fvu']:.3f} at the last, where L0 is {last['l0']:.1f}, {last['dead_share']:.1%} of the features are "
-        f"dead and {last['ce_recovered_zero']:.1%} of the CE loss is recovered (against zero ablation)."
+        "dead."
     )
+    if np.isfinite(last["ce_recovered_zero"]):
+        text += f" {last['ce_recovered_zero']:.1%} of the CE loss is recovered there (against zero ablation)."
     if table["functional_correlation_median"].notna().any():
         lowest = table.iloc[int(np.nanargmin(table["functional_correlation_median"]))]
         text += (

@@ -33,6 +33,7 @@ from saetrack.training.scheduler import CheckpointScheduler
 from saetrack.training.stage import Stage, StageStart
 from saetrack.training.warm_start import Calibration
 
+_RANDOM_LLMS = 1_000_003  # small seeds are those of pretraining, and would give the series' own first checkpoint
 _ARMS = 1009  # more than a chain has stages: every replica has orders of rows that no other has
 
 
@@ -62,7 +63,7 @@ def run_controls(track: Track, settings: ControlSettings) -> None:
 
 def _on_random_llm(track: Track, control: Control, replica: int) -> Control:
     """The control on its replica's own LLM, which lies in the control's folder."""
-    seed = _ARMS * track.facts["seed"] + replica
+    seed = _RANDOM_LLMS + _ARMS * track.facts["seed"] + replica
     folder = track.path / "controls" / f"{control.name}-{replica}" / "llm"
     llm = save_random_llm(control.checkpoints[0], folder, seed, track.facts["llm_dtype"])
     return replace(control, checkpoints=(llm,), llm_seed=seed)
