@@ -179,7 +179,7 @@ class Track(Sequence[Snapshot]):
         """The complete controls of this track, by name; ``track.facts["control"]`` says what each is.
 
         Args:
-            kind: Only those that are ``null``, ``replica`` or ``scratch``.
+            kind: Only those that are ``null``, ``replica``, ``scratch``, ``thinned`` or ``random``.
         """
         found = (Track.open(path) for path in tracks_in(self.path / "controls"))
         return [t for t in found if t.is_complete_control and kind in (None, t.facts["control"]["kind"])]

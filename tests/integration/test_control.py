@@ -12,7 +12,12 @@ import torch
 import yaml
 
 from saetrack import Track
+from saetrack.analysis import AnalysisResult
+from saetrack.analysis.quality import Quality
+from saetrack.analysis.semantics import Semantics
+from saetrack.analysis.sweep import run_analyses
 from saetrack.cli import main
+from saetrack.lm import load_llm
 from saetrack.training.control import ControlScheduler
 from saetrack.training.control_plan import ControlSettings, plan_controls
 
@@ -108,6 +113,41 @@ def test_a_thinned_series_leaves_out_llm_checkpoints_and_may_have_their_tokens(t
     assert factor == pytest.approx(2 if budget == "total" else 1, rel=0.02)
 
 
+def test_random_trains_a_fresh_sae_on_an_llm_of_the_same_shape_that_learned_nothing(track: Track) -> None:
+    options = ("--kind", "random", "--replicas", "2")
+    control(track, *options)
+    one, other = track.controls("random")
+    assert [one.path.name, other.path.name] == ["random-0", "random-1"]
+    assert len(one) == len(other) == 1
+    assert one[0].metadata["tokens_trained"] == track[0].metadata["tokens_trained"]
+    assert one[0].metadata["warm_start"] == "scratch"
+    llms = [load_llm(c[0].llm) for c in (one, other)]
+    its = load_llm(track[-1].llm)
+    shapes = {name: tensor.shape for name, tensor in its.state_dict().items()}
+    name = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"
+    for llm in llms:
+        assert {key: tensor.shape for key, tensor in llm.state_dict().items()} == shapes
+        assert float(llm.state_dict()[name].std()) == pytest.approx(llm.config.initializer_range, rel=0.2)
+        assert not torch.equal(llm.state_dict()[name], its.state_dict()[name])
+    assert not torch.equal(llms[0].state_dict()[name], llms[1].state_dict()[name])
+    assert one.facts["control"]["llm_seed"] != other.facts["control"]["llm_seed"]
+    whole = hashes(track.path / "controls")
+    shutil.rmtree(other.path)
+    control(track, *options)
+    assert hashes(track.path / "controls") == whole
+
+
+def test_a_random_control_is_analysed_like_a_track_and_stands_beside_its_own(track: Track) -> None:
+    control(track, "--kind", "random", "--replicas", "1")
+    (untrained,) = track.controls("random")
+    run_analyses(untrained, {"semantics": Semantics()})
+    run_analyses(track, {"semantics": Semantics(), "quality": Quality()})
+    quality, meaning = (AnalysisResult.load(track.analyses_dir / name) for name in ("quality", "semantics"))
+    assert quality.settings["fvu_random_llm"] == [untrained[0].metadata["fvu"]]
+    classes = AnalysisResult.load(untrained.analyses_dir / "semantics").tables["classes"].set_index("class")["share"]
+    assert meaning.settings["class_shares_random_llm"] == pytest.approx(classes.to_dict(), nan_ok=True)
+
+
 def test_a_control_that_was_killed_goes_on_to_the_same_bytes(track: Track) -> None:
     options = ("--kind", "null", "--chain", "true", "--replicas", "2")
     control(track, *options)
@@ -167,6 +207,7 @@ def test_a_track_that_recorded_no_recipe_cannot_have_controls(track: Track) -> N
         ({"kind": "thinned", "positions": [1]}, "chosen by --thin"),
         ({"kind": "thinned", "thin": 0}, "at least 1"),
         ({"kind": "null", "replicas": 0}, "at least 1"),
+        ({"kind": "random", "positions": [1]}, "has no training"),
     ],
 )
 def test_controls_that_cannot_be_are_refused(track: Track, options: dict[str, Any], message: str) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from matplotlib.figure import Figure
 
+    from saetrack.lm.forward import EditableLLM
     from saetrack.lm.tokens import TokenRows
     from saetrack.track import Snapshot, Track
 
@@ -156,12 +157,14 @@ class Probe:
         evaluation_rows: Rows of the split that what was selected is evaluated on.
         embeddings: Whether the LLM's input embeddings are wanted too.
         unembedding: Whether its unembedding is.
+        llm: Whether the LLM itself is, to run it with its activations changed.
     """
 
     selection_rows: int = 0
     evaluation_rows: int = 0
     embeddings: bool = False
     unembedding: bool = False
+    llm: bool = False
 
     def __post_init__(self) -> None:
         for name in ("selection_rows", "evaluation_rows"):
@@ -207,12 +210,15 @@ class Observation:
         embeddings: ``[vocabulary, d_model]`` float32, the LLM's input embeddings.
         unembedding: ``[vocabulary, d_model]`` float32, with the final norm's gain folded in, see
             `saetrack.lm.read_unembedding`. Both are shared between analyses: do not write into them.
+        llm: The LLM, to be run with its activations at the track's hookpoint changed. Do not keep it: the next LLM
+            checkpoint is loaded into the memory that it takes.
     """
 
     selection: SplitObservation | None = None
     evaluation: SplitObservation | None = None
     embeddings: torch.Tensor | None = None
     unembedding: torch.Tensor | None = None
+    llm: EditableLLM | None = None
 
 
 class SweepAnalysis(ABC):

@@ -53,8 +53,23 @@ def null_chains(track: Track) -> list[Track]:
     return chains
 
 
+def random_controls(track: Track) -> list[Track]:
+    """The SAEs on LLMs that were never trained, one snapshot each: what the measures give where nothing was learned.
+
+    Args:
+        track: The track that they calibrate.
+
+    Raises:
+        ValueError: If a control was made by another recipe.
+    """
+    controls = track.controls("random")
+    for control in controls:
+        _refuse_another_recipe(track, control)
+    return controls
+
+
 def scratch_controls(track: Track) -> dict[str, list[Track]]:
-    """The fresh SAEs at LLM checkpoints of the track, by budget (``first`` or ``next``), a control for each seed.
+    """The SAEs trained from scratch, by their budget: ``next``, that of a stage, or ``first``.
 
     Args:
         track: The track that they calibrate.

@@ -22,7 +22,7 @@ from .drift_figures import (
 )
 from .drift_geometry import Plane, principal_plane, row_cosines, unit_rows
 from .drift_rows import FROZEN, alive, decoder_rows, encoder_rows, fitted_rotation, flags, frozen
-from .figures import step_position
+from .figures import label_places, step_position
 from .lineage import correlation_between, revived_between, rotation_between
 from .resampling import bootstrap_means
 
@@ -90,6 +90,8 @@ class Drift(Analysis):
     ``functional_correlation`` stands beside the decoder cosine because the two disagree: a decoder row may stay
     while the latent comes to mean something else.
 
+    On a null chain, whose snapshots share one LLM step, curves are over the place in the chain (``position``).
+
     Nulls: see ``settings["nulls"]`` in the result. Trajectories in the plane of the most variance look like smooth
     arcs for a random walk too.
 
@@ -132,9 +134,11 @@ class Drift(Analysis):
         if len(track) < 2:
             raise ValueError(f"{track.path} has {len(track)} snapshots; drift compares at least two.")
         steps = track.steps
+        if len(set(steps)) < len(steps):  # a null chain: its snapshots are told apart by their place
+            steps = list(range(len(track)))
         rng = np.random.default_rng(self.seed)
         cosines, rotation = _compare(track)
-        table = _feature_table(track, cosines)
+        table = _feature_table(track, cosines, steps)
         population = _population(table, steps, rng, self.replicates)
         chosen = self._choose(table, steps, rng)
         plane = principal_plane(np.stack([unit_rows(s) for s in track.decoder(chosen).numpy()]))
@@ -175,7 +179,8 @@ class Drift(Analysis):
             "trajectory_axes": TRAJECTORIES,
             "trajectory_explained": plane.explained.tolist(),
         }
-        return AnalysisResult(tables, figures, scalars, settings, _summary(scalars, steps), CAPTIONS)
+        result = AnalysisResult(tables, figures, scalars, settings, _summary(scalars, steps), CAPTIONS)
+        return result if steps == track.steps else _by_place(result, track.steps)
 
     def _choose(self, table: pd.DataFrame, steps: list[int], rng: np.random.Generator) -> list[int]:
         """The features to draw: those asked for, else a seeded draw among those that can be followed throughout."""
@@ -251,7 +256,21 @@ def _maps_to_last(transports: list[Floats]) -> list[Floats]:
     return maps[::-1]
 
 
-def _feature_table(track: Track, cosines: list[dict[str, Floats]]) -> pd.DataFrame:
+def _by_place(result: AnalysisResult, steps: list[int]) -> AnalysisResult:
+    """A result of snapshots that share LLM steps, made by their place: with both, and with no scalars over steps."""
+    tables = {}
+    for name, table in result.tables.items():
+        place = table["step"].to_numpy()
+        tables[name] = table.assign(step=np.asarray(steps)[place], position=place)
+    tables["population"]["gap_decades"] = tables["population"]["gap_decades"] * 0.0
+    for figure in result.figures.values():
+        label_places(figure)
+    summary = result.summary.replace("LLM step", "the stage at place")
+    settings = {**result.settings, "axis": "place in the chain: its snapshots share LLM steps"}
+    return AnalysisResult(tables, result.figures, {}, settings, summary, result.captions)
+
+
+def _feature_table(track: Track, cosines: list[dict[str, Floats]], steps: list[int]) -> pd.DataFrame:
     """One row per feature and snapshot: every cosine, the functional correlation, and what the row may be used for."""
     snapshots = list(track)
     tables, walks = [], dict.fromkeys(PREVIOUS, np.ones(len(cosines[0][LAST[0]])))
@@ -267,7 +286,7 @@ def _feature_table(track: Track, cosines: list[dict[str, Floats]]) -> pd.DataFra
         from_alive = np.ones(count, dtype=bool) if before is None else alive(before)
         columns: dict[str, Any] = {
             "feature": np.arange(count),
-            "step": snapshot.step,
+            "step": steps[t],
             "status": np.select([~living, revived, still], ["dead", "revived", "frozen"], "alive"),
             "alive_before": from_alive,
             "revived_later": later,

@@ -205,7 +205,7 @@ def ridge_figure(table: pd.DataFrame, steps: list[int]) -> Figure:
     ax.set_yticks(range(len(shown)), [look.step_label(step) for step in reversed(shown)])
     ax.set_ylim(-0.1, len(shown) + 0.7)
     title = "Cosine to the previous snapshot (bar: median)"
-    look.describe(ax, title=title, ylabel="LLM training step", xlabel="decoder cosine; each ridge scaled to its mode")
+    look.describe(ax, title=title, ylabel=look.STEP_LABEL, xlabel="decoder cosine; each ridge scaled to its mode")
     return figure
 
 

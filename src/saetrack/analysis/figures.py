@@ -31,6 +31,7 @@ GREY = "#7F7F7F"
 PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 
 PANEL_WIDTH, PANEL_HEIGHT = 3.5, 2.9  # inches, margins included
+STEP_LABEL = "LLM training step"
 _MARGINS = (0.68, 0.12, 0.3, 0.5)  # inches: left, right, above, below a panel; below without the rows of its legend
 LEGEND_ROW = 0.16  # inches
 _HEADING = 0.32  # inches
@@ -165,7 +166,7 @@ def step_label(step: int) -> str:
     return str(step)
 
 
-def step_axis(ax: Axes, steps: Sequence[int], *, label: str = "LLM training step", min_gap: float = 0.085) -> None:
+def step_axis(ax: Axes, steps: Sequence[int], *, label: str = STEP_LABEL, min_gap: float = 0.085) -> None:
     """Make x the axis of LLM steps: position ``log10(step + 1)``, ticks at steps that are in the track.
 
     Every step gets a small tick; those that have room get a label (the last one always does).
@@ -191,6 +192,14 @@ def step_axis(ax: Axes, steps: Sequence[int], *, label: str = "LLM training step
     margin = 0.03 * span if len(steps) > 1 else 0.5
     ax.set_xlim(float(places[0]) - margin, float(places[-1]) + margin)
     ax.set_xlabel(label, fontsize=_LABEL_SIZE)
+
+
+def label_places(figure: Figure) -> None:
+    """Say of a figure that was drawn over places in a track, and not over LLM steps, what its axes are."""
+    for ax in figure.axes:
+        for label in (ax.xaxis.label, ax.yaxis.label):
+            if label.get_text() == STEP_LABEL:
+                label.set_text("place in the chain")
 
 
 def line(

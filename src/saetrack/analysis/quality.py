@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 
 from . import figures
 from .base import Analysis, AnalysisResult
-from .controls import one_step_controls, scratch_controls
+from .controls import one_step_controls, random_controls, scratch_controls
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +74,8 @@ class Quality(Analysis):
     that of the warm start before any training; ``fvu`` that of the snapshot. The functional correlation of a feature is
     the Pearson correlation of its latent with the snapshot that the stage began from (``from_step``: a later LLM step
     where the series was trained backward) on the same rows, each SAE on its own LLM checkpoint; its
-    quartiles are over features whose firing frequency is above a threshold in both snapshots.
+    quartiles are over features whose firing frequency is above a threshold in both snapshots. Where there are random
+    controls, the FVU on LLMs that were never trained is beside the curve, after as many tokens as the first snapshot.
 
     Where the track has null or scratch controls, the table ``controls`` has what they reach at the LLM checkpoint that
     they were trained on: the mean over the runs of a kind, and ``_low`` and ``_high``, their range.
@@ -100,11 +101,16 @@ class Quality(Analysis):
         table = pd.concat([table, pd.DataFrame(identity)], axis=1)
         controls = _control_table(track)
         title = f"{str(track.facts['model']).rstrip('/').split('/')[-1]}, {track.facts['hookpoint']}"
+        untrained = [control[-1].metadata["fvu"] for control in random_controls(track)]
         return AnalysisResult(
             tables={"quality": table} | ({} if controls.empty else {"controls": controls}),
-            figures={"quality": _figure(table, controls, title)},
+            figures={"quality": _figure(table, controls, untrained, title)},
             scalars={name: _by_step(table, name) for name in _SCALARS},
-            settings={"min_firing_frequency": self.min_firing_frequency, "split": "evaluation"},
+            settings={
+                "min_firing_frequency": self.min_firing_frequency,
+                "split": "evaluation",
+                "fvu_random_llm": untrained,
+            },
             summary=_summary(table),
             captions={"quality": CAPTION},
         )
@@ -152,8 +158,10 @@ def _summary(table: pd.DataFrame) -> str:
     text = (
         f"{count}, LLM steps {int(first['step'])} to {int(last['step'])}: FVU {first['fvu']:.3f} at the first and "
         f"{last['fvu']:.3f} at the last, where L0 is {last['l0']:.1f}, {last['dead_share']:.1%} of the features are "
-        f"dead and {last['ce_recovered_zero']:.1%} of the CE loss is recovered (against zero ablation)."
+        "dead."
     )
+    if np.isfinite(last["ce_recovered_zero"]):
+        text += f" {last['ce_recovered_zero']:.1%} of the CE loss is recovered there (against zero ablation)."
     if table["functional_correlation_median"].notna().any():
         lowest = table.iloc[int(np.nanargmin(table["functional_correlation_median"]))]
         text += (
@@ -163,10 +171,10 @@ def _summary(table: pd.DataFrame) -> str:
     return text
 
 
-def _figure(table: pd.DataFrame, controls: pd.DataFrame, name: str) -> Figure:
+def _figure(table: pd.DataFrame, controls: pd.DataFrame, untrained: list[float], name: str) -> Figure:
     steps = table["step"].tolist()
     figure, axes = figures.small_multiples(6, columns=3, title=f"SAE quality through the training of {name}")
-    _draw_fvu(axes[0], table, controls, steps)
+    _draw_fvu(axes[0], table, controls, untrained, steps)
     _draw_recovered(axes[1], table, steps)
     for name, label, color in (
         ("ce_clean", "as it is", figures.BLACK),
@@ -192,10 +200,12 @@ def _figure(table: pd.DataFrame, controls: pd.DataFrame, name: str) -> Figure:
     return figure
 
 
-def _draw_fvu(ax: Axes, table: pd.DataFrame, controls: pd.DataFrame, steps: list[int]) -> None:
+def _draw_fvu(ax: Axes, table: pd.DataFrame, controls: pd.DataFrame, untrained: list[float], steps: list[int]) -> None:
     shift, before = table["fvu_shift"], table["fvu_before"]
     if not np.allclose(shift.dropna(), before[shift.notna()], rtol=1e-6):
         figures.line(ax, steps, shift, color=figures.GREY, label="SAE before", linestyle=":", marker="s")
+    if untrained:
+        ax.axhline(float(np.mean(untrained)), color=figures.BLACK, linewidth=1.0, linestyle="-.", label="random LLM")
     figures.line(ax, steps, before, color=figures.VERMILION, label="warm start", linestyle="--")
     figures.line(ax, steps, table["fvu"], color=figures.BLUE, label="trained")
     for kind, rows in controls.groupby("control") if len(controls) else ():

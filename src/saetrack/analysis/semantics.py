@@ -19,7 +19,7 @@ from .columns import TokenStatistics, token_share, token_statistics, top_positio
 from .resampling import bootstrap_means
 from .semantics_classes import SemanticThresholds
 from .semantics_meaning import Meaning
-from .semantics_patterns import null_patterns
+from .semantics_patterns import null_patterns, random_classes
 from .semantics_scores import Vocabulary
 from .semantics_turnover import NULL_DRAWS, turnover_series
 from .token_text import token_strings
@@ -65,7 +65,7 @@ class Semantics(SweepAnalysis):
     * its scores and its class: token, token-in-context, word-family, concept, positional, unresolved or insufficient
       (``semantics_classes``), and how it comes to the end: maintaining, shifting, grouping, splitting, death or other
       (``semantics_patterns``). The null chain's patterns stand beside, where semantics was run on it
-      (``saetrack analyze TRACK/controls/null-chain-0``).
+      (``saetrack analyze TRACK/controls/null-chain-0``), and the classes of the random controls, an LLM never trained.
 
     Turnover between a checkpoint and the one before it in LLM steps is ``1 - Jaccard`` of a feature's two sets of top
     positions, over features that fire at both; the interval is a bootstrap over features. It has two nulls, each the
@@ -177,6 +177,7 @@ class Semantics(SweepAnalysis):
         scores = meaning.pop("meaning").drop(columns=["step", "feature"])
         scores = scores.iloc[np.ravel_multi_index(where, (len(places), len(tops[0])))]
         features = pd.concat([features.drop(columns="place"), scores.reset_index(drop=True)], axis=1)
+        untrained = random_classes(self._track.path)
         by_step = self._step_table(places, turnover)
         examples = self._draw_examples(features)
         settings = {
@@ -186,12 +187,15 @@ class Semantics(SweepAnalysis):
             "null_draws": NULL_DRAWS,
             "example_features": examples,
             "false_concept_share": self._meaning.false_concepts,
+            "class_shares_random_llm": None if untrained is None else untrained.to_dict(),
         }
         return AnalysisResult(
             tables={"features": features, "contexts": contexts, "steps": by_step, **meaning},
             figures={
                 "semantics": semantics_figures.curves(by_step),
-                "classes": semantics_figures.class_shares(meaning["classes"], steps, self._meaning.false_concepts),
+                "classes": semantics_figures.class_shares(
+                    meaning["classes"], steps, self._meaning.false_concepts, untrained
+                ),
                 "examples": semantics_figures.examples(features, steps, examples, self.seed),
             },
             scalars={

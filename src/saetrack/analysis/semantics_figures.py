@@ -12,6 +12,7 @@ from . import figures
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
 
 
 CAPTIONS = {
@@ -72,25 +73,49 @@ def curves(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def class_shares(table: pd.DataFrame, steps: list[int], false_concepts: float) -> Figure:
+def class_shares(
+    table: pd.DataFrame, steps: list[int], false_concepts: float, untrained: pd.Series | None = None
+) -> Figure:
     """Share of each class by LLM step as stacked areas, with the share of false concepts on permuted text.
 
     Args:
         table: The analysis' table ``classes``.
         steps: The track's LLM steps.
         false_concepts: Of the instrument, at the last step.
+        untrained: Share of each class on LLMs that were never trained: a bar at the right.
     """
     figure, (ax,) = figures.small_multiples(1, panel_width=5.6, panel_height=3.5)
     names = list(dict.fromkeys(table["class"]))
     shares = table["share"].to_numpy().reshape(len(steps), len(names)).T
-    ax.stackplot(figures.step_position(steps), np.nan_to_num(shares), labels=names, colors=figures.PALETTE, alpha=0.85)
+    place = figures.step_position(steps)
+    span = max(float(np.ptp(place)), 1.0)
+    if len(steps) > 1:
+        ax.stackplot(place, np.nan_to_num(shares), labels=names, colors=figures.PALETTE, alpha=0.85)
+    else:
+        _stacked_bar(ax, float(place[0]), 0.2, dict(zip(names, shares[:, 0], strict=True)), names)
     ax.set_ylim(0, 1)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     title = f"What features are features of (false concepts: {false_concepts:.1%})"
     figures.describe(ax, title=title, ylabel="share of features that fire enough")
     figures.step_axis(ax, steps)
+    if untrained is not None:
+        at = float(place.max()) + 0.1 * span
+        _stacked_bar(ax, at, 0.06 * span, {str(name): float(share) for name, share in untrained.items()}, names)
+        ax.text(at, 1.01, "random LLM", ha="center", va="bottom", fontsize=7)
+        ax.set_xlim(right=at + 0.06 * span)
     figures.legend(ax, columns=3)
     return figure
+
+
+def _stacked_bar(ax: Axes, at: float, width: float, shares: dict[str, float], names: list[str]) -> None:
+    """Shares on top of each other, in the order and colours of ``names``; labelled unless that was done already."""
+    labelled = set(ax.get_legend_handles_labels()[1])
+    bottom = 0.0
+    for name, color in zip(names, figures.PALETTE, strict=False):
+        height = float(np.nan_to_num(shares.get(name, 0.0)))
+        label = None if name in labelled else name
+        ax.bar(at, height, width, bottom=bottom, color=color, alpha=0.85, label=label)
+        bottom += height
 
 
 def examples(table: pd.DataFrame, steps: list[int], features: list[int], seed: int) -> Figure:

@@ -171,6 +171,14 @@ def pattern_table(steps: list[int], found: list[NDArray[np.str_]], null: pd.Data
     return table.merge(known, on=["remaining", "pattern"], how="left")
 
 
+def random_classes(track: Path) -> pd.Series | None:
+    """Share of each class in a track's random controls, mean over those that semantics was run on; None without any."""
+    found = sorted(track.glob("controls/random-*/analyses/semantics/classes.parquet"))
+    if not found:
+        return None
+    return pd.concat([pd.read_parquet(path) for path in found]).groupby("class")["share"].mean()
+
+
 def null_patterns(track: Path) -> pd.DataFrame | None:
     """The patterns of a track's null chains, those that semantics was run on; None where there is none."""
     found = sorted(track.glob("controls/null-chain-*/analyses/semantics/patterns.parquet"))

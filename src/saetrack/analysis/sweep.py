@@ -24,7 +24,7 @@ import scipy.sparse
 import torch
 
 from saetrack.lm.checkpoints import load_llm
-from saetrack.lm.forward import read_activations
+from saetrack.lm.forward import EditableLLM, read_activations
 from saetrack.lm.outliers import spread, take, within
 from saetrack.lm.tokens import TokenRows
 from saetrack.lm.unembedding import read_unembedding
@@ -156,6 +156,7 @@ def _sweep(
         rows_per_batch,
         embeddings=any(probe.embeddings for probe in probes.values()),
         unembedding=any(probe.unembedding for probe in probes.values()),
+        llm=any(probe.llm for probe in probes.values()),
     )
     order = [len(track) - 1, *range(len(track) - 1)]
     for number, index in enumerate(order, start=1):
@@ -187,10 +188,11 @@ class _Reader:
     rows_per_batch: int
     embeddings: bool
     unembedding: bool
+    llm: bool
 
     def read(self, snapshot: Snapshot, rows: Mapping[str, TokenRows]) -> Observation:
         """Load the snapshot's LLM checkpoint and run all rows through it and the SAE."""
-        if not (rows or self.embeddings or self.unembedding):
+        if not (rows or self.embeddings or self.unembedding or self.llm):
             return Observation()
         model = load_llm(snapshot.llm, dtype=self.dtype, device=self.device)
         sae = snapshot.sae().to(self.device)
@@ -200,6 +202,7 @@ class _Reader:
             **splits,
             embeddings=model.get_input_embeddings().weight.detach().float().cpu() if self.embeddings else None,
             unembedding=read_unembedding(model) if self.unembedding else None,
+            llm=EditableLLM(model, self.hookpoint) if self.llm else None,
         )
 
     @torch.inference_mode()
@@ -238,6 +241,7 @@ def _part(whole: Observation, probe: Probe) -> Observation:
         evaluation=_head(whole.evaluation, probe.evaluation_rows),
         embeddings=whole.embeddings if probe.embeddings else None,
         unembedding=whole.unembedding if probe.unembedding else None,
+        llm=whole.llm if probe.llm else None,
     )
 
 

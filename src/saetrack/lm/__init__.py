@@ -18,6 +18,7 @@ from saetrack.lm.checkpoints import (
 from saetrack.lm.corpus import Corpus, StdlibCorpus, TextCorpus
 from saetrack.lm.dataset_corpus import DatasetCorpus
 from saetrack.lm.forward import (
+    EditableLLM,
     activation_widths,
     edit_activations,
     next_token_losses,
@@ -37,6 +38,7 @@ __all__ = [
     "CheckpointSource",
     "Corpus",
     "DatasetCorpus",
+    "EditableLLM",
     "FolderSource",
     "HubSource",
     "JsonLinesCorpus",

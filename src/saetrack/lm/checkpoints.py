@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 from saetrack.lm import files
-from saetrack.lm.loading import LLMCheckpoint, commit_sha, load_llm, release_memory, weight_hash
+from saetrack.lm.loading import LLMCheckpoint, commit_sha, load_llm, release_memory, save_random_llm, weight_hash
 from saetrack.lm.names import Family, NamedStep, family_of, parse_name, parse_repo_id, series_of_names, tokens_of
 from saetrack.lm.trust import trust
 from saetrack.lm.watching import DONE, Watch, Watcher
@@ -36,6 +36,7 @@ __all__ = [
     "commit_sha",
     "load_llm",
     "release_memory",
+    "save_random_llm",
     "source_from_string",
     "weight_hash",
 ]

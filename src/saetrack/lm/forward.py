@@ -8,6 +8,7 @@ several SAEs on it.
 import difflib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -183,8 +184,47 @@ def next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
             f"logits have shape {tuple(logits.shape)} but tokens {tuple(tokens.shape)}; expected [batch, context, "
             f"vocabulary] and [batch, context]."
         )
-    targets = tokens[:, 1:].to(device=logits.device, dtype=torch.long)
-    return cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+    # flat, since a softmax over the middle axis of [batch, vocabulary, context] takes longer; and whole, with the last
+    # position ignored, since flattening a part would copy the logits
+    targets = tokens.to(device=logits.device, dtype=torch.long).roll(-1, dims=1)
+    targets[:, -1] = -100
+    losses = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="none")
+    return losses.view(targets.shape)[:, :-1]
+
+
+@dataclass(frozen=True)
+class EditableLLM:
+    """An LLM whose activations at one hookpoint may be changed, and what it then predicts.
+
+    Args:
+        model: A causal language model of transformers.
+        hookpoint: Dotted module name.
+    """
+
+    model: "PreTrainedModel"
+    hookpoint: str
+
+    @torch.inference_mode()
+    def log_probabilities(self, tokens: Tensor, change: Tensor | None = None) -> Tensor:
+        """What the LLM predicts with something added to its activations.
+
+        Args:
+            tokens: Token ids, shape ``[batch, context]``, without padding.
+            change: What is added, ``[batch, context, d_in]`` in the LLM's own units, in float32 and then rounded to the
+                LLM's dtype; None for nothing.
+
+        Returns:
+            Logarithms of the next token's probabilities, ``[batch, context - 1, vocabulary]``, float32 on the LLM's
+            device.
+
+        Raises:
+            ValueError: If ``change`` has another shape than the activations.
+        """
+        added = None if change is None else change.to(self.model.device)
+        logits = edit_activations(
+            self.model, tokens, self.hookpoint, lambda x: x if added is None else x.float() + added
+        )
+        return logits[:, :-1].float().log_softmax(dim=-1)
 
 
 def activation_widths(model: "PreTrainedModel", hookpoints: Sequence[str]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from saetrack.lm.local.formats import LocalFormat
 from saetrack.lm.local.torch_files import objects_in
 from saetrack.lm.trust import VARIABLE, is_trusted
 from saetrack.pickles import DAMAGED, reason
+from saetrack.storage import whole_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -173,11 +174,52 @@ def vocabulary_size(checkpoint: LLMCheckpoint) -> int | None:
 
     try:
         config = AutoConfig.from_pretrained(
-            checkpoint.model, revision=checkpoint.revision or "main", cache_dir=checkpoint.cache_dir
+            checkpoint.model,
+            revision=checkpoint.revision or "main",
+            cache_dir=checkpoint.cache_dir,
+            trust_remote_code=False,
         )
     except (OSError, ValueError):  # no such file, or an architecture that transformers does not know
         return None
     return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def save_random_llm(like: LLMCheckpoint, folder: Path, seed: int, dtype: str = "float32") -> LLMCheckpoint:
+    """An LLM of the same architecture with fresh weights, in a folder; one that is there already is left as it is.
+
+    The weights are those that transformers gives a new model of this configuration. Where a series was begun by another
+    initialisation, as Pythia's was, they are not of the distribution of its step 0.
+
+    Args:
+        like: A checkpoint of the series; only its configuration is used.
+        folder: Where it is written, all or nothing.
+        seed: Of the weights.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+
+    Returns:
+        The LLM as a checkpoint of step 0.
+
+    Raises:
+        ValueError: If the series is not of Hugging Face checkpoints.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    checkpoint = LLMCheckpoint(str(folder), None, 0, 0)
+    if folder.is_dir():
+        return checkpoint
+    if like.format is not None:
+        raise ValueError(
+            f"{like} is no Hugging Face checkpoint, so there is no configuration to make a random LLM of. Save one "
+            "with save_pretrained, and track that series."
+        )
+    source = files.fetch(like.model, like.revision, like.cache_dir)
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    with torch.random.fork_rng(devices=[]), whole_folder(folder) as unfinished:
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(config, trust_remote_code=False).to(getattr(torch, dtype)).save_pretrained(
+            unfinished
+        )
+    return checkpoint
 
 
 def release_memory() -> None:

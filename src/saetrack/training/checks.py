@@ -43,11 +43,11 @@ def audited(
 
 def refuse_what_cuts_stages(trainer: Trainer) -> None:
     """Refuse options of Lightning's that would end a stage before its budget, or change what a step or a stage is."""
-        if trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
-            raise ValueError(
-                "Every stage has its own activations, so the trainer must ask for a new loader in every epoch; "
-                "give Trainer(reload_dataloaders_every_n_epochs=1)."
-            )
+    if trainer.reload_dataloaders_every_n_epochs != 1:  # type: ignore[attr-defined]
+        raise ValueError(
+            "Every stage has its own activations, so the trainer must ask for a new loader in every epoch; "
+            "give Trainer(reload_dataloaders_every_n_epochs=1)."
+        )
     options = {
         "max_steps": (trainer.max_steps, -1),
         "limit_train_batches": (trainer.limit_train_batches, 1.0),

@@ -3,14 +3,15 @@
 A drift, a correlation or a curve says little until it is known what training once more would have done. A control
 repeats a stage with another order of the same data: on the same LLM checkpoint again (``null``), on the one that the
 stage was on (``replica``), or from a fresh SAE (``scratch``); or the series with fewer of its LLM checkpoints
-(``thinned``). Every stage of a control starts from a snapshot on disk,
-so a control that was killed goes on after its last whole snapshot.
+(``thinned``); or it is a fresh SAE on an LLM that was never trained (``random``). Every stage of a control starts from
+a snapshot on disk, so a control that was killed goes on after its last whole snapshot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pandas as pd
 import yaml
 from lightning import Callback, LightningModule, Trainer
 
-from saetrack.lm.checkpoints import LLMCheckpoint
+from saetrack.lm.checkpoints import LLMCheckpoint, save_random_llm
 from saetrack.storage import claimed
 from saetrack.track import Track
 from saetrack.training import tracks
@@ -30,6 +31,7 @@ from saetrack.training.progress import TrackProgressBar
 from saetrack.training.scheduler import CheckpointScheduler
 from saetrack.training.stage import Stage
 
+_RANDOM_LLMS = 1_000_003  # small seeds are those of pretraining, and would give the series' own first checkpoint
 _ARMS = 1009  # more than a chain has stages: every replica has orders of rows that no other has
 
 
@@ -51,9 +53,18 @@ def run_controls(track: Track, settings: ControlSettings) -> None:
     for control in plan_controls(track, settings):
         missing = [i for i in range(settings.replicas) if not _is_complete(track, f"{control.name}-{i}")]
         for together in [missing] if control.kind == "scratch" and missing else [[i] for i in missing]:
-            cli = _ControlCLI(track, control, together)
+            its = _on_random_llm(track, control, together[0]) if control.kind == "random" else control
+            cli = _ControlCLI(track, its, together)
             with claimed(track.path / "controls") if cli.trainer.is_global_zero else nullcontext():
                 cli.trainer.fit(cli.model, cli.datamodule)
+
+
+def _on_random_llm(track: Track, control: Control, replica: int) -> Control:
+    """The control on its replica's own LLM, which lies in the control's folder."""
+    seed = _RANDOM_LLMS + _ARMS * track.facts["seed"] + replica
+    folder = track.path / "controls" / f"{control.name}-{replica}" / "llm"
+    llm = save_random_llm(control.checkpoints[0], folder, seed, track.facts["llm_dtype"])
+    return replace(control, checkpoints=(llm,), llm_seed=seed)
 
 
 def control_table(track: Track) -> str:
@@ -61,15 +72,17 @@ def control_table(track: Track) -> str:
     rows = []
     for control in track.controls():
         last = control[-1].metadata
-        facts = control.facts["control"]
+        kind = control.facts["control"]["kind"]
+        steps = ", ".join(map(str, control.steps)) if len(set(control.steps)) < 7 else "all"
+        correlation = "-" if kind in ("scratch", "random") else f"{last['functional_correlation_median']:.2f}"
         rows.append(
             {
                 "control": control.path.name,
-                "kind": facts["kind"],
-                "LLM steps": ", ".join(map(str, control.steps)) if len(set(control.steps)) < 7 else "all",
+                "kind": kind,
+                "LLM steps": "untrained" if kind == "random" else steps,
                 "FVU": f"{last['fvu']:.3f}",
                 "dead": f"{last['dead_share']:.1%}",
-                "correlation": "-" if facts["kind"] == "scratch" else f"{last['functional_correlation_median']:.2f}",
+                "correlation": correlation,
             }
         )
     return pd.DataFrame(rows).to_string(index=False) if rows else "No controls yet."
@@ -148,6 +161,7 @@ class ControlScheduler(CheckpointScheduler):
                 "thin": self.control.thin,
                 "factor": self.control.factor,
                 "replica": replica,
+                **({} if self.control.llm_seed is None else {"llm_seed": self.control.llm_seed}),
             }
             tracks.begin(path, {**facts, "control": control}, self.recipe, data)
         if self.control.start is not None and not len(Track.open(path)):

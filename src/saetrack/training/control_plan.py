@@ -9,7 +9,7 @@ from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.track import Snapshot, Track
 from saetrack.training.warm_start import WarmStart
 
-Kind = Literal["null", "replica", "scratch", "thinned"]
+Kind = Literal["null", "replica", "scratch", "thinned", "random"]
 Budget = Literal["next", "first", "total"]
 
 
@@ -19,8 +19,9 @@ class ControlSettings:
 
     kind: Kind
     """null: the snapshot before a stage, once more on its own LLM checkpoint; replica: once more on that of the stage,
-    as the track did; scratch: fresh SAEs; thinned: the whole series again with only some of its LLM checkpoints. All
-    with another order of the data."""
+    as the track did; scratch: fresh SAEs; thinned: the whole series again with only some of its LLM checkpoints;
+    random: a fresh SAE, with the tokens of the first stage, on an LLM of the same architecture that was never trained.
+    All with another order of the data."""
     replicas: int = 3
     """Tracks of each control."""
     positions: list[int] | None = None
@@ -57,6 +58,8 @@ class ControlSettings:
             raise ValueError(
                 f"--positions is {self.positions}, but a thinned series is chosen by --thin; leave it out."
             )
+        if self.kind == "random" and self.positions is not None:
+            raise ValueError(f"--positions is {self.positions}, but a random LLM has no training; leave it out.")
         if self.kind != "thinned" and self.warm_start is not None:
             raise ValueError(f"--warm_start is for --kind thinned; a {self.kind} control has the track's.")
 
@@ -75,6 +78,7 @@ class Control:
         thin: Of ``thinned``, how many stages of the track one of its stages stands for.
         factor: How many times the track's tokens a stage has.
         warm_start: None for that of the track.
+        llm_seed: Of ``random``, the seed of the LLM's weights.
     """
 
     name: str
@@ -86,6 +90,7 @@ class Control:
     thin: int = 1
     factor: int = 1
     warm_start: WarmStart | None = None
+    llm_seed: int | None = None
 
 
 def plan_controls(track: Track, settings: ControlSettings) -> list[Control]:
@@ -95,10 +100,16 @@ def plan_controls(track: Track, settings: ControlSettings) -> list[Control]:
         track: The track to calibrate.
         settings: What is asked for.
 
+    Returns:
+        The controls. That of kind ``random`` has the LLM checkpoint whose architecture is taken: each of its replicas
+        has an LLM of its own.
+
     Raises:
         ValueError: If the track is too short, a position is not in it, or a control of the whole series is asked for
             and the track was not trained forward in one go.
     """
+    if settings.kind == "random" and len(track):
+        return [Control("random", "random", None, None, (track[-1].llm,), first_budget=True, warm_start="scratch")]
     if len(track) < 2:
         raise ValueError(f"{track.path} has {len(track)} snapshots; a control repeats a stage between two of them.")
     llms, kind = [snapshot.llm for snapshot in track], settings.kind

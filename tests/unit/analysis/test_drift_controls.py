@@ -12,6 +12,7 @@ import pytest
 from saetrack.analysis.drift import Drift
 from saetrack.analysis.drift_controls import calibrate
 from saetrack.analysis.drift_geometry import unit_rows
+from saetrack.analysis.phases import Phases
 from saetrack.track import Track
 
 from .planted_track import RECIPE, Displacements, begin, planted_stage, random_rows, snapshot, tangent
@@ -111,6 +112,37 @@ def test_a_null_chain_gives_the_cosine_to_the_last_that_training_alone_makes(tmp
     np.testing.assert_allclose(table["null"], [step**3, step**2, step, 1.0], atol=0.02)
     np.testing.assert_allclose(table["drift"], [np.nan, *[1 - step] * 3], atol=0.01)
     assert (table["null_low"] <= table["null"] + 1e-9).all()
+
+
+def test_drift_on_a_null_chain_is_by_place_and_phases_calibrates_with_it(tmp_path: Path) -> None:
+    steps, pace = [0, 1, 3, 9, 31, 99, 315], [0.3, 0.3, 0.3, 0.003, 0.003, 0.003]
+    track = begin(tmp_path / "t", D_IN, D_SAE)
+    control = {"kind": "null", "position": None, "stages": 7}
+    chain = begin(tmp_path / "t" / "controls" / "null-chain-0", D_IN, D_SAE, control=control)
+    for series in (track, chain):
+        rng = np.random.default_rng(0)  # the chain does what the track does, so none of it is the LLM's
+        rows = unit_rows(rng.normal(size=(D_SAE, D_IN)))
+        for t, step in enumerate(steps):
+            snapshot(series, step if series is track else 0, rows)
+            rows = unit_rows(rows + tangent(rng, rows, pace[min(t, 5)]))
+    track, chain = Track.open(track.path), Track.open(chain.path)
+    drift, phases = Drift(replicates=20), Phases(replicates=20, permutations=20)
+    drift.run(track).save(track.analyses_dir / "drift")
+    alone = phases.run(track)
+    result = drift.run(chain)
+    result.save(chain.analyses_dir / "drift")
+    table = result.tables["drift"]
+    assert set(table["step"]) == {0}
+    turned = 1 - table.groupby("position")["decoder_to_previous"].mean().to_numpy()[1:]
+    np.testing.assert_allclose(turned, [1 - 1 / np.sqrt(1 + 2 * p) for p in pace], rtol=0.05)
+    assert not result.scalars
+    assert {ax.get_xlabel() for ax in result.figures["adjacent"].axes} == {"place in the chain"}
+    calibrated = phases.run(track)
+    assert alone.settings["null"]["drift"] != "null chain"
+    assert calibrated.settings["null"]["drift"] == "null chain"
+    cut = "perspective == 'drift' and axis == 'index'"
+    assert set(alone.tables["rates"].query(cut)["phase"]) == {1, 2}
+    assert set(calibrated.tables["rates"].query(cut)["phase"]) == {1}
 
 
 @pytest.mark.parametrize("changed", ["snapshot", "recipe"])
