@@ -4,6 +4,7 @@ The run is a real one: `saetrack fit` with the shipped configuration, made small
 """
 
 import gc
+import json
 import os
 import random
 import shutil
@@ -13,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from matplotlib.figure import Figure
+from transformers import GPTNeoXForCausalLM
 
 from saetrack.cli import main
-from tests.conftest import build_series
+from tests.conftest import build_llm, build_tokenizer
 
 from .pages import ROOT
 
@@ -28,7 +31,6 @@ SMALLER: dict[str, Any] = {
     "data": {
         "source": {"class_path": "FolderSource", "init_args": {"path": "runs/quickstart-llm"}},
         "corpus": {"class_path": "TextCorpus", "init_args": {"paths": ["text/*.txt"]}},
-        "hookpoints": ["gpt_neox.layers.0"],
         "batch_size": 128,
         "chunk_tokens": 1024,
         "tokens": {
@@ -72,7 +74,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (folder / "text" / f"{i:03d}.txt").write_text(" ".join(draw.choices(WORDS.split(), k=150)))
     shutil.copytree(ROOT / "plugins", folder / "plugins")
     (folder / "configs").symlink_to(ROOT / "configs")
-    build_series(folder / "runs" / "quickstart-llm", STEPS)
+    build_llms(folder / "runs" / "quickstart-llm")
     shipped = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     (folder / "small.yaml").write_text(yaml.safe_dump(smaller(shipped, SMALLER)))
     with pytest.MonkeyPatch.context() as patch:
@@ -83,16 +85,28 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         gc.freeze()  # an LLM's release collects garbage, which among all that pytest holds costs most of a tiny run
         main(["fit", "--config", "small.yaml"])
         main(["control", "runs/quickstart", "--kind", "null", "--positions", "[1]", "--replicas", "1"])
-        copy_controls(folder / "runs" / "quickstart" / "gpt_neox.layers.0")
+        copy_controls(folder / "runs" / "quickstart" / "gpt_neox.layers.2")
         main(["analyze", "runs/quickstart"])
         yield folder
     gc.unfreeze()
 
 
+def build_llms(folder: Path) -> None:
+    """LLM checkpoints with the quickstart's hookpoint, whose weights move on a line."""
+    config = build_llm(0).config
+    config.num_hidden_layers = 3
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        llm, end = GPTNeoXForCausalLM(config), GPTNeoXForCausalLM(config).state_dict()
+    start = {name: tensor.clone() for name, tensor in llm.state_dict().items()}
+    for step in STEPS:
+        llm.load_state_dict({name: torch.lerp(start[name], end[name], step / STEPS[-1]) for name in start})
+        llm.save_pretrained(folder / f"step{step}")
+        build_tokenizer().save_pretrained(folder / f"step{step}")
+
+
 def copy_controls(track: Path) -> None:
     """The other kinds of controls, as copies of the track: their files are the same, and training them takes long."""
-    import json
-
     null = json.loads((track / "controls" / "null-0001-0" / "track.json").read_text())
     for changes in CONTROLS:
         for replica in range(2):
