@@ -12,14 +12,16 @@ SHELL := bash
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart test test-all check bench bench-warm-starts clean
+.PHONY: help quickstart test test-all test-peers check bench bench-warm-starts bench-report validation clean
 
 help:
 	@echo "make quickstart  train a small LLM, follow an SAE through its training, analyse (minutes, 2 CPU cores)"
 	@echo "make test        run the tests, without the slow ones and those that need a GPU or the Hub"
 	@echo "make test-all    the slow ones too"
+	@echo "make test-peers  open what we export in the packages it is for, in an environment of their own"
 	@echo "make check       ruff, format and mypy"
 	@echo "make bench       measure beside SAELens, sparsify and dictionary_learning (an hour, 2 CPU cores)"
+	@echo "make validation  plant features, and see whether the instruments find them (half an hour)"
 
 # torch comes first and alone: asked for by another package, pip would take the newest, a CUDA build of gigabytes
 .venv/.torch: constraints.txt
@@ -35,8 +37,17 @@ help:
 	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
+QUICKSTART := runs/quickstart/gpt_neox.layers.2
+
 quickstart: .venv/.package
 	$(BIN)/saetrack fit --config configs/quickstart.yaml
+	@$(MAKE) --no-print-directory $(QUICKSTART)/report.html
+
+# one null step, so that the drift stands beside what training once more does by itself
+$(QUICKSTART)/report.html:
+	$(BIN)/saetrack control runs/quickstart --kind null --positions '[5]' --replicas 2
+	$(BIN)/saetrack analyze runs/quickstart --analyses+=Drift
+	$(BIN)/saetrack report runs/quickstart
 
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not gpu and not network"
@@ -72,8 +83,19 @@ bench: .venv-bench/.peers runs/bench-llm/step512
 	$(BENCH)/architectures.py runs/bench-llm | tee -a runs/bench.jsonl
 	@$(BENCH)/table.py runs/bench.jsonl
 
+test-peers: .venv-bench/.peers
+	.venv-bench/bin/pytest -q -m peers tests/peers
+
 bench-warm-starts: .venv-bench/.peers runs/bench-llm/step512
 	$(BENCH)/warm_starts.py runs/bench-llm runs/warm-starts
+
+# how fast the quickstart's report opens and filters, in Chromium
+bench-report: .venv/.dev
+	$(BIN)/saetrack report runs/quickstart
+	$(BIN)/python benchmarks/report.py runs/quickstart/*/report.html
+
+validation: .venv/.package
+	$(BIN)/python benchmarks/validation.py runs/validation
 
 clean:
 	rm -rf .venv .venv-bench .mypy_cache .ruff_cache .pytest_cache

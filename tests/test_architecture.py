@@ -16,6 +16,7 @@ LAYER = {
     "storage": -1,
     "errors": -1,
     "hub": -1,
+    "terminal": -1,
     "sae": 0,
     "metrics": 0,
     "lm": 0,
@@ -28,6 +29,7 @@ LAYER = {
     "__main__": 5,
 }
 MAY_ALSO_USE = {
+    "track.py": {"report"},
     "training/callbacks.py": {"analysis"},
     "training/cli.py": {"analysis"},
     "training/panels.py": {"analysis"},

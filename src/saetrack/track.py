@@ -31,6 +31,8 @@ from saetrack.storage import make_readable, whole_folder, write_json
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from saetrack.report import Plots
+
 SCHEMA = 1
 """Version of the layout on disk; a reader refuses a track whose schema is newer than this."""
 
@@ -236,6 +238,13 @@ class Track(Sequence[Snapshot]):
     def analyses_dir(self) -> Path:
         """Where the results of analyses lie, a directory for each."""
         return self.path / "analyses"
+
+    @property
+    def plot(self) -> Plots:
+        """The report's figures in matplotlib: ``plot.quality()``, ``.formation()``, ``.drift()``, ``.feature(17)``."""
+        from saetrack.report import Plots  # the one import upwards, and only of who draws
+
+        return Plots(self)
 
     @property
     def training_recipe(self) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from saetrack.track import Track
 from .conftest import NASTY
 
 AXE = Path(__file__).parent / "vendor" / "axe.min.js"
+VALIDATOR = Path(__file__).parent / "vendor" / "html-validate.min.js"
+NOT_MARKUP = {"no-inline-style": "off", "attribute-boolean-style": "off", "long-title": "off"}
+"""Rules of style: bars have their width inline, the DOM gives every boolean attribute a value, names may be long."""
 Open = Callable[..., Page]
 
 
@@ -140,3 +143,33 @@ def test_axe_finds_nothing_serious(view: str, width: int, scheme: str, report: P
     ]
     assert serious == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out to the side
+
+
+def faults(page: Page, markup: str) -> list[str]:
+    """What the validator finds in a page, the data and scripts in it left out."""
+    page.evaluate(VALIDATOR.read_text())
+    check = """async ([markup, rules]) => {
+        const document = markup.replace(/(<script[^>]*>)[^]*?(<\\/script>)/g, "$1$2");
+        const loader = new htmlValidate.StaticConfigLoader({ extends: ["html-validate:recommended"], rules });
+        const { results } = await new htmlValidate.HtmlValidate(loader).validateString(document);
+        return results.flatMap((r) => r.messages.map((m) => `${m.ruleId}: ${m.message} (${m.selector})`));
+    }"""
+    found: list[str] = page.evaluate(check, [markup, NOT_MARKUP])
+    return found
+
+
+@pytest.mark.parametrize("view", ["#overview", "#features", "#feature=9&step=4"])
+def test_what_the_page_shows_is_valid_html(view: str, report: Path, open_page: Open) -> None:
+    page = open_page(report, view, bypass_csp=True)
+    page.wait_for_selector("h1")
+    for numbers in page.locator("summary:has-text('Numbers')").all()[:2]:
+        numbers.click()
+    page.wait_for_timeout(200)
+    assert faults(page, "<!DOCTYPE html>\n" + page.evaluate("document.documentElement.outerHTML")) == []
+
+
+def test_the_file_is_valid_html_and_a_fault_in_it_would_be_found(report: Path, open_page: Open) -> None:
+    page, markup = open_page(report, bypass_csp=True), report.read_text(encoding="utf-8")
+    assert faults(page, markup) == []
+    broken = markup.replace("<main ", "<span><div></div></span><main ", 1)
+    assert any("element-permitted-content" in fault for fault in faults(page, broken))

@@ -58,7 +58,8 @@ def scratch_controls(track: Track) -> dict[str, list[Track]]:
     found: dict[str, list[Track]] = {}
     for control in track.controls("scratch"):
         _refuse_foreign(track, control, None)
-        found.setdefault(control.facts["control"]["budget"], []).append(control)
+        budget = "first" if control.facts["control"]["first_budget"] else "next"
+        found.setdefault(budget, []).append(control)
     return found
 
 

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 SURVIVES = 0.7
 """Cosine of a decoder row with the same index of the track, from which on it is the same feature."""
+CAPTION = (
+    "Left, the share of features that a series with fewer LLM checkpoints leaves at the end as the track has them; "
+    "right, identity over each gap by how much the FVU rose, with the largest admissible gap. The rule of 0.7 for a "
+    "surviving feature is a choice, and a feature that fails it may live on under another index."
+)
 KEPT = 0.9
 """Share of the ceiling that identity must keep over a gap that is still admissible."""
 
@@ -84,7 +89,7 @@ class Density(Analysis):
         }
         tables = {"thinned": thinned, "gaps": gaps, "admissible": limits}
         figures = {"density": _figure(thinned, gaps, limits)}
-        return AnalysisResult(tables, figures, {}, settings, _summary(thinned, limits))
+        return AnalysisResult(tables, figures, {}, settings, _summary(thinned, limits), {"density": CAPTION})
 
     def _survival(self, track: Track, control: Track) -> dict[str, Any]:
         last, reference = control[-1], track[-1]
@@ -177,6 +182,7 @@ def _figure(thinned: pd.DataFrame, gaps: pd.DataFrame, limits: pd.DataFrame) -> 
         ylabel="functional correlation",
         xlabel="relative rise of FVU",
     )
+    look.band_key(axes[0], quartiles=False)
     for ax in axes:
         ax.set_ylim(0, 1)
         look.legend(ax)

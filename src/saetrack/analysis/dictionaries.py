@@ -27,6 +27,12 @@ MARGIN = 0.05
 SHARED = 0.7
 """Cosine from which on, of decoder row and encoder column with the same partner, a feature is shared (2501.16615)."""
 
+CAPTION = (
+    "Curves above the grey one say that two dictionaries share directions; where matching one to one is above the same "
+    "index, features have changed places. Directions are compared and not meanings, and there is no interval: each "
+    "pair of dictionaries is one draw."
+)
+
 
 class Dictionaries(Analysis):
     """One-to-one matching of the dictionaries of neighbouring snapshots, and with SAEs trained from scratch.
@@ -84,7 +90,12 @@ class Dictionaries(Analysis):
         }
         tables = {"neighbours": neighbours, **({"scratch": scratch} if len(scratch) else {})}
         return AnalysisResult(
-            tables, {"dictionaries": _figure(neighbours, scratch)}, scalars, settings, _summary(neighbours)
+            tables,
+            {"dictionaries": _figure(neighbours, scratch)},
+            scalars,
+            settings,
+            _summary(neighbours),
+            {"dictionaries": CAPTION},
         )
 
     def _neighbours(self, before: Snapshot, after: Snapshot) -> dict[str, Any]:

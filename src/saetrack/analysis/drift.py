@@ -11,6 +11,7 @@ import pandas as pd
 from .base import Analysis, AnalysisResult
 from .drift_controls import COVERAGE, Calibration, calibrate
 from .drift_figures import (
+    CAPTIONS,
     adjacent_figure,
     controls_figure,
     identity_figure,
@@ -169,7 +170,7 @@ class Drift(Analysis):
             "trajectory_axes": TRAJECTORIES,
             "trajectory_explained": plane.explained.tolist(),
         }
-        return AnalysisResult(tables, figures, scalars, settings, _summary(scalars, steps))
+        return AnalysisResult(tables, figures, scalars, settings, _summary(scalars, steps), CAPTIONS)
 
     def _choose(self, table: pd.DataFrame, steps: list[int], rng: np.random.Generator) -> list[int]:
         """The features to draw: those asked for, else a seeded draw among those that can be followed throughout."""
@@ -369,6 +370,6 @@ def _summary(scalars: dict[str, dict[int, float]], steps: list[int]) -> str:
         lowest = min(correlation, key=lambda step: correlation[step])
         text += f" The median functional correlation is lowest at step {lowest} ({correlation[lowest]:.2f})."
     if shares := scalars.get("null_share"):
-        low, high = min(shares.values()), max(shares.values())
-        text += f" Training once more without a change of the LLM makes {low:.0%} to {high:.0%} of the drift."
+        found = ", ".join(f"{share:.0%} at step {step}" for step, share in shares.items())
+        text += f" Training once more without a change of the LLM makes this share of the drift: {found}."
     return text

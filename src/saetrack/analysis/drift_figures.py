@@ -15,6 +15,32 @@ if TYPE_CHECKING:
 
     from .drift_geometry import Plane
 
+CAPTIONS = {
+    "adjacent": (
+        "How far rows turn from one LLM checkpoint to the next, with and without the rotation that all have in common; "
+        "it cannot say how much of that training once more would do on the same LLM, for which there are controls."
+    ),
+    "to_last": (
+        "A curve above its dashed line says that features head for their last direction; the rise to 1 itself says "
+        "nothing, for a random walk rises too."
+    ),
+    "identity": (
+        "Points low on the right are features whose direction stays while their latent changes its meaning; the "
+        "correlation is over one text, and low for features that fire on few of its tokens."
+    ),
+    "cosine_to_previous": (
+        "Each ridge is the distribution over features of the cosine to the checkpoint before; heights are scaled "
+        "ridge by ridge and cannot be compared, and nothing is corrected for the common rotation."
+    ),
+    "trajectories": (
+        "Paths of some features in the plane of their most variance; a random walk looks like a smooth arc there too, "
+        "so a smooth path is no evidence of a direction."
+    ),
+    "controls": (
+        "What the track's stages do (blue) beside training once more on the same LLM checkpoint (grey); only the "
+        "excess is due to the LLM, and the intervals are over few runs and over no other LLM."
+    ),
+}
 _WIDTH, _HEIGHT = 4.0, 3.2  # inches
 _PARTS = {"Decoder": ("decoder", look.BLUE), "Encoder": ("encoder", look.GREEN)}
 
@@ -57,7 +83,7 @@ def to_last_figure(population: pd.DataFrame, steps: list[int], random_sd: float)
         steps: The track's LLM steps, increasing.
         random_sd: Standard deviation of the cosine of a random direction.
     """
-    figure, axes = look.small_multiples(2, panel_width=_WIDTH, panel_height=_HEIGHT, sharey=True)
+    figure, axes = look.small_multiples(2, panel_width=_WIDTH, panel_height=_HEIGHT, sharey=True, legend_rows=3)
     dashed: dict[str, Any] = {"linestyle": "--", "marker": "", "linewidth": 1.1}
     for ax, (title, (part, color)) in zip(axes, _PARTS.items(), strict=True):
         lines = [(f"{part}_to_last", "raw", color)]
@@ -74,6 +100,7 @@ def to_last_figure(population: pd.DataFrame, steps: list[int], random_sd: float)
         look.band(ax, steps, -edge, edge, color=look.GREY, alpha=0.3, label="random direction, 95 %")
         look.describe(ax, title=f"{title}: cosine to the last snapshot", ylabel="cosine")
         look.step_axis(ax, steps)
+        look.band_key(ax)
         look.legend(ax)
     return figure
 
@@ -100,6 +127,7 @@ def controls_figure(stages: pd.DataFrame, chain: pd.DataFrame, steps: list[int])
         look.band(axes[1], at, stages[f"{name}_low"], stages[f"{name}_high"], color=colour)
         look.line(axes[1], at, stages[name], color=colour, label=label)
     axes[1].axhline(0, color=look.BLACK, linewidth=0.8)
+    look.band_key(axes[1], quartiles=False)
     look.describe(axes[1], title="Drift that the LLM's change made", ylabel="1 - cosine")
     if len(chain):
         look.line(axes[3], chain["step"].tolist(), chain["real"], color=look.BLUE, label="track")

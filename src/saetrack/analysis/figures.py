@@ -5,6 +5,7 @@ Figures are made as `matplotlib.figure.Figure`, never through pyplot, so nothing
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,20 @@ GREY = "#7F7F7F"
 PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 
 PANEL_WIDTH, PANEL_HEIGHT = 3.5, 2.9  # inches, margins included
-_MARGINS = (0.68, 0.12, 0.3, 0.82)  # inches: left, right, above, below a panel; below hold two rows of legend
+_MARGINS = (0.68, 0.12, 0.3, 0.5)  # inches: left, right, above, below a panel; below without the rows of its legend
+LEGEND_ROW = 0.16  # inches
 _HEADING = 0.32  # inches
 _TITLE_SIZE, _LABEL_SIZE, _TICK_SIZE = 9.5, 9.0, 8.0
+
+
+class ShownFigure(Figure):
+    """A figure that a notebook shows; by itself it shows only those of pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        """The figure as PNG, for IPython."""
+        picture = io.BytesIO()
+        self.savefig(picture, format="png", bbox_inches="tight", dpi=96)
+        return picture.getvalue()
 
 
 def small_multiples(
@@ -44,6 +56,7 @@ def small_multiples(
     panel_height: float = PANEL_HEIGHT,
     sharex: bool = False,
     sharey: bool = False,
+    legend_rows: int = 2,
 ) -> tuple[Figure, list[Axes]]:
     """A figure of equal panels, filled row by row.
 
@@ -55,6 +68,7 @@ def small_multiples(
         panel_height: Inches.
         sharex: Whether all panels have one x axis.
         sharey: Whether all panels have one y axis.
+        legend_rows: Room below each panel for so many rows of legend.
 
     Returns:
         The figure and its panels.
@@ -63,8 +77,9 @@ def small_multiples(
     rows = -(-panels // columns)
     width, height = columns * panel_width, rows * panel_height + (_HEADING if title else 0.0)
     left, right, above, below = _MARGINS
+    below += LEGEND_ROW * legend_rows
     inner_width, inner_height = panel_width - left - right, panel_height - above - below
-    figure = Figure(figsize=(width, height), dpi=120)
+    figure = ShownFigure(figsize=(width, height), dpi=120)
     # Margins in inches: an automatic layout lets long labels and legends squeeze the panels, down to nothing.
     grid = figure.add_gridspec(
         rows,
@@ -109,7 +124,7 @@ def legend(ax: Axes, *, columns: int = 2) -> None:
 
     Args:
         ax: The panel.
-        columns: Entries in a row; there is room for two rows, each of about 40 letters.
+        columns: Entries in a row; a row has room for about 40 letters.
     """
     below_label = ax.transAxes + ScaledTranslation(0.0, -0.42, ax.get_figure(root=True).dpi_scale_trans)  # type: ignore[union-attr]
     ax.legend(
@@ -215,9 +230,15 @@ def band(
     ax.vlines(x[alone], low[alone], high[alone], color=color, alpha=min(1.0, 2 * alpha), linewidth=3)
 
 
-def band_key(ax: Axes) -> None:
-    """Say in the legend what the light and the dark band of every curve are; call it before `legend`."""
-    for alpha, label in ((0.14, "light: quartiles"), (0.4, "dark: 95 % interval")):
+def band_key(ax: Axes, *, quartiles: bool = True) -> None:
+    """Say in the legend what the light and the dark band of every curve are; call it before `legend`.
+
+    Args:
+        ax: The panel.
+        quartiles: Whether there are light bands; without, there is one kind, the interval.
+    """
+    keys = ((0.14, "light: quartiles"), (0.4, "dark: 95 % interval")) if quartiles else ((0.3, "95 % interval"),)
+    for alpha, label in keys:
         ax.fill_between([], [], [], color=GREY, alpha=alpha, linewidth=0, label=label)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .base import AnalysisResult, Observation, Probe, SweepAnalysis
-from .formation_figures import formed_figure, map_figure, paper_figure, progress_figure
+from .formation_figures import CAPTIONS, formed_figure, map_figure, paper_figure, progress_figure
 from .formation_measure import FormationMeter, Measured
 from .formation_paper import PaperSets, Progress, measure_paper, paper_tables
 from .formation_sets import BASELINES, FormationSets
@@ -187,7 +187,7 @@ class Formation(SweepAnalysis):
             scalars["share_formed"] = dict(zip(steps, shares["share"], strict=True))
         recorded = {**settings, "choice": CHOICE, "rows_read": self._rows_read, "statuses": list(STATUSES)}
         recorded["status_of_false_features"] = findings.count(sets.false)
-        return AnalysisResult(tables, figures, scalars, recorded, self._summary(features, findings))
+        return AnalysisResult(tables, figures, scalars, recorded, self._summary(features, findings), CAPTIONS)
 
     def _summary(self, features: pd.DataFrame, findings: Findings) -> str:
         assert self._meter is not None

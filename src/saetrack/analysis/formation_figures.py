@@ -16,6 +16,27 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.floating]
 
+CAPTIONS = {
+    "progress": (
+        "A curve above the grey band says that the positions of features are more alike than random ones, of the named "
+        "kind; it cannot say what the features mean, and positions that were chosen on the last LLM checkpoint can "
+        "show only the features that are there in the end."
+    ),
+    "paper": (
+        "The paper's measures and their corrected forms, beside what random sets give (grey); a rise in the uncentred "
+        "cosine alone cannot be told from activations that all become alike."
+    ),
+    "formed": (
+        "The share of the features that have formed by each step, beside the share of false features (random "
+        "positions with features' tokens) that the same rule calls formed; a step between two LLM checkpoints is "
+        "interpolated, and features with too few positions are in no curve."
+    ),
+    "map": (
+        "A row is a feature (or some, averaged), red where its positions are more alike than random ones with the "
+        "same tokens; the sorting by the formed step draws an edge into any data, so believe the intervals and not "
+        "the edge."
+    ),
+}
 # rows of the map: more cannot be told apart on paper
 _MAP_ROWS = 400
 _PANELS = {
@@ -72,7 +93,7 @@ def paper_figure(population: pd.DataFrame, steps: list[int]) -> Figure:
         population: The analysis' table ``paper_population``.
         steps: The track's LLM steps, increasing.
     """
-    figure, axes = look.small_multiples(len(_PANELS), panel_width=3.9, panel_height=3.1)
+    figure, axes = look.small_multiples(len(_PANELS), panel_width=3.9, panel_height=3.2, legend_rows=3)
     for ax, (title, lines) in zip(axes, _PANELS.items(), strict=True):
         for (measure, label), color in zip(lines.items(), (look.BLUE, look.VERMILION), strict=True):
             rows = population[population["measure"] == measure].set_index("step").loc[steps]
@@ -86,6 +107,7 @@ def paper_figure(population: pd.DataFrame, steps: list[int]) -> Figure:
         look.describe(ax, title=title, ylabel="progress M")
         ax.yaxis.labelpad = 1  # tick labels may be as long as "-0.025"
         look.step_axis(ax, steps)
+        look.band_key(ax)
         look.legend(ax)
     return figure
 

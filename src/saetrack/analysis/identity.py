@@ -17,7 +17,7 @@ from saetrack.metrics import FunctionalCorrelation
 from .base import AnalysisResult, Observation, Probe, SweepAnalysis
 from .controls import one_step_controls
 from .drift_rows import flags
-from .identity_figures import correlation_figure, survival_figure
+from .identity_figures import CAPTIONS, correlation_figure, survival_figure
 from .identity_stretches import stretch_table
 from .resampling import bootstrap_means
 
@@ -139,6 +139,7 @@ class Identity(SweepAnalysis):
             scalars=scalars,
             settings=self._settings(),
             summary=_summary(curves, survival),
+            captions=CAPTIONS,
         )
 
     def _ceiling(self, track: Track, kind: str) -> dict[int, Floats]:

@@ -10,6 +10,18 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+CAPTIONS = {
+    "correlation": (
+        "A curve near its ceiling, the null steps or the replicas, says that an index keeps its meaning over a stage "
+        "as well as training allows; it cannot say so over many stages, which the ends (right) show, and it is "
+        "measured on one text."
+    ),
+    "survival": (
+        "The share of the first features that kept their identity in every stage, beside what unchanged LLMs would "
+        "leave; a feature that is kept in every stage may still have drifted to another meaning, which the second "
+        "curve shows."
+    ),
+}
 _CURVES = {
     "to_previous": ("to the previous", look.BLUE),
     "null": ("null step", look.VERMILION),
@@ -26,7 +38,7 @@ def correlation_figure(curves: pd.DataFrame, steps: list[int]) -> Figure:
         curves: The analysis' table ``curves``.
         steps: The track's LLM steps.
     """
-    figure, axes = look.small_multiples(2, panel_width=4.2, panel_height=3.2, sharey=True)
+    figure, axes = look.small_multiples(2, panel_width=4.2, panel_height=3.4, sharey=True, legend_rows=3)
     titles = ("Same index in neighbouring snapshots", "Same index at both ends of the track")
     for ax, shown, title in zip(axes, (_CURVES, _ENDS), titles, strict=True):
         for comparison, (label, colour) in shown.items():
@@ -37,6 +49,7 @@ def correlation_figure(curves: pd.DataFrame, steps: list[int]) -> Figure:
                 look.line(ax, steps, rows["mean"], color=colour, label=label, **line)
         look.describe(ax, title=title, ylabel="mean functional correlation")
         look.step_axis(ax, steps)
+        look.band_key(ax, quartiles=False)
         look.legend(ax)
     axes[0].set_ylim(-0.05, 1.02)
     return figure
@@ -63,5 +76,6 @@ def survival_figure(survival: pd.DataFrame) -> Figure:
     ax.set_ylim(0, 1.03)
     look.describe(ax, title="Survival of identity from the first snapshot", ylabel="share of its features")
     look.step_axis(ax, steps)
+    look.band_key(ax, quartiles=False)
     look.legend(ax)
     return figure

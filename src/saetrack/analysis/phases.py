@@ -13,7 +13,7 @@ from .base import Analysis, AnalysisResult
 from .figures import step_position
 from .phases_agreement import adjusted_rand, boundary_distance, covering, order_of_times
 from .phases_cut import Cut, Resampling, cut
-from .phases_figures import phases_figure
+from .phases_figures import CAPTIONS, phases_figure
 from .phases_segment import MIN_LENGTH
 from .phases_series import AMOUNTS, TIMES, Amounts, NotAvailable, Tables
 
@@ -111,6 +111,7 @@ class Phases(Analysis):
                 "null": {name: c.null for name, c in on_log.items()},
             },
             summary=_summary(on_log, scores, boundaries, missing),
+            captions=CAPTIONS,
         )
 
     def _order_table(self, tables: Tables, place: Floats) -> pd.DataFrame:

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from .phases_cut import Cut
 
 
+CAPTIONS = {
+    "phases": (
+        "Points are rates of change, black the level of a phase, red where one ends with its 95 % interval; one phase "
+        "is an answer too, a boundary between two LLM checkpoints cannot be placed more finely than they stand, and "
+        "another seed would move it further than the interval says."
+    )
+}
+
+
 def phases_figure(cuts: Mapping[str, Cut], what: Mapping[str, str], steps: list[int]) -> Figure:
     """Rates per decade of LLM steps, the perspectives under one another, with boundaries and their intervals.
 
@@ -29,7 +38,15 @@ def phases_figure(cuts: Mapping[str, Cut], what: Mapping[str, str], steps: list[
     place = look.step_position(steps)
     for ax, (name, cut) in zip(axes, cuts.items(), strict=True):
         middle = (place[cut.ends - 1] + place[cut.ends]) / 2
-        ax.errorbar(middle, cut.rates, yerr=2 * np.nan_to_num(cut.errors), fmt="o", color=look.BLUE, ms=4, label="rate")
+        ax.errorbar(
+            middle,
+            cut.rates,
+            yerr=2 * np.nan_to_num(cut.errors),
+            fmt="o",
+            color=look.BLUE,
+            ms=4,
+            label="rate, ± 2 standard errors",
+        )
         for phase in range(cut.phases):
             inside = cut.ends[cut.label == phase]
             level = cut.levels[cut.label == phase][0]

@@ -10,6 +10,7 @@ from matplotlib.ticker import PercentFormatter
 
 from . import figures
 from .base import Analysis, AnalysisResult
+from .controls import one_step_controls, scratch_controls
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,7 +50,19 @@ _SCALARS = (
     "ce_recovered_mean",
     "functional_correlation_median",
 )
+_CONTROLLED = ("fvu", "l0", "dead_share", "dense_share", "ce_recovered_zero", "ce_recovered_mean")
+_CONTROLS = {
+    "null": ("null", figures.GREY, "x"),
+    "scratch-next": ("fresh", figures.PURPLE, "D"),
+    "scratch-first": ("fresh, long", figures.ORANGE, "D"),
+}
 _OFF_SCALE = (-0.25, 1.25)
+CAPTION = (
+    "Lower FVU and a recovered share nearer to 1 say that the SAE keeps more of the LLM (band: quartiles over "
+    "features; points, where there are controls: null, the same LLM checkpoint once more; fresh, a new SAE with as "
+    "many tokens, or with those of the first stage). They cannot say that features mean something, and an LLM "
+    "checkpoint that is easier to reconstruct has a lower FVU with the same features."
+)
 
 
 class Quality(Analysis):
@@ -60,6 +73,9 @@ class Quality(Analysis):
     start before any training; ``fvu`` that of the snapshot. The functional correlation of a feature is the Pearson
     correlation of its latent with the snapshot before on the same rows, each SAE on its own LLM checkpoint; its
     quartiles are over features whose firing frequency is above a threshold in both snapshots.
+
+    Where the track has null or scratch controls, the table ``controls`` has what they reach at the LLM checkpoint that
+    they were trained on: the mean over the runs of a kind, and ``_low`` and ``_high``, their range.
 
     Args:
         min_firing_frequency: Features that fire on no larger a share of the evaluation positions, in this snapshot or
@@ -82,12 +98,15 @@ class Quality(Analysis):
         table = pd.concat([table, pd.DataFrame(identity)], axis=1)
         # a chain may run backward through training; the table and the curves run forward
         table = table.sort_values("step", ignore_index=True)
+        controls = _control_table(track)
+        title = f"{str(track.facts['model']).rstrip('/').split('/')[-1]}, {track.facts['hookpoint']}"
         return AnalysisResult(
-            tables={"quality": table},
-            figures={"quality": _figure(table, str(track.facts["model"]), str(track.facts["hookpoint"]))},
+            tables={"quality": table} | ({} if controls.empty else {"controls": controls}),
+            figures={"quality": _figure(table, controls, title)},
             scalars={name: _by_step(table, name) for name in _SCALARS},
             settings={"min_firing_frequency": self.min_firing_frequency, "split": "evaluation"},
             summary=_summary(table),
+            captions={"quality": CAPTION},
         )
 
     def _identity(self, before: Snapshot | None, now: Snapshot) -> dict[str, float]:
@@ -100,6 +119,26 @@ class Quality(Analysis):
         r = r[np.isfinite(r)]
         quartiles = np.quantile(r, [0.25, 0.5, 0.75]).tolist() if len(r) else [np.nan] * 3
         return {**dict(zip(names, quartiles, strict=True)), "features_compared": len(r)}
+
+
+def _control_table(track: Track) -> pd.DataFrame:
+    """What null and scratch controls reach, by kind and LLM step; empty without any."""
+    nulls = [control[-1] for runs in one_step_controls(track, "null").values() for control in runs]
+    found = {"null": nulls}
+    for budget, controls in scratch_controls(track).items():
+        found[f"scratch-{budget}"] = [snapshot for control in controls for snapshot in control]
+    rows = [
+        {"control": kind, "step": snapshot.step} | {name: snapshot.metadata[name] for name in _CONTROLLED}
+        for kind, snapshots in found.items()
+        for snapshot in snapshots
+    ]
+    if not rows:
+        return pd.DataFrame()
+    runs = pd.DataFrame(rows).astype(dict.fromkeys(_CONTROLLED, np.float64)).groupby(["control", "step"])
+    table = runs.size().to_frame("runs")
+    for name in _CONTROLLED:
+        table[name], table[f"{name}_low"], table[f"{name}_high"] = runs[name].mean(), runs[name].min(), runs[name].max()
+    return table.reset_index()
 
 
 def _by_step(table: pd.DataFrame, name: str) -> dict[int, float]:
@@ -124,11 +163,10 @@ def _summary(table: pd.DataFrame) -> str:
     return text
 
 
-def _figure(table: pd.DataFrame, model: str, hookpoint: str) -> Figure:
+def _figure(table: pd.DataFrame, controls: pd.DataFrame, name: str) -> Figure:
     steps = table["step"].tolist()
-    title = f"SAE quality through the training of {model.rstrip('/').split('/')[-1]}, {hookpoint}"
-    figure, axes = figures.small_multiples(6, columns=3, title=title)
-    _draw_fvu(axes[0], table, steps)
+    figure, axes = figures.small_multiples(6, columns=3, title=f"SAE quality through the training of {name}")
+    _draw_fvu(axes[0], table, controls, steps)
     _draw_recovered(axes[1], table, steps)
     for name, label, color in (
         ("ce_clean", "as it is", figures.BLACK),
@@ -154,15 +192,19 @@ def _figure(table: pd.DataFrame, model: str, hookpoint: str) -> Figure:
     return figure
 
 
-def _draw_fvu(ax: Axes, table: pd.DataFrame, steps: list[int]) -> None:
+def _draw_fvu(ax: Axes, table: pd.DataFrame, controls: pd.DataFrame, steps: list[int]) -> None:
     shift, before = table["fvu_shift"], table["fvu_before"]
     if not np.allclose(shift.dropna(), before[shift.notna()], rtol=1e-6):
         figures.line(ax, steps, shift, color=figures.GREY, label="SAE before", linestyle=":", marker="s")
     figures.line(ax, steps, before, color=figures.VERMILION, label="warm start", linestyle="--")
     figures.line(ax, steps, table["fvu"], color=figures.BLUE, label="trained")
+    for kind, rows in controls.groupby("control") if len(controls) else ():
+        label, color, marker = _CONTROLS[str(kind)]
+        figures.line(ax, rows["step"], rows["fvu"], color=color, label=label, linestyle="", marker=marker, markersize=5)
+        ax.vlines(figures.step_position(rows["step"]), rows["fvu_low"], rows["fvu_high"], color=color, linewidth=1.2)
     figures.log_y(ax)
     figures.describe(ax, title="Variance left out", ylabel="FVU (log scale)")
-    figures.legend(ax)
+    figures.legend(ax, columns=3)
 
 
 def _draw_recovered(ax: Axes, table: pd.DataFrame, steps: list[int]) -> None:

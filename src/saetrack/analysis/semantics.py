@@ -200,6 +200,7 @@ class Semantics(SweepAnalysis):
             },
             settings=settings,
             summary=_summary(by_step) + self._class_summary(meaning["classes"]),
+            captions=semantics_figures.CAPTIONS,
         )
 
     def _class_summary(self, classes: pd.DataFrame) -> str:

@@ -14,6 +14,23 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+CAPTIONS = {
+    "semantics": (
+        "Fewer tokens than with tokens shuffled (left), a share that holds on other rows (middle) and a turnover below "
+        "both dashed lines (right) say that features mean something that lasts; all three count tokens, so they "
+        "cannot see a feature of many tokens with one meaning."
+    ),
+    "classes": (
+        "The share of each class among the features that fire enough; a class is the outcome of thresholds, and the "
+        "share of false concepts in the title is what the same rule finds in permuted text."
+    ),
+    "examples": (
+        "The top token of features drawn at random, dark where most of the activation falls on it; a token is not a "
+        "meaning, and these few are no sample to judge the dictionary by."
+    ),
+}
+
+
 def curves(table: pd.DataFrame) -> Figure:
     """N_eff, the top token's share and turnover by LLM step, each with its band and its null."""
     steps = table["step"].tolist()

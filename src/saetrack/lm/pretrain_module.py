@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from saetrack.lm.pretrain_config import PretrainConfig, learning_rate_factor, rows_of_step
 from saetrack.lm.tokens import TokenRows
 from saetrack.storage import whole_folder, write_json
+from saetrack.terminal import Display, duration, plain_console, show_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 _RESUME_EVERY = 100  # steps
 _LOSS_ROWS = 4
 _EAGER_UP_TO = 256  # tokens of context
-_BAR_EVERY = 10  # steps
 
 
 class TokenBatches:
@@ -199,36 +199,59 @@ def _no_transformers_bars() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-class LossBar(TQDMProgressBar):
-    """Loss in nats and speed, read only when they are shown: `self.log` costs time in every step."""
+class LossBar(ProgressBar):
+    """Loss in nats, speed and the time left, read only when they are shown: `self.log` costs time in every step.
 
-    def __init__(self) -> None:
-        super().__init__(refresh_rate=_BAR_EVERY)
-        self._loss = torch.tensor(float("nan"))
-        self._tokens = 0
-        self._started = time.perf_counter()
+    Args:
+        every_seconds: Seconds between two lines where there is no terminal.
+    """
+
+    def __init__(self, every_seconds: float = 30.0) -> None:
+        super().__init__()
+        self._every_seconds = every_seconds
+        self._display: Display | None = None
+        self._enabled = True
+
+    def enable(self) -> None:
+        """Speak; Lightning asks for it."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Be silent."""
+        self._enabled = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
-        super().on_train_start(trainer, pl_module)
-        self._started = time.perf_counter()
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Say what runs; "Epoch 0", the only one, would not."""
-        super().on_train_epoch_start(trainer)
-        self.train_progress_bar.set_description("Pretraining the LLM")
+        """Start the clock and the bar."""
+        self._began = self._said = time.monotonic()
+        self._first = trainer.global_step  # of a run that goes on
+        if self._enabled:
+            self._display = show_on(plain_console(), self._every_seconds)
+            self._display.begin("Pretraining the LLM", int(trainer.num_training_batches), "steps")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Tensor, batch_idx: int
     ) -> None:
-        """Note the loss, without waiting for it, and the tokens."""
-        self._loss = outputs["loss"]
-        self._tokens += batch.numel()
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        """Say how it goes, when it is time."""
+        now = time.monotonic()
+        if self._display is not None and now - self._said >= self._display.between:
+            self._said = now
+            done, total = trainer.global_step, int(trainer.num_training_batches)
+            pace = (now - self._began) / (done - self._first)
+            loss, speed = outputs["loss"].item(), batch.numel() / pace
+            left = duration((total - done) * pace)
+            self._display.show(
+                done, f"step {done} of {total}, loss {loss:.3f} nats, {speed:,.0f} tokens/s, {left} left"
+            )
 
-    def get_metrics(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        """What the bar shows on its right."""
-        speed = self._tokens / (time.perf_counter() - self._started)
-        return {"loss": f"{self._loss.item():.3f}", "tokens/s": f"{speed:.0f}"}
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the bar away."""
+        self._stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Take the bar away, so that the error stands alone."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._display is not None:
+            self._display.stop()
+            self._display = None

@@ -1,5 +1,6 @@
-"""One HTML page from a track, to explore in a browser: opens from disk, asks nothing of the network."""
+"""A track to look at: one HTML page that opens from disk and needs no network, and its figures in matplotlib."""
 
 from .page import WrittenReport, write_report
+from .plots import Plots
 
-__all__ = ["WrittenReport", "write_report"]
+__all__ = ["Plots", "WrittenReport", "write_report"]

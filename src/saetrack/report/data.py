@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 COMMANDS = {"profile": "Profile", "semantics": "Semantics", "formation": "Formation", "drift": "Drift"}
 """Analyses of the report by the folder's name, and the class that ``saetrack analyze --analyses+=`` takes."""
 
+ROW_NAMES = ("measure", "baseline", "comparison", "control")
+"""Columns that tell apart the rows of one LLM step."""
+
 
 class Results:
     """What the analyses of a track left behind.
@@ -59,7 +62,7 @@ class Results:
             analysis: Folder under ``analyses/``.
             name: The table.
             column: Its column.
-            measure: Rows whose ``measure`` (or ``baseline``) this is, in a table that has several.
+            measure: Rows whose ``measure`` (or other of `ROW_NAMES`) this is, in a table that has several.
 
         Returns:
             ``[T]`` float64, NaN where the table has no row; None when there is no such table, column or measure.
@@ -67,7 +70,7 @@ class Results:
         table = self.table(analysis, name)
         if table is None or column not in table or "step" not in table:
             return None
-        key = next((name for name in ("measure", "baseline") if name in table), None)
+        key = next((name for name in ROW_NAMES if name in table), None)
         if key is not None and measure is not None:
             table = table[table[key] == measure]
         if table["step"].duplicated().any():

@@ -21,6 +21,9 @@ PROGRESS = (
 """Progress, its standard error, and its name in the population's table; the preferred first."""
 
 
+ADJACENT_DRIFT, WAY_TO_LAST = "Adjacent drift", "Way to its final direction"
+
+
 @dataclass
 class Columns:
     """The table of features: what each column is, and its values ``[d_sae]`` float32, NaN where not known."""
@@ -119,6 +122,38 @@ class Curves:
             line["error"], line["band"] = f"{line['key']}.error", text
             self.values[line["error"]] = np.asarray(error, dtype=np.float32)
 
+    def null(
+        self, name: str, values: Floats | None, edges: tuple[Floats, Floats] | None = None, text: str = ""
+    ) -> None:
+        """Give the last figure a null that is the same for all features, ``[T]``, with its band; none if not known."""
+        if values is not None:
+            null: dict[str, Any] = {"name": name, "values": plain(values)}
+            if edges is not None:
+                null |= {"low": plain(edges[0]), "high": plain(edges[1]), "band": text}
+            self.figures[-1]["null"] = null
+
+    def of(self, feature: int) -> list[dict[str, Any]]:
+        """The figures of one feature with the values of its lines, as the page's JavaScript fills them.
+
+        Args:
+            feature: Its index.
+
+        Returns:
+            The figures; a line has ``name``, ``null``, ``values`` ``[T]``, and where known ``low``, ``high``, ``band``.
+        """
+        filled = []
+        for figure in self.figures:
+            lines: list[dict[str, Any]] = []
+            for line in figure["lines"]:
+                values = self.values[line["key"]][feature]
+                error = self.values[line["error"]][feature] if "error" in line else None
+                edges = {} if error is None else {"low": values - error, "high": values + error, "band": line["band"]}
+                lines.append({"name": line["name"], "null": line["null"], "values": values, **edges})
+            if "null" in figure:
+                lines.append(figure["null"] | {"null": True})
+            filled.append(figure | {"lines": lines})
+        return filled
+
 
 def curves(results: Results) -> Curves:
     """The curves of every feature, those whose analysis is there.
@@ -137,18 +172,23 @@ def curves(results: Results) -> Curves:
         [("with the checkpoint before", same, False)],
         domain=(None, 1),
     )
+    figures.null("median where the LLM did not change", results.curve("drift", "calibration", "correlation_null"))
     near = _first_of(results, "decoder_to_previous_without_rotation", "decoder_to_previous")
     raw = results.grid("drift", "drift", "decoder_to_previous")
     figures.add(
-        "Adjacent drift",
+        ADJACENT_DRIFT,
         "1 - cosine with the row before",
-        [("without the common rotation", _one_minus(near), False), ("as it is", _one_minus(raw), True)],
+        [
+            ("without the common rotation", _one_minus(near), False),
+            ("as it is", _one_minus(raw), True),
+            ("where the LLM did not change", results.grid("drift", "excess", "drift_null"), True),
+        ],
         domain=(0, None),
     )
     walk = _first_of(results, "decoder_to_last_without_rotation_if_random_walk", "decoder_to_last_if_random_walk")
     way = _first_of(results, "decoder_to_last_without_rotation", "decoder_to_last")
     figures.add(
-        "Way to its final direction",
+        WAY_TO_LAST,
         "cosine with the last row",
         [("feature", way, False), ("if its turns were independent", walk, True)],
         domain=(None, 1),
@@ -170,8 +210,7 @@ def _progress(results: Results, figures: Curves) -> None:
         figures.band(None if error is None else 1.96 * error, "95 % interval")
         low, high = (results.curve("formation", "population", f"null_{end}", measure) for end in ("low", "high"))
         if low is not None and high is not None:
-            null = {"name": "random positions", "low": plain(low), "high": plain(high), "band": "95 % of random sets"}
-            figures.figures[-1]["null"] = null
+            figures.null("random positions", (low + high) / 2, (low, high), "95 % of random sets")
         return
 
 

@@ -8,11 +8,9 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-from rich.text import Text
+from rich.console import Console
 
+from saetrack.terminal import Display, duration, plain_console, show_on
 from saetrack.track import Snapshot, Track
 from saetrack.training.module import SAEModule
 from saetrack.training.scheduler import SnapshotCallback, scheduler_of
@@ -47,19 +45,6 @@ class Standing:
         return ", ".join(parts)
 
 
-def duration(seconds: float) -> str:
-    """A time to wait, as a person says it.
-
-    Example:
-        >>> [duration(s) for s in (0.4, 59.2, 60, 3599, 3601, 100_000)]
-        ['1 s', '60 s', '1 min', '60 min', '1 h 1 min', '27 h 47 min']
-    """
-    if seconds < 60:
-        return f"{max(1, -int(-seconds // 1))} s"
-    minutes = -int(-seconds // 60)
-    return f"{minutes} min" if seconds < 3600 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def snapshot_line(snapshot: Snapshot, hookpoint: str = "") -> str:
     """A finished snapshot in one line.
 
@@ -75,55 +60,6 @@ def snapshot_line(snapshot: Snapshot, hookpoint: str = "") -> str:
     return f"Snapshot of step {snapshot.step}{f' ({hookpoint})' if hookpoint else ''}: {', '.join(parts)}"
 
 
-class _Bar:
-    """A bar that fills with the stage, and a line below it that says how it goes."""
-
-    between = 0.5
-    """Seconds between two looks at the numbers; each waits for the device."""
-
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(TextColumn("{task.description}"), BarColumn(None), TaskProgressColumn(), expand=True)
-        self._task = self._progress.add_task("")
-        self._below = Text(no_wrap=True, overflow="ellipsis")
-        self._live = Live(Group(self._progress, self._below), console=console, transient=True)
-        self._live.start()
-
-    def begin(self, heading: str, budget: int) -> None:
-        self._progress.reset(self._task, total=budget, description=heading)
-        self.wait("starting")
-
-    def wait(self, text: str) -> None:
-        self._below.plain = text
-
-    def show(self, standing: Standing) -> None:
-        self._progress.update(self._task, completed=standing.tokens)
-        self._below.plain = str(standing)
-
-    def stop(self) -> None:
-        self._live.stop()
-
-
-class _Lines:
-    """Whole lines, for what is not a terminal."""
-
-    def __init__(self, console: Console, between: float) -> None:
-        self._console = console
-        self.between = between
-
-    def begin(self, heading: str, budget: int) -> None:
-        self._heading = heading
-        self._console.print(f"{heading}: {budget:,} tokens", markup=False)
-
-    def wait(self, text: str) -> None:
-        """Nothing: the line of the next stage will say it."""
-
-    def show(self, standing: Standing) -> None:
-        self._console.print(f"{self._heading}: {standing}", markup=False)
-
-    def stop(self) -> None:
-        """Nothing is held."""
-
-
 class TrackProgressBar(ProgressBar, SnapshotCallback):
     """Says which LLM checkpoint of how many, how fast and how well it goes, and how long the series still takes.
 
@@ -137,15 +73,19 @@ class TrackProgressBar(ProgressBar, SnapshotCallback):
 
     def __init__(self, every_seconds: float = 30.0, console: Console | None = None) -> None:
         super().__init__()
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = console or plain_console()
         self.every_seconds = every_seconds
         self._enabled = True
-        self._display: _Bar | _Lines | None = None
+        self._display: Display | None = None
         self._entered: int | None = None
         self._first_batch: int | None = None
         self._said = 0.0
-        self._budget_passed = 0
+        self._passed = 0
         """Tokens of the stages that this process has finished; one that converged early counts as its whole budget."""
+        self._passed_seconds = 0.0
+        """What their batches took, without loading and measuring."""
+        self._stages = 0
+        """How many stages this process has entered."""
 
     def enable(self) -> None:
         """Speak; Lightning asks for it."""
@@ -159,8 +99,7 @@ class TrackProgressBar(ProgressBar, SnapshotCallback):
         """Begin the bar; a stage that is resumed in its middle has no epoch start."""
         self._series_began = time.monotonic()
         if self._enabled:
-            terminal = self.console.is_terminal
-            self._display = _Bar(self.console) if terminal else _Lines(self.console, self.every_seconds)
+            self._display = show_on(self.console, self.every_seconds)
         self._enter_stage(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -180,7 +119,8 @@ class TrackProgressBar(ProgressBar, SnapshotCallback):
         if self._display is not None and now - self._said >= self._display.between:
             assert isinstance(pl_module, SAEModule)
             self._said = now
-            self._display.show(self._standing(trainer, pl_module, batch_idx + 1))
+            standing = self._standing(trainer, pl_module, batch_idx + 1)
+            self._display.show(standing.tokens, str(standing))
 
     def on_snapshot(self, trainer: Trainer, module: SAEModule, track: Track, snapshot: Snapshot) -> None:
         """Leave a line that stays."""
@@ -191,7 +131,9 @@ class TrackProgressBar(ProgressBar, SnapshotCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the stage as passed."""
-        self._budget_passed += self._stage_budget - (self._first_batch or 0) * _batch_size(trainer)
+        self._passed += self._stage_budget - (self._first_batch or 0) * _batch_size(trainer)
+        if self._first_batch is not None:
+            self._passed_seconds += time.monotonic() - self._stage_began
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the bar away."""
@@ -206,30 +148,32 @@ class TrackProgressBar(ProgressBar, SnapshotCallback):
         if scheduler.position == self._entered:
             return
         self._entered, self._first_batch = scheduler.position, None
+        self._stages += 1
         self._said = time.monotonic()
         self._stage_budget = int(trainer.num_training_batches) * _batch_size(trainer)
         place = f"{scheduler.position + 1} of {len(scheduler.checkpoints)}"
         heading = f"LLM checkpoint {place} (step {scheduler.stage.checkpoint.step})"
         if self._display is not None:
-            self._display.begin(heading, self._stage_budget)
+            self._display.begin(heading, self._stage_budget, "tokens")
 
     def _standing(self, trainer: Trainer, module: SAEModule, batches: int) -> Standing:
         scheduler, batch_size, now = scheduler_of(trainer), _batch_size(trainer), time.monotonic()
         assert self._first_batch is not None
         here = (batches - self._first_batch) * batch_size  # by this process: a stage may be resumed in its middle
-        later = (len(scheduler.checkpoints) - scheduler.position - 1) * scheduler.tokens_next
-        left = self._stage_budget - batches * batch_size + later
-        # what a stage costs beside its batches is in the pace too
-        pace = (now - self._series_began) / (self._budget_passed + here)
+        seconds = now - self._stage_began
+        stages_left = len(scheduler.checkpoints) - scheduler.position - 1
+        tokens_left = self._stage_budget - batches * batch_size + stages_left * scheduler.tokens_next
+        pace = (self._passed_seconds + seconds) / (self._passed + here)
+        beside = (now - self._series_began - self._passed_seconds - seconds) / self._stages  # loading and measuring
         curves = [curve[-1][1] for curve in module.curves.values() if curve]
         states = [module.feature_state(hookpoint) for hookpoint in module.hookpoints]
         return Standing(
             tokens=batches * batch_size,
             budget=self._stage_budget,
-            speed=here / max(now - self._stage_began, 1e-9),
+            speed=here / max(seconds, 1e-9),
             fvu=max(curves, default=None),
             dead=max(float(state.dead(module.dead_after_tokens).float().mean()) for state in states),
-            seconds_left=left * pace,
+            seconds_left=tokens_left * pace + stages_left * beside,
         )
 
     def _stop(self) -> None:

@@ -1,5 +1,6 @@
 """A small real track: four TopK SAEs that evolve a little, over four checkpoints of the tiny LLM."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,27 @@ def build_track(folder: Path, series: Path, tokenizer: Any) -> Track:
         statistics = {"mean": x.mean(0), "scale": torch.tensor([scale]), "covariance": torch.cov(x.T)}
         track.write(position, folded, metadata, statistics, features)
     return track
+
+
+def add_control(track: Track, name: str, positions: list[int], fvu: list[float], **facts: Any) -> None:
+    """A control whose snapshots are copies of the track's at ``positions``, with another FVU where one is given."""
+    folder = track.path / "controls" / name
+    folder.mkdir(parents=True)
+    shutil.copy(track.path / "tokens.safetensors", folder)
+    (folder / "track.json").write_text(json.dumps({**track.facts, "control": {"stages": len(positions), **facts}}))
+    for place, (position, value) in enumerate(zip(positions, fvu, strict=True)):
+        new = folder / "snapshots" / f"{place:04d}-step{track[position].step}"
+        shutil.copytree(track[position].path, new)
+        metadata = {**track[position].metadata, "position": place, "fvu": value}
+        (new / "metadata.json").write_text(json.dumps(metadata))
+
+
+def add_controls(track: Track) -> None:
+    """Two null controls of stage 2 and fresh SAEs at two LLM checkpoints."""
+    for replica, fvu in enumerate((0.25, 0.35)):
+        start = track[1].metadata["fvu"]
+        add_control(track, f"null-0002-{replica}", [1, 1], [start, fvu], kind="null", position=2, first_budget=False)
+    add_control(track, "scratch-first-0", [0, 3], [0.5, 0.6], kind="scratch", position=None, first_budget=True)
 
 
 @pytest.fixture(scope="session")

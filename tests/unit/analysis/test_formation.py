@@ -124,7 +124,7 @@ def test_every_curve_has_its_interval_and_null(kinds: AnalysisResult) -> None:
     assert (population["mean"] <= population["high"]).all()
     assert (population["null_low"] < 0).all()
     assert (population["null_high"] > 0).all()
-    assert set(kinds.figures) == {"progress", "formed", "map", "paper"}
+    assert set(kinds.figures) == set(kinds.captions) == {"progress", "formed", "map", "paper"}
 
 
 def test_positions_are_recorded_one_of_a_document_without_repeats(kinds: AnalysisResult) -> None:

@@ -57,6 +57,7 @@ def test_planted_features_that_change_places_are_lost_and_the_others_kept() -> N
     assert kept[20:].mean() >= 0.95
     lost = result.tables["stretches"].query("feature == 3")[["first_step", "last_step"]]
     assert lost.to_numpy().tolist() == [[0, 32], [64, 512]]
+    assert result.figures.keys() == result.captions.keys()
     survival = result.tables["survival"].set_index("step")
     assert survival.loc[32, "unbroken"] == 1
     assert survival.loc[[64, 512], "unbroken"].tolist() == survival.loc[[64, 512], "like_first"].tolist() == [0.5, 0.5]

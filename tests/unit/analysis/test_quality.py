@@ -8,6 +8,8 @@ from saetrack.analysis.quality import Quality
 from saetrack.analysis.sweep import run_analyses
 from saetrack.track import Track
 
+from .conftest import add_controls
+
 
 def test_the_table_has_one_row_per_snapshot_with_its_metadata(tiny_track: Track) -> None:
     result = run_analyses(tiny_track, {"quality": Quality()})["quality"]
@@ -55,6 +57,18 @@ def test_a_track_of_one_snapshot_is_enough(tiny_track: Track, monkeypatch: pytes
     assert "1 snapshots" not in result.summary
     result.save(tiny_track.analyses_dir / "quality")
     assert pd.isna(result.tables["quality"]["fvu_shift"]).all()
+
+
+def test_controls_stand_at_the_llm_checkpoint_they_were_trained_on(tiny_track: Track) -> None:
+    assert "controls" not in Quality().run(tiny_track).tables
+    add_controls(tiny_track)
+    table = Quality().run(tiny_track).tables["controls"].set_index(["control", "step"])
+    assert sorted(table.index) == [("null", 1), ("scratch-first", 0), ("scratch-first", 10)]
+    null = table.loc["null", 1]
+    assert null["runs"] == 2
+    assert null[["fvu", "fvu_low", "fvu_high"]].tolist() == pytest.approx([0.3, 0.25, 0.35])
+    assert null["l0"] == tiny_track[1].metadata["l0"]
+    assert table.loc[("scratch-first", 10), "fvu"] == 0.6
 
 
 def test_a_frequency_out_of_range_is_refused() -> None:

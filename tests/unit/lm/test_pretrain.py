@@ -1,5 +1,6 @@
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,20 @@ def test_a_series_is_written_as_hugging_face_folders(tmp_path: Path, text: TextC
         losses[step] = llm(batch, labels=batch).loss.item()
     assert losses[0] == pytest.approx(np.log(300), rel=0.05)
     assert losses[12] < losses[0] - 0.5
+
+
+def test_a_log_file_gets_whole_lines_with_loss_speed_and_the_time_left(
+    tmp_path: Path, text: TextCorpus, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("saetrack.lm.pretrain.LossBar", lambda: pretrain_module.LossBar(every_seconds=0))
+    train(tmp_path / "llm", config(text))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Pretraining the LLM: ")]
+    assert said[0] == "Pretraining the LLM: 12 steps"
+    for step, line in enumerate(said[1:], start=1):
+        assert re.fullmatch(
+            rf"Pretraining the LLM: step {step} of 12, loss \d\.\d{{3}} nats, [\d,]+ tokens/s, \d+ s left", line
+        ), line
+    assert len(said) == 13
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 7, 11], ids=lambda n: f"stopped at step {n}")

@@ -1,3 +1,4 @@
+import json
 import re
 import shutil
 from pathlib import Path
@@ -6,12 +7,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from saetrack.analysis.identity import Identity
+from saetrack.analysis.sweep import run_analyses
 from saetrack.cli import main
 from saetrack.report import write_report
 from saetrack.report.contexts import Vocabulary, read_text
 from saetrack.report.data import Results
 from saetrack.report.features import columns
-from saetrack.report.overview import sections
+from saetrack.report.overview import section, sections
 from saetrack.track import Track
 
 from .test_pack import unpack
@@ -105,6 +108,34 @@ def test_classes_and_formed_steps_show_in_the_table(track: Track) -> None:
     assert names[int(found.values["class"][2])] == "token"
     stack = next(f for s in sections(Results(track)) for f in s["figures"] if f["kind"] == "stack")
     assert np.sum([line["values"] for line in stack["lines"]], axis=0) == pytest.approx(np.ones(4))
+
+
+def test_every_figure_of_an_analysis_has_a_caption(track: Track) -> None:
+    for name in ("quality", "semantics", "drift"):
+        facts = json.loads((track.analyses_dir / name / "result.json").read_text())
+        assert set(facts["figures"]) <= set(facts["captions"]), name
+
+
+def test_identity_is_drawn_beside_its_null_and_another_feature(track: Track) -> None:
+    run_analyses(track, {"identity": Identity()})
+    folder = track.analyses_dir / "identity"
+    table = pd.read_parquet(folder / "curves.parquet")
+    table.loc[(table["comparison"] == "null") & (table["step"] == 4), ["mean", "low", "high"]] = [0.9, 0.8, 0.95]
+    table.to_parquet(folder / "curves.parquet")
+    figures = section(Results(track), "identity")["figures"]
+    assert [figure["title"] for figure in figures] == [
+        "Same index at neighbouring checkpoints",
+        "Same index at both ends",
+        "Survival of identity",
+    ]
+    assert len({figure["id"] for figure in figures}) == 3
+    lines = {line["name"]: line for line in figures[0]["lines"]}
+    before = table[table["comparison"] == "to_previous"].set_index("step").loc[track.steps, "mean"]
+    assert lines["with the checkpoint before"]["values"][1:] == pytest.approx(before.tolist()[1:], rel=1e-5)
+    null = lines["where the LLM did not change"]
+    assert (null["null"], null["values"], null["high"]) == (True, [None, None, 0.9, None], [None, None, 0.95, None])
+    assert lines["another feature"]["null"]
+    assert figures[2]["lines"][0]["values"][0] == 1
 
 
 def test_a_track_without_any_analysis_has_a_report(track: Track, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 const COLOURS = ["var(--c0)", "var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)", "var(--c5)", "var(--c6)"];
 const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
 const NULL_COLOUR = "var(--quiet)";
+// Nulls are all grey: their dashes and dots tell them apart.
+const NULL_DASHES = ["3 3", "1 3", "7 3 2 3", "10 4"];
+const NULL_SYMBOLS = ["circle", "diamond", "square", "triangle"];
 
 const thousands = (n) => n.toLocaleString("en-GB");
 // Estimated steps lie between checkpoints: a whole number is all that they can be trusted to.
@@ -49,7 +52,11 @@ function colourOf(line, index) {
 }
 
 function dashOf(line, index) {
-  return line.null ? "3 3" : DASHES[index % DASHES.length];
+  return line.null ? NULL_DASHES[index % NULL_DASHES.length] : DASHES[index % DASHES.length];
+}
+
+function symbolOf(line, index) {
+  return line.null ? NULL_SYMBOLS[index % NULL_SYMBOLS.length] : "circle";
 }
 
 function base(figure, width, height, more) {
@@ -80,9 +87,12 @@ function drawLines(figure, steps, kind, width, options = {}) {
       const rows = steps.map((s, i) => ({ x: place(s), y: line.values[i] ?? NaN, low: line.low?.[i] ?? NaN, high: line.high?.[i] ?? NaN }));
       const stroke = colourOf(line, index);
       if (line.low) marks.push(Plot.areaY(rows, { x: "x", y1: "low", y2: "high", fill: stroke, fillOpacity: line.null ? 0.22 : 0.18 }));
+      // a band is nothing at a checkpoint with a gap on both sides: there it is a bar
+      const alone = rows.filter((d, i) => Number.isFinite(d.low) && !Number.isFinite(rows[i - 1]?.low) && !Number.isFinite(rows[i + 1]?.low));
+      if (alone.length) marks.push(Plot.ruleX(alone, { x: "x", y1: "low", y2: "high", stroke, strokeWidth: 3, strokeOpacity: 0.45 }));
       if (line.bandOnly) return;
       marks.push(Plot.lineY(rows, { x: "x", y: "y", stroke, strokeWidth: line.null ? 1.5 : 2, strokeDasharray: dashOf(line, index) }));
-      marks.push(Plot.dot(rows, { x: "x", y: "y", r: line.null ? 1.5 : 2.5, fill: stroke, filter: (d) => Number.isFinite(d.y) }));
+      marks.push(Plot.dot(rows, { x: "x", y: "y", r: 2.5, symbol: symbolOf(line, index), fill: stroke, filter: (d) => Number.isFinite(d.y) }));
     });
   }
   if (options.mark !== undefined && options.mark !== null) {

@@ -123,7 +123,7 @@ function curveFigure(track, details, spec, index) {
     const shift = (sign) => values.map((v, i) => (v === null || !Number.isFinite(error[i]) ? null : v + sign * error[i]));
     return { name: line.name, null: line.null, values, ...(error ? { low: shift(-1), high: shift(1), band: line.band } : {}) };
   });
-  if (spec.null) lines.push({ ...spec.null, null: true, bandOnly: true, values: spec.null.low.map((v, i) => (v === null ? null : (v + spec.null.high[i]) / 2)) });
+  if (spec.null) lines.push({ ...spec.null, null: true, bandOnly: spec.null.low !== undefined });
   return { kind: "lines", id: `curve-${index}`, title: spec.title, y: spec.y, domain: spec.domain ?? [null, null], percent: spec.percent, lines, marks: spec.marks };
 }
 
@@ -135,7 +135,7 @@ function curveCard(track, details, spec, index) {
     const ends = ["low", "high"].map((e) => track.column(`formed_${e}`)?.[details.feature]);
     if (Number.isFinite(formed)) options.mark = formed;
     if (ends.every(Number.isFinite) && ends[0] < ends[1]) options.span = ends;
-    figure.note = options.mark === undefined ? "It has not formed by the rule of this track." : "The dashed rule is where it formed.";
+    figure.note = options.mark === undefined ? "It has not formed by the rule of this track." : "The dashed rule is where it formed, shaded the 95 % interval of that step.";
   }
   if (figure.lines.every((l) => l.values.every((v) => v === null))) return h("section", { class: "card absent" }, h("h3", {}, figure.title), h("p", {}, "Not computed for this feature: too few positions, or dead."));
   return frame(figure, track.steps, (width) => drawLines(figure, track.steps, state.axis, width, options));

@@ -62,6 +62,7 @@ function standalone(figure, plot) {
   lines.forEach((line, i) => {
     const y = 34 + 16 * i;
     svg.append("line").attr("x1", 8).attr("x2", 32).attr("y1", y).attr("y2", y).attr("stroke", resolve(colourOf(line, i))).attr("stroke-width", 2).attr("stroke-dasharray", dashOf(line, i));
+    if (figure.kind !== "stack" && !line.bandOnly) svg.append("path").attr("d", symbolPath(line, i)).attr("transform", `translate(20 ${y})`).attr("fill", resolve(colourOf(line, i)));
     svg.append("text").attr("x", 38).attr("y", y + 4).attr("font-size", 11).text(line.name + (line.band ? ` (band: ${line.band})` : ""));
   });
   copy.setAttribute("y", top);
@@ -69,19 +70,28 @@ function standalone(figure, plot) {
   return new XMLSerializer().serializeToString(svg.node());
 }
 
+// What the dots of a line are, for the legends.
+function symbolPath(line, index) {
+  const types = { circle: d3.symbolCircle, diamond: d3.symbolDiamond, square: d3.symbolSquare, triangle: d3.symbolTriangle };
+  return d3.symbol(types[symbolOf(line, index)], 34)();
+}
+
 function legend(figure) {
   if (!figure.lines || (figure.lines.length === 1 && !figure.lines[0].band)) return null;
   return h("ul", { class: "legend" }, figure.lines.map((line, i) => {
     const swatch = d3.create("svg").attr("width", 26).attr("height", 10).attr("aria-hidden", "true");
     if (figure.kind === "stack" || line.bandOnly) swatch.append("rect").attr("width", 26).attr("height", 10).attr("fill", colourOf(line, i)).attr("opacity", line.bandOnly ? 0.3 : 1);
-    else swatch.append("line").attr("x2", 26).attr("y1", 5).attr("y2", 5).attr("stroke", colourOf(line, i)).attr("stroke-width", 2.5).attr("stroke-dasharray", dashOf(line, i));
+    else {
+      swatch.append("line").attr("x2", 26).attr("y1", 5).attr("y2", 5).attr("stroke", colourOf(line, i)).attr("stroke-width", 2.5).attr("stroke-dasharray", dashOf(line, i));
+      swatch.append("path").attr("d", symbolPath(line, i)).attr("transform", "translate(13 5)").attr("fill", colourOf(line, i));
+    }
     return h("li", {}, swatch.node(), ` ${line.name}`, line.band ? h("span", { class: "quiet" }, ` – band: ${line.band}`) : null);
   }));
 }
 
 function numbersTable(rows, caption) {
   const [head, ...body] = rows;
-  return h("div", { class: "numbers", tabindex: "0", role: "region", "aria-label": caption },
+  return h("section", { class: "numbers", tabindex: "0", "aria-label": caption },
     h("table", {}, h("caption", { class: "hidden" }, caption),
       h("thead", {}, h("tr", {}, head.map((name) => h("th", { scope: "col" }, String(name))))),
       h("tbody", {}, body.map((row) => h("tr", {}, row.map((value) => h("td", {}, typeof value === "number" ? number(value) : String(value ?? "–"))))))));

@@ -58,7 +58,7 @@ function tableFilters(track, update) {
   const table = state.table;
   const change = (key) => (event) => { table[key] = event.target.type === "checkbox" ? event.target.checked : event.target.value; update(); };
   const steps = (key, text) => h("label", {}, text, h("select", { onchange: change(key) }, h("option", { value: "" }, "any"), track.steps.map((s) => h("option", { value: s, selected: String(s) === table[key] }, thousands(s)))));
-  return h("form", { class: "filters", role: "search", onsubmit: (event) => event.preventDefault() },
+  return h("search", { class: "filters" },
     h("label", { class: "search" }, "Token or index", h("input", { type: "search", id: "search", value: table.q, autocomplete: "off", spellcheck: "false", oninput: change("q"), "aria-describedby": "count" })),
     track.facts.columns.filter((c) => c.kind === "name").map((c) => h("label", {}, c.title, h("select", { onchange: (event) => { table.names[c.key] = event.target.value; update(); } },
       h("option", { value: "" }, "any"), c.names.map((name, code) => h("option", { value: code, selected: table.names[c.key] === String(code) }, name))))),
@@ -78,7 +78,7 @@ function showTable(main) {
   const count = h("p", { id: "count", class: "quiet", role: "status" });
   const body = h("tbody");
   const head = h("tr", { "aria-rowindex": 1 });
-  const scroll = h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Features. Arrow keys choose a row, Enter opens it." });
+  const scroll = h("section", { class: "scroll", tabindex: "0", "aria-label": "Features. Arrow keys choose a row, Enter opens it." });
   const grid = h("table", { class: "features" }, h("caption", { class: "hidden" }, "Features"), h("thead", {}, head), body);
   let rows = [], active = 0;
 
