@@ -17,6 +17,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Lead links to a notebook to its page; where Markdown is read as it is, they lead to the notebook."""
+    return markdown.replace(".ipynb)", ".md)")
+
+
 def parts(cell: dict[str, Any]) -> Iterator[str]:
     """A cell and its outputs as Markdown."""
     source = "".join(cell["source"])

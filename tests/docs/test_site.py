@@ -28,9 +28,7 @@ def pages_in(nav: object) -> list[str]:
 def test_every_page_is_in_the_navigation_once() -> None:
     # of a notebook docs/hooks.py makes a page
     written = [p.relative_to(DOCS).with_suffix(".md") for p in DOCS.rglob("*") if p.suffix in (".md", ".ipynb")]
-    assert sorted(pages_in(CONFIG["nav"])) == sorted(
-        path.as_posix() for path in written
-    )
+    assert sorted(pages_in(CONFIG["nav"])) == sorted(path.as_posix() for path in written)
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: page.stem)
