@@ -35,7 +35,7 @@ class LossTerms(NamedTuple):
             reconstruction error of the class. Each is unweighted:
             ``loss = mse + coefficient * sparsity + further errors + aux_coefficient * auxk``.
         smallest_kept: Smallest latent above zero, scalar, detached, NaN without any; None but for SAEs whose
-            inference threshold follows it. :meth:`SAE.after_step_` wants it, averaged over the ranks.
+            inference threshold follows it. `SAE.after_step_` wants it, averaged over the ranks.
         moved: How far the latents are from those ``before``, scalar, not part of ``loss``:
             ``sum (z - before)^2 / sum before^2`` over the entries where either is active, z the pre-activation where
             a latent was active before, so that one that fell below its threshold is drawn back. None without them.
@@ -54,7 +54,7 @@ class SAE(nn.Module, ABC):
     """A sparse autoencoder: latents = activation((x - b_dec) W_enc + b_enc), x_hat = latents W_dec + b_dec.
 
     Parameters are float32: ``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``.
-    They are zero until :meth:`initialise` or ``load_state_dict`` fills them. The loss expects training units:
+    They are zero until `initialise` or ``load_state_dict`` fills them. The loss expects training units:
     activations scaled to a mean norm of sqrt(d_in).
 
     ``encode``, ``decode`` and ``forward`` are what inference does, in ``train()`` and ``eval()`` alike; only ``loss``
@@ -88,13 +88,13 @@ class SAE(nn.Module, ABC):
         self.W_dec = nn.Parameter(torch.zeros(self.d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.precision = torch.float32
-        """Dtype of the large products in :meth:`loss`; parameters, sums and whatever is small are float32 always.
-        Not an argument, for it belongs to the machine and not to the SAE: see :func:`resolve_precision`."""
+        """Dtype of the large products in `loss`; parameters, sums and whatever is small are float32 always.
+        Not an argument, for it belongs to the machine and not to the SAE: see `resolve_precision`."""
         self._workspace = Workspace()
 
     @property
     def encoder_bias(self) -> nn.Parameter:
-        """The bias of :meth:`preactivations`, ``[d_sae]``, whatever its name in the class."""
+        """The bias of `preactivations`, ``[d_sae]``, whatever its name in the class."""
         return self.b_enc
 
     @abstractmethod
@@ -104,7 +104,7 @@ class SAE(nn.Module, ABC):
     def activate_batch(self, pre: Tensor) -> Tensor:
         """Turn the pre-activations of a training batch into its latents, both ``[batch, d_sae]``.
 
-        As :meth:`activate`, except in classes whose training looks at the whole batch.
+        As `activate`, except in classes whose training looks at the whole batch.
         """
         return self.activate(pre)
 
@@ -116,7 +116,7 @@ class SAE(nn.Module, ABC):
             x: Activations in training units (mean norm sqrt(d_in)), shape ``[batch, d_in]``.
             dead: Latents to revive by AuxK, bool ``[d_sae]``; None for none.
             before: Latents that the previous SAE had at the same tokens on the previous LLM checkpoint, all of them
-                positive, to say in :attr:`LossTerms.moved` how far these are from them.
+                positive, to say in `LossTerms.moved` how far these are from them.
 
         Returns:
             The loss with its parts.
@@ -211,7 +211,7 @@ class SAE(nn.Module, ABC):
             x: Activations, shape ``[n, d_in]``, on the SAE's device.
 
         Returns:
-            The values of :meth:`encode` that are not zero, float32 on the CPU, shape ``[n, d_sae]``.
+            The values of `encode` that are not zero, float32 on the CPU, shape ``[n, d_sae]``.
 
         Raises:
             ValueError: If ``x`` is not ``[n, d_in]``.
@@ -233,7 +233,7 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def sparse_latents(self, x: Tensor) -> Latents:
-        """The positive latents of :meth:`encode` for activations ``[batch, d_in]``."""
+        """The positive latents of `encode` for activations ``[batch, d_in]``."""
         latents = self.encode(x)
         rows, columns = latents.nonzero(as_tuple=True)
         counts = torch.bincount(rows, minlength=len(x))
@@ -251,7 +251,7 @@ class SAE(nn.Module, ABC):
         """Put in order, in place, what an optimizer step has moved: here the decoder rows, back to unit norm.
 
         Args:
-            smallest_kept: :attr:`LossTerms.smallest_kept` of the batch, averaged over the ranks.
+            smallest_kept: `LossTerms.smallest_kept` of the batch, averaged over the ranks.
         """
         self.normalise_decoder_()
 
@@ -296,11 +296,11 @@ class SAE(nn.Module, ABC):
         return other
 
     def _dense_preactivations(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the loss of a dense SAE starts from, the product in :attr:`precision`.
+        """What the loss of a dense SAE starts from, the product in `precision`.
 
         Returns:
             x - b_dec without a gradient ``[batch, d_in]``, and the pre-activations ``[batch, d_sae]`` in
-            :attr:`precision`.
+            `precision`.
         """
         self._check_width(x)
         with self._full_precision():
@@ -312,12 +312,12 @@ class SAE(nn.Module, ABC):
             return centred, functional.linear(centred, self.W_enc.T, bias)
 
     def _decode_low(self, latents: Tensor) -> Tensor:
-        """:meth:`decode` with its product in :attr:`precision`."""
+        """`decode` with its product in `precision`."""
         with self._low_precision():
             return latents @ self.W_dec + self.b_dec
 
     def _moved(self, centred: Tensor, latents: Tensor | Latents, before: Latents | None) -> Tensor | None:
-        """Compute :attr:`LossTerms.moved` for the latents of this batch, dense or sparse."""
+        """Compute `LossTerms.moved` for the latents of this batch, dense or sparse."""
         if before is None:
             return None
         selection, values = before
@@ -337,7 +337,7 @@ class SAE(nn.Module, ABC):
         return auxiliary_loss(centred, error, dead if self.aux_coefficient > 0 else None, parameters, self.aux_k)
 
     def _low_precision(self) -> torch.autocast:
-        """Inside, dense products run in :attr:`precision`, whatever autocast is on outside."""
+        """Inside, dense products run in `precision`, whatever autocast is on outside."""
         low = self.precision != torch.float32
         return torch.autocast(self.b_dec.device.type, dtype=self.precision if low else None, enabled=low)
 

@@ -17,7 +17,7 @@ class BatchTopKSAE(BatchSelectionSAE):
     ``L = sum_b ||x_b - x_hat_b||^2 / sum_b ||x_b - mean(x)||^2 + aux_coefficient * L_auxk``.
 
     Bussmann, Leask and Nanda 2024, "BatchTopK Sparse Autoencoders" (arXiv 2412.06410), with the normalisation of
-    the error of :class:`TopKSAE`. Inference keeps the latents above a threshold, the mean over batches of the smallest
+    the error of `TopKSAE`. Inference keeps the latents above a threshold, the mean over batches of the smallest
     latent kept (their eq. 6); it is part of the snapshot, which SAELens opens as ``jumprelu``. L0 measured on other
     text is therefore near k, not equal to it.
 

@@ -19,9 +19,9 @@ class MatryoshkaSAE(BatchSelectionSAE):
     ``L = sum_m sum_b ||x_b - x_hat_m,b||^2 / sum_b ||x_b - mean(x)||^2 + aux_coefficient * L_auxk``.
 
     Bussmann et al. 2025, "Learning Multi-Level Features with Matryoshka Sparse Autoencoders" (arXiv 2503.17547),
-    with the normalisation of the error of :class:`TopKSAE`. General features gather among the first latents and
+    with the normalisation of the error of `TopKSAE`. General features gather among the first latents and
     are absorbed less by special ones. The k * batch latents are chosen once, from all; AuxK works on the error of the
-    full reconstruction. Inference is that of :class:`BatchTopKSAE`.
+    full reconstruction. Inference is that of `BatchTopKSAE`.
 
     Args:
         d_in: Width of the activations. Filled in from the LLM by ``saetrack fit``.

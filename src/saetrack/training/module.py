@@ -102,7 +102,7 @@ class SAEModule(LightningModule):
         sae: The autoencoder: its class and arguments without ``d_in``, which is read from the LLM.
         optimizer: Learning rates and their schedule within a stage, and when it has converged.
         continuity: Weight of the term that holds features to what they were: their latents stay near those of the
-            previous snapshot on the previous LLM checkpoint at the same tokens (:attr:`LossTerms.moved`). It keeps
+            previous snapshot on the previous LLM checkpoint at the same tokens (`LossTerms.moved`). It keeps
             that LLM in memory too, and runs it. The weight rises and falls with the learning rate, so a stage ends on
             the SAE's own loss. 0 turns it off; the first stage and a ``scratch`` start have none.
         dead_after_tokens: A feature that has not fired for this many tokens is dead, and the autoencoder's
