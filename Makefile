@@ -12,7 +12,7 @@ SHELL := bash
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart test test-all test-peers check bench bench-warm-starts bench-report validation clean
+.PHONY: help quickstart test test-all test-peers check docs bench bench-warm-starts bench-report validation clean
 
 help:
 	@echo "make quickstart  train a small LLM, follow an SAE through its training, analyse (minutes, 2 CPU cores)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-all    the slow ones too"
 	@echo "make test-peers  open what we export in the packages it is for, in an environment of their own"
 	@echo "make check       ruff, format and mypy"
+	@echo "make docs        the documentation as a site, in build/site"
 	@echo "make bench       measure beside SAELens, sparsify and dictionary_learning (an hour, 2 CPU cores)"
 	@echo "make validation  plant features, and see whether the instruments find them (half an hour)"
 
@@ -59,6 +60,11 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the site in build/site, from docs/ and the docstrings; a warning is an error
+docs: .venv/.dev
+	$(BIN)/pip install -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The peers have an environment of their own: they are no dependencies, and their pins are not ours.
 .venv-bench/.peers: constraints.txt pyproject.toml benchmarks/requirements.txt benchmarks/requirements-no-deps.txt

@@ -123,6 +123,9 @@ def workspace(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """One's own copy of the workspace, as the current directory of a fresh process."""
     folder = tmp_path / "reader"
     shutil.copytree(finished_run, folder, symlinks=True)
+    text = folder / "data" / "shakespeare_char" / "input.txt"  # where nanoGPT has it
+    text.parent.mkdir(parents=True)
+    text.write_text("to be, or not to be\n")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["saetrack"])
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -127,7 +127,7 @@ def said_against(code: str) -> str | None:
     if code.startswith("saetrack ") and len(words := code.split()) > 2:
         filled = [PLACEHOLDERS.get(word, word.split("|")[0]) for word in words[1:]]
         return complaint(filled)
-    key = re.match(r"(?:--)?((?:scheduler|data|model|trainer|analyze|resume)\.[\w.]+)", code)
+    key = re.match(r"(?:--)?(?!model\.layers\.)((?:scheduler|data|model|trainer|analyze|resume)\.[\w.]+)", code)
     option = re.match(r"--([\w.]+)", code)
     name = key[1] if key else option[1] if option else None
     if name is None or name in options():
