@@ -218,16 +218,14 @@ class FitCLI(LightningCLI):
         options.ckpt_path = str(path) if path.is_file() else None
 
     def _refuse_other_configuration(self, track_dir: Path) -> None:
+        parser = self._subcommand_parser
         saved = yaml.safe_load((track_dir / "config.yaml").read_text(encoding="utf-8"))
-        now = yaml.safe_load(self._subcommand_parser.dump(self.config[self.subcommand], skip_none=False))
+        now = yaml.safe_load(parser.dump(self.config[self.subcommand], skip_none=False))
+        default = yaml.safe_load(parser.dump(parser.get_defaults(), skip_none=False, skip_validation=True))
         for section in _SERIES:
-            before = saved.get(section, {})
-            changed = [k for k in now[section] if k != "track_dir" and not _same(now[section][k], before.get(k))]
-            if changed:
-                key = changed[0]
+            if found := _difference(section, now[section], saved.get(section, {}), default.get(section, {})):
                 raise FileExistsError(
-                    f"{track_dir} holds a complete track made with {section}.{key} {saved[section].get(key)}, not "
-                    f"{now[section][key]}. Choose another `scheduler.track_dir`."
+                    f"{track_dir} holds a complete track made with {found}. Choose another `scheduler.track_dir`."
                 )
 
     @property
@@ -254,11 +252,26 @@ class FitCLI(LightningCLI):
         sys.stdout.write("\n".join(lines) + "\n")
 
 
-def _same(now: Any, saved: Any) -> bool:
-    """Whether two values of a configuration make the same track; where a cache lies does not matter, nor who waits."""
-    if isinstance(now, dict) and isinstance(saved, dict):
-        return all(_same(value, saved.get(key)) for key, value in now.items() if key not in ("cache_dir", "watch"))
-    return bool(now == saved)
+def _difference(name: str, now: Any, saved: Any, default: Any) -> str | None:
+    """What of two configurations makes another track, in words; None where nothing does.
+
+    Where the track and caches lie does not matter, nor who waits. What the saved one does not name is newer than
+    the track, which is as the default says.
+
+    Example:
+        >>> defaults, saved = {"k": 32, "layout": "packed"}, {"k": 24, "cache_dir": "here"}
+        >>> _difference("sae", {"k": 24, "layout": "packed", "cache_dir": "there"}, saved, defaults)
+        >>> _difference("sae", {"k": 24, "layout": "masked"}, saved, defaults)
+        'sae.layout packed, not masked'
+    """
+    if not (isinstance(now, dict) and isinstance(saved, dict)):
+        return None if now == saved else f"{name} {saved}, not {now}"
+    default = default if isinstance(default, dict) else {}
+    for key in sorted(now.keys() - {"track_dir", "cache_dir", "watch"}):
+        before = saved.get(key, default.get(key))
+        if found := _difference(f"{name}.{key}", now[key], before, default.get(key)):
+            return found
+    return None
 
 
 def _covers(have: list[int], wanted: list[int], may_skip: bool) -> bool:
