@@ -30,7 +30,16 @@ def encoder_rows(snapshot: Snapshot) -> Floats:
 
 
 def flags(snapshot: Snapshot, name: str) -> NDArray[np.bool_]:
-    """A column of the snapshot's feature table as truth values ``[d_sae]``."""
+    """A column of the snapshot's feature table as truth values ``[d_sae]``.
+
+    Raises:
+        ValueError: If the snapshot was imported, so that nobody has looked when its features fire.
+    """
+    if name not in snapshot.features:
+        raise ValueError(
+            f"{snapshot.path} was imported, so it is not known which of its features are {name}; this needs a track "
+            "that `saetrack fit` wrote. `saetrack fit --model.start` begins one from an imported SAE."
+        )
     return snapshot.features[name].to_numpy(dtype=bool)
 
 

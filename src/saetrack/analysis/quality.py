@@ -94,7 +94,13 @@ class Quality(Analysis):
 
     def run(self, track: Track) -> AnalysisResult:
         """Collect the table, draw it, and give its columns as scalars."""
-        table = track.metrics().reindex(columns=list(_COLUMNS))
+        table = track.metrics()
+        if "fvu" not in table:
+            raise ValueError(
+                f"{track.path} was imported, so nothing was measured when its snapshots were written; quality needs a "
+                "track that `saetrack fit` wrote. `saetrack fit --model.start` begins one from an imported SAE."
+            )
+        table = table.reindex(columns=list(_COLUMNS))
         numbers = [column for column in _COLUMNS if column != "warm_start"]
         table[numbers] = table[numbers].apply(pd.to_numeric)
         identity = [self._identity(track.before(snapshot), snapshot) for snapshot in track]

@@ -12,6 +12,10 @@ import pandas as pd
 import pytest
 import torch
 
+from saetrack.analysis import Analysis
+from saetrack.analysis.dictionaries import Dictionaries
+from saetrack.analysis.drift import Drift
+from saetrack.analysis.quality import Quality
 from saetrack.cli import main
 from saetrack.exchange import ImportedFacts, export_track, import_map, import_sae
 from saetrack.lm import LLMCheckpoint, TokenRows
@@ -217,6 +221,15 @@ def test_a_map_of_the_reference_is_a_whole_track_with_the_steps_of_pythia(
     assert made[0].features["decoder_cosine_previous"].isna().all()
     expected = torch.nn.functional.cosine_similarity(random_sae(10).W_dec, random_sae(11).W_dec)
     assert made[2].features["decoder_cosine_previous"].to_numpy() == pytest.approx(expected.numpy(), abs=1e-6)
+
+
+@pytest.mark.parametrize("analysis", [Quality(), Drift(), Dictionaries()], ids=lambda a: type(a).__name__)
+def test_an_analysis_of_what_was_not_measured_says_so(
+    analysis: Analysis, write_map: Callable[..., Path], tmp_path: Path
+) -> None:
+    made = import_map(write_map([0, 10, 33]), tmp_path / "new", ImportedFacts(hookpoint=HOOKPOINT), None)
+    with pytest.raises(ValueError, match=r"was imported, so .* `saetrack fit --model.start` begins one"):
+        analysis.run(made)
 
 
 def test_the_steps_of_stanford_gpt2_are_known(write_map: Callable[..., Path], tmp_path: Path) -> None:
