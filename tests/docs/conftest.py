@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def smaller(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workspace, made once. Read only: `workspace` is one's own."""
     folder = tmp_path_factory.mktemp("reader")
     draw = random.Random(0)
@@ -87,8 +86,9 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         main(["control", "runs/quickstart", "--kind", "null", "--positions", "[1]", "--replicas", "1"])
         copy_controls(folder / "runs" / "quickstart" / "gpt_neox.layers.2")
         main(["analyze", "runs/quickstart"])
-        yield folder
+    # the patches end here: a fixture of the session must not be felt in the tests of other folders
     gc.unfreeze()
+    return folder
 
 
 def build_llms(folder: Path) -> None:
