@@ -1,5 +1,6 @@
 """Whatever is wrong with the input, the user reads one line and loses nothing."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -205,7 +206,11 @@ def test_a_complete_track_gets_the_analyses_that_a_killed_run_did_not_come_to(
     track = Track.open(config["scheduler"]["track_dir"])
     shutil.rmtree(track.analyses_dir / "drift")
     assert "complete; ran drift, which had no result yet" in fit_here(config).stdout
-    assert (track.analyses_dir / "drift" / "result.json").is_file()
+    facts = json.loads((track.analyses_dir / "drift" / "result.json").read_text())
+    assert facts["settings"]["steps"] == [0, 10]
+    facts["settings"]["steps"] = [0]  # as if the track had been extended since
+    (track.analyses_dir / "drift" / "result.json").write_text(json.dumps(facts))
+    assert "complete; ran drift, which had no result yet" in fit_here(config).stdout
     assert "complete; nothing was changed" in fit_here(config).stdout
 
 

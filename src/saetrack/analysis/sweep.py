@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -114,10 +114,11 @@ class _Runs:
             return None
 
     def finish(self, name: str, action: Callable[[], AnalysisResult]) -> None:
-        """Get a result and save it."""
+        """Get a result and save it, with the LLM steps that it is of: a track may grow."""
 
         def save() -> AnalysisResult:
             result = action()
+            result = replace(result, settings={**result.settings, "steps": self.track.steps})
             result.save(self.track.analyses_dir / name)
             return result
 

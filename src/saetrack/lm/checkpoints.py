@@ -101,7 +101,7 @@ class FolderSource(CheckpointSource):
         self._tokenizer = tokenizer
         if watch:
             self.watcher = Watcher(
-                str(path), Watch() if watch is True else watch, self._listed, (self.path / DONE).is_file
+                str(self.path), Watch() if watch is True else watch, self._listed, (self.path / DONE).is_file
             )
 
     def checkpoints(self) -> list[LLMCheckpoint]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import sys
@@ -190,7 +191,7 @@ class FitCLI(LightningCLI):
     def _run_missing_analyses(self, track: Track) -> list[str]:
         """Run the configured analyses that a killed run did not come to, and give their names."""
         asked = next(c for c in self.trainer.callbacks if isinstance(c, AnalyzeTrack)).analyses  # type: ignore[attr-defined]
-        missing = {name: a for name, a in asked.items() if not (track.analyses_dir / name / RESULT_FILE).is_file()}
+        missing = {name: a for name, a in asked.items() if not _is_of(track, track.analyses_dir / name)}
         return list(run_analyses(track, missing)) if missing else []
 
     def after_fit(self) -> None:
@@ -272,6 +273,14 @@ def _difference(name: str, now: Any, saved: Any, default: Any) -> str | None:
         if found := _difference(f"{name}.{key}", now[key], before, default.get(key)):
             return found
     return None
+
+
+def _is_of(track: Track, result: Path) -> bool:
+    """Whether a result is there and is of all the track's snapshots, and not from before it was extended."""
+    if not (result / RESULT_FILE).is_file():
+        return False
+    settings = json.loads((result / RESULT_FILE).read_text(encoding="utf-8"))["settings"]
+    return bool(settings.get("steps", track.steps) == track.steps)
 
 
 def _covers(have: list[int], wanted: list[int], may_skip: bool) -> bool:

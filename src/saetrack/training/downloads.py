@@ -20,12 +20,13 @@ class HubDownloads(Callback):
     """Downloads the LLM checkpoint of the next stage while this one trains, and keeps the Hub's cache small.
 
     What was in the cache before the run, what another process of saetrack reads, and the revision of the tokenizer are
-    never evicted. Series in folders are left alone.
+    never evicted. Series in folders, and checkpoints without a revision (a RepositoriesSource's), are left alone.
 
     Args:
         keep_checkpoints: LLM checkpoints that the run keeps in the Hub's cache, at least 3: the stage's own, the one
-            before it, which a resumed stage reads, and the next. Older ones that it downloaded are deleted, and an
-            analysis that reads the LLM downloads them again. Null keeps all.
+            that the stage began from, which a resumed stage reads, and the next; where a series turns, one or two
+            more. Older ones that it downloaded are deleted, and an analysis that reads the LLM downloads them again.
+            Null keeps all.
     """
 
     def __init__(self, keep_checkpoints: int | None = None) -> None:
@@ -78,6 +79,9 @@ class HubDownloads(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         position = scheduler.position
         kept = {c.revision for c in scheduler.checkpoints[max(0, position - keep + 2) : position + 2]}
+        for at in (position, position + 1):  # where a series turns or is filled in, a stage's source lies farther back
+            if at < len(scheduler.checkpoints) and (source := scheduler.source_of(at)) is not None:
+                kept.add(scheduler.checkpoints[source].revision)
         kept.add(self._tokenizer)
         cached: dict[hub_cache.CachedRevision, set[str]] = {}
         for c in {*data.checkpoints, *scheduler.checkpoints}:
