@@ -376,7 +376,7 @@ def run_series(
             nulls.append({k: again.measures[k] for k in ("step", "fvu", "dead", "r", "above_half", "above_0.7")})
         chain[-2] = replace(chain[-2], moments={})
     result = {"stages": [trained.measures for trained in chain], "first_to_last": identity(chain[0], chain[-1])}
-    return result | ({"null": nulls} if null else {}) | ({"ladder": rungs} if rungs else {})
+    return result | ({"null_steps": nulls} if null else {}) | ({"rungs": rungs} if rungs else {})
 
 
 def _climb(data: HarvestedData, recipe: Recipe, arm: Arm, before: Trained, at: Place, cold: float) -> dict[str, Any]:
