@@ -18,6 +18,7 @@ from saetrack.sae import SAE, Kernels, LossTerms, Precision, TopKSAE, resolve_pr
 from saetrack.training.adam import ColumnAdam
 from saetrack.training.convergence import Curve, check_points, has_converged
 from saetrack.training.datamodule import ActivationDataModule, require_positive
+from saetrack.training.ddp import share_gradients
 from saetrack.training.stream import ActivationStream, Batch
 
 _HELD_OUT_ROWS = 1024  # dense latents of these are held at a time
@@ -182,6 +183,7 @@ class SAEModule(LightningModule):
             self.hookpoints.append(hookpoint)
             self.saes.append(sae)
             self.features.append(FeatureState(sae.d_sae))
+        share_gradients(self, self.trainer, self.data.batch_size)
 
     def sae(self, hookpoint: str) -> SAE:
         """The SAE of one hookpoint, in training units."""
