@@ -18,6 +18,7 @@ from saetrack.sae import SAE, Kernels, LossTerms, Precision, TopKSAE, resolve_pr
 from saetrack.training.adam import ColumnAdam
 from saetrack.training.convergence import Curve, check_points, has_converged
 from saetrack.training.datamodule import ActivationDataModule, require_positive
+from saetrack.training.ddp import share_gradients
 from saetrack.training.saes import SAEsByHookpoint, build_sae, refuse_other_names, setting_of
 from saetrack.training.stream import ActivationStream, Batch
 
@@ -185,6 +186,7 @@ class SAEModule(LightningModule):
             self.hookpoints.append(hookpoint)
             self.saes.append(sae)
             self.features.append(FeatureState(sae.d_sae))
+        share_gradients(self, self.trainer, self.data.batch_size)
 
     def build_sae(self, hookpoint: str, d_in: int) -> SAE:
         """An untrained SAE as the configuration has it for a hookpoint."""
