@@ -69,13 +69,21 @@ def analyze(args: list[str]) -> None:
         help="Class names; give the first as `--analyses+=Drift` too. All built-in ones by default.",
     )
     parser.add_argument("--device", default="cpu", help="Where the LLM and the SAE run, e.g. cuda.")
+    parser.add_argument(
+        "--only_kept",
+        type=bool,
+        default=False,
+        help="Count features only while they kept their identity, by the result of Identity; written to NAME-kept.",
+    )
     config = parser.instantiate(parser.parse_args(args))
     if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device is {config.device}, but this machine has no GPU that PyTorch can use; use cpu.")
     track = Track.open(config.track)
     chosen = name_analyses(config.analyses) if config.analyses else _built_in_analyses(len(track))
-    for name, result in run_analyses(track, chosen, device=config.device).items():
-        _say(f"{name}: {result.summary}\n  {track.analyses_dir / name}")
+    if config.only_kept and not config.analyses:
+        chosen = {name: analysis for name, analysis in chosen.items() if analysis.restrictable}
+    for name, result in run_analyses(track, chosen, device=config.device, only_kept=config.only_kept).items():
+        _say(f"{name}: {result.summary}\n  {track.analyses_dir / name}{'-kept' if config.only_kept else ''}")
 
 
 def control(args: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -52,6 +52,8 @@ class Dictionaries(Analysis):
       the seed-to-seed ceiling. ``agreement`` is (track to seeds - null) / (seeds - null) of METHOD's section 7e: 1
       where the series finds what an SAE of its own finds; NaN where the seeds are not at least 0.05 above their null.
 
+    Restricted (``--only_kept``), over the features that kept their identity in the stage, or to the last snapshot.
+
     Args:
         random_pairs: Pairs of random dictionaries for each null.
         seed: Seed of their draw.
@@ -59,6 +61,8 @@ class Dictionaries(Analysis):
     Raises:
         ValueError: If there are fewer than 2 pairs.
     """
+
+    restrictable: ClassVar[bool] = True
 
     def __init__(self, random_pairs: int = 2, seed: int = 0) -> None:
         if random_pairs < 2:
@@ -103,9 +107,11 @@ class Dictionaries(Analysis):
         rotation = rotation_between(track, before, after)
         turn = np.eye(decoder_rows(after).shape[1], dtype=np.float32) if rotation is None else rotation
         a, b = alive(before), alive(after)
+        if self.kept is not None:
+            a, b = (living & self.kept.into[after.position] for living in (a, b))
         both = np.flatnonzero(a & b)
         decoders = decoder_rows(before) @ turn, decoder_rows(after)
-        row = self._compare((decoders[0][a], (encoder_rows(before) @ turn)[a]), _directions(after))
+        row = self._compare((decoders[0][a], (encoder_rows(before) @ turn)[a]), _directions(after, b))
         matched = match(CosineSimilarity(decoders[0][both], decoders[1][both]))
         same = float(np.einsum("fd,fd->f", decoders[0][both], decoders[1][both]).mean())
         nearest = relate(CosineSimilarity(decoders[0][a], decoders[1][b]))
@@ -126,8 +132,10 @@ class Dictionaries(Analysis):
         for first_budget in (False, True):
             controls = [c for c in track.controls("scratch") if c.facts["control"]["first_budget"] is first_budget]
             for step in sorted({step for control in controls for step in control.steps} & set(track.steps)):
-                found = [_directions(c.at(step)) for c in controls if step in c.steps]
-                own = [self._compare(_directions(track.at(step)), other) for other in found]
+                found = [_directions(c.at(step), alive(c.at(step))) for c in controls if step in c.steps]
+                snapshot = track.at(step)
+                use = alive(snapshot) if self.kept is None else alive(snapshot) & self.kept.to_last[snapshot.position]
+                own = [self._compare(_directions(snapshot, use), other) for other in found]
                 seeds = [self._compare(*pair) for pair in combinations(found, 2)]
                 rows.append({"step": step, "budget": "first" if first_budget else "next", **_agreement(own, seeds)})
         return pd.DataFrame(rows)
@@ -174,8 +182,7 @@ def _random_like(pair: tuple[Floats, Floats], rng: np.random.Generator) -> tuple
     return a, b
 
 
-def _directions(snapshot: Snapshot) -> tuple[Floats, Floats]:
-    use = alive(snapshot)
+def _directions(snapshot: Snapshot, use: NDArray[np.bool_]) -> tuple[Floats, Floats]:
     return decoder_rows(snapshot)[use], encoder_rows(snapshot)[use]
 
 

@@ -32,6 +32,7 @@ from saetrack.sae import SAE
 from saetrack.track import Snapshot, Track
 
 from .base import Analysis, AnalysisResult, Observation, Probe, SplitObservation, SweepAnalysis
+from .identity_stretches import Kept
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ def run_analyses(
     *,
     device: torch.device | str = "cpu",
     rows_per_batch: int = 32,
+    only_kept: bool = False,
 ) -> dict[str, AnalysisResult]:
     """Run analyses on a track and save each result under ``analyses/NAME`` of the track as soon as it is there.
 
@@ -54,17 +56,21 @@ def run_analyses(
         analyses: Name to analysis. The name is the folder's.
         device: Where the LLM and the SAE run.
         rows_per_batch: Token rows in one forward of the LLM.
+        only_kept: Count features only over stretches in which they kept their identity, which the identity analysis
+            must have found; the results go to ``analyses/NAME-kept``.
 
     Returns:
         Name to result, in the order of ``analyses``.
 
     Raises:
-        ValueError: If the track is empty, or ``rows_per_batch`` is not positive, or something in ``analyses`` is none.
+        ValueError: If the track is empty, or ``rows_per_batch`` is not positive, or something in ``analyses`` is none
+            or cannot be restricted.
         RuntimeError: If an analysis raised; it is named, and its own error is the cause. The results of those that
             finished are saved.
     """
     _check(track, analyses, rows_per_batch)
-    runs = _Runs(track)
+    kept = _restrict(track, analyses) if only_kept else None
+    runs = _Runs(track, kept)
     for name, analysis in analyses.items():
         if isinstance(analysis, Analysis) and not analysis.reads_results:
             runs.finish(name, partial(analysis.run, track))
@@ -96,11 +102,26 @@ def _check(track: Track, analyses: Mapping[str, object], rows_per_batch: int) ->
             )
 
 
+def _restrict(track: Track, analyses: Mapping[str, Analysis | SweepAnalysis]) -> Kept:
+    """Tell the analyses where features kept their identity."""
+    for name, analysis in analyses.items():
+        if not analysis.restrictable:
+            raise ValueError(
+                f"{name!r} follows no feature from snapshot to snapshot, so it cannot be restricted to those that kept "
+                "their identity. Leave it out, or leave out --only_kept."
+            )
+    kept = Kept.of(track)
+    for analysis in analyses.values():
+        analysis.kept = kept
+    return kept
+
+
 class _Runs:
     """Results so far, and who failed: one broken analysis must not cost the others their hour of forwards."""
 
-    def __init__(self, track: Track) -> None:
+    def __init__(self, track: Track, kept: Kept | None) -> None:
         self.track = track
+        self.kept = kept
         self.results: dict[str, AnalysisResult] = {}
         self.failures: dict[str, Exception] = {}
 
@@ -117,9 +138,13 @@ class _Runs:
         """Get a result and save it, with the LLM steps that it is of: a track may grow."""
 
         def save() -> AnalysisResult:
-            result = action()
+            result, folder = action(), name
             result = replace(result, settings={**result.settings, "steps": self.track.steps})
-            result.save(self.track.analyses_dir / name)
+            if self.kept is not None:
+                settings = {**result.settings, "kept": self.kept.facts()}
+                result = replace(result, settings=settings, summary=result.summary + self.kept.summary())
+                folder = f"{name}-kept"
+            result.save(self.track.analyses_dir / folder)
             return result
 
         result = self.attempt(name, save)
