@@ -42,7 +42,7 @@ class Dictionaries(Analysis):
     one to one so that it is largest (arXiv 2505.20254), and the share that is shared, which have the same partner by
     decoder and by encoder and a cosine of at least 0.7 with it in both (arXiv 2501.16615). Any two dictionaries match
     to some degree, so beside them stands ``null``, the PW-MCC of two random dictionaries spread over directions as
-    these are, with its standard deviation.
+    these are, with its standard deviation, and ``null_shared_share``.
 
     * ``neighbours``: with the snapshot before, the rotation of a `transported` stage taken out. ``same_index`` is the
       mean cosine of equal indices and ``renaming_gap`` what the matching gains over it; ``kept_index`` is the share
@@ -148,17 +148,21 @@ class Dictionaries(Analysis):
             similarity >= SHARED and partner.get(left, (-1, 0.0))[0] == right and partner[left][1] >= SHARED
             for left, right, similarity in zip(decoder.left.tolist(), decoder.right, decoder.similarity, strict=True)
         ]
-        null = self._null(a[0], b[0])
+        null, null_shared = self._null(a[0], b[0])
         return {
             "features": len(decoder.left),
             "pw_mcc": float(decoder.similarity.mean()),
+            "pw_mcc_encoder": float(encoder.similarity.mean()),
             "null": float(np.mean(null)),
             "null_sd": float(np.std(null, ddof=1)),
             "shared_share": float(np.mean(shared)),
+            "null_shared_share": null_shared,
         }
 
-    def _null(self, a: Floats, b: Floats) -> Floats:
+    def _null(self, a: Floats, b: Floats) -> tuple[Floats, float]:
         """PW-MCC of random pairs ``[random_pairs]``, corrected for the spread being fitted to each of the two alone.
+
+        Beside it the share of their rows with a partner of at least 0.7: what is shared by chance, at most.
 
         The errors of the two fits have nothing in common, so draws from them match less well than draws from the true
         spreads: by about one standard deviation. Draws from fits to the draws match less well once more, and show how
@@ -167,13 +171,16 @@ class Dictionaries(Analysis):
         rng = np.random.default_rng(self.seed)
         found: list[float] = []
         again: list[float] = []
+        shared: list[float] = []
         for _ in range(self.random_pairs):
             drawn = a, b
             for values in (found, again):
                 drawn = _random_like(drawn, rng)
-                values.append(float(match(CosineSimilarity(*drawn)).similarity.mean()))
+                similarity = match(CosineSimilarity(*drawn)).similarity
+                values.append(float(similarity.mean()))
+                shared.append(float((similarity >= SHARED).mean()))
         corrected: Floats = np.asarray(found) + float(np.mean(found) - np.mean(again))
-        return corrected
+        return corrected, float(np.mean(shared))
 
 
 def _random_like(pair: tuple[Floats, Floats], rng: np.random.Generator) -> tuple[Floats, Floats]:
@@ -197,6 +204,9 @@ def _agreement(own: list[dict[str, Any]], seeds: list[dict[str, Any]]) -> dict[s
         "seeds_null": mean(seeds, "null"),
         "track_shared_share": mean(own, "shared_share"),
         "seeds_shared_share": mean(seeds, "shared_share"),
+        "null_shared_share": mean(own, "null_shared_share"),
+        "track_encoder": mean(own, "pw_mcc_encoder"),
+        "seeds_encoder": mean(seeds, "pw_mcc_encoder"),
     }
     above = found["seeds"] - found["seeds_null"]
     agreement = (found["track_to_seeds"] - found["track_null"]) / above if above > MARGIN else float("nan")

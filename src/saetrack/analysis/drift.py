@@ -11,7 +11,7 @@ import pandas as pd
 
 from .base import Analysis, AnalysisResult
 from .controls import null_chains
-from .drift_controls import COVERAGE, calibrate
+from .drift_controls import COVERAGE, calibrate, free_null
 from .drift_figures import (
     CAPTIONS,
     adjacent_figure,
@@ -92,7 +92,7 @@ class Drift(Analysis):
     while the latent comes to mean something else.
 
     The tables ``paths`` and ``lengths`` hold how far features went over the series and how far they came, of the track
-    and of its null chains.
+    and of its null chains; ``free_null`` the stages between LLM checkpoints of equal weights, which count as one.
 
     On a null chain, whose snapshots share one LLM step, curves are over the place in the chain (``position``).
 
@@ -174,6 +174,8 @@ class Drift(Analysis):
             tables |= {"calibration": calibration.stages, "excess": calibration.features}
         if len(calibration.chain):
             tables["null_chain"] = calibration.chain
+        if len(free := free_null(track.whole)):
+            tables["free_null"] = free
         settings = {
             "seed": self.seed,
             "replicates": self.replicates,

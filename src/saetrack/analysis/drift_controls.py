@@ -139,7 +139,8 @@ def _calibrate_stage(
 
 
 def _began_from(track: Track, position: int) -> Snapshot:
-    before = track.before(track[position])
+    whole = track.whole
+    before = whole.before(whole.numbered(track[position].number))
     assert before is not None  # one_step_controls has compared it with the control's first
     return before
 
@@ -267,6 +268,27 @@ def _chain_table(track: Track, chains: list[Track], kept: Kept | None) -> pd.Dat
             }
         )
     return pd.DataFrame(rows[::-1])
+
+
+def free_null(track: Track) -> pd.DataFrame:
+    """What stages between LLM checkpoints of equal weights make: null steps that the series holds by itself.
+
+    Returns:
+        Columns ``from_step``, ``step``, ``features``, ``drift`` (mean of 1 - cosine, as in :func:`calibrate`),
+        ``correlation`` (median functional correlation), ``fvu_before`` and ``fvu``; empty without such checkpoints.
+    """
+    rows = []
+    for steps in track.equal_weights:
+        for after in (track.at(step) for step in steps):
+            before = track.before(after)
+            if before is None or before.step not in steps:
+                continue
+            moved, use = _displacements(before, decoder_rows(before), [after])
+            facts = {"from_step": before.step, "step": after.step, "features": int(use.sum())}
+            facts |= {"drift": 0.5 * float(np.mean(_gram(moved, use)))}
+            facts |= {"correlation": float(after.features["functional_correlation"].median())}
+            rows.append({**facts, "fvu_before": before.metadata["fvu"], "fvu": after.metadata["fvu"]})
+    return pd.DataFrame(rows)
 
 
 def _cosines_to_last(track: Track, kept: Kept | None = None) -> list[Floats]:

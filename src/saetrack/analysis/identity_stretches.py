@@ -81,9 +81,9 @@ def read_stretches(track: Track) -> pd.DataFrame:
     if not (folder / "result.json").is_file():
         raise FileNotFoundError(f"{folder} holds no stretches. Run {command} first.")
     result = AnalysisResult.load(folder)
-    of = result.settings.get("steps")
-    if of != track.steps:
-        raise ValueError(f"{folder} is of LLM steps {of}, but the track has {track.steps}. Run {command} again.")
+    of, steps = result.settings.get("steps"), track.whole.steps
+    if of != steps:
+        raise ValueError(f"{folder} is of LLM steps {of}, but the track has {steps}. Run {command} again.")
     return result.tables["stretches"]
 
 

@@ -49,7 +49,7 @@ def run_analyses(
 
     Those that need only the track run first. The others share one sweep over the LLM checkpoints, the last snapshot
     first and the others in the order of the track. Those that read the results of others run last. An
-    analysis that raises is left out from there on; the others go on.
+    analysis that raises is left out from there on; the others go on. LLM checkpoints of equal weights count as one.
 
     Args:
         track: The track, with at least one snapshot.
@@ -69,6 +69,7 @@ def run_analyses(
             finished are saved.
     """
     _check(track, analyses, rows_per_batch)
+    track = track.distinct()
     kept = _restrict(track, analyses) if only_kept else None
     runs = _Runs(track, kept)
     for name, analysis in analyses.items():
@@ -100,6 +101,12 @@ def _check(track: Track, analyses: Mapping[str, object], rows_per_batch: int) ->
                 f"Analysis {name!r} is a {type(analysis).__name__}; expected an instance of a subclass of "
                 "saetrack.analysis.Analysis or saetrack.analysis.SweepAnalysis."
             )
+
+
+def _as_one(track: Track) -> str:
+    """What of the track counts as one LLM checkpoint, as a sentence."""
+    groups = [" = ".join(map(str, steps)) for steps in track.equal_weights]
+    return f" LLM steps {', '.join(groups)} have equal weights and count as one." if groups else ""
 
 
 def _restrict(track: Track, analyses: Mapping[str, Analysis | SweepAnalysis]) -> Kept:
@@ -139,7 +146,9 @@ class _Runs:
 
         def save() -> AnalysisResult:
             result, folder = action(), name
-            result = replace(result, settings={**result.settings, "steps": self.track.steps})
+            whole = self.track.whole
+            settings = {**result.settings, "steps": whole.steps, "equal_weights": whole.equal_weights}
+            result = replace(result, settings=settings, summary=result.summary + _as_one(whole))
             if self.kept is not None:
                 settings = {**result.settings, "kept": self.kept.facts()}
                 result = replace(result, settings=settings, summary=result.summary + self.kept.summary())
