@@ -236,6 +236,8 @@ class SweepAnalysis(ABC):
     Arguments and docstring are as for `Analysis`.
     """
 
+    min_snapshots: ClassVar[int] = 1
+    """As for `Analysis`."""
     restrictable: ClassVar[bool] = False
     """Whether it heeds ``kept``."""
     kept: Kept | None = None

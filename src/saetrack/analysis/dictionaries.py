@@ -62,6 +62,7 @@ class Dictionaries(Analysis):
         ValueError: If there are fewer than 2 pairs.
     """
 
+    min_snapshots: ClassVar[int] = 2
     restrictable: ClassVar[bool] = True
 
     def __init__(self, random_pairs: int = 2, seed: int = 0) -> None:

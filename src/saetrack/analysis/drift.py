@@ -109,6 +109,7 @@ class Drift(Analysis):
         ValueError: If a number is out of range.
     """
 
+    min_snapshots: ClassVar[int] = 2
     restrictable: ClassVar[bool] = True
 
     def __init__(

@@ -7,7 +7,7 @@ positions, and ``4 * T * d_sae * 8`` bytes of correlations.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -66,6 +66,8 @@ class Identity(SweepAnalysis):
     Raises:
         ValueError: If a number is out of range.
     """
+
+    min_snapshots: ClassVar[int] = 2
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from saetrack.errors import wants_traceback
 from saetrack.lm.checkpoints import load_llm
 from saetrack.lm.forward import EditableLLM, read_activations
 from saetrack.lm.outliers import spread, take, within
@@ -137,7 +138,8 @@ class _Runs:
         try:
             return action()
         except Exception as error:
-            logger.exception("Analysis %r failed.", name)
+            ours = isinstance(error, ValueError | OSError | RuntimeError) and not wants_traceback(error)
+            logger.error("Analysis %r failed: %s", name, error, exc_info=not ours)
             self.failures[name] = error
             return None
 
