@@ -63,6 +63,11 @@ def patiently(ask: Callable[[], Answer], waits: Sequence[float] = _WAITS) -> Ans
     return patiently(ask, waits[1:])
 
 
+def repository_folder(repo: str, cache_dir: str | Path | None) -> Path:
+    """A repository's place in the cache, whether it is there or not; ``cache_dir`` where it is not the usual cache."""
+    return Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+
+
 @dataclass(frozen=True)
 class CachedRevision:
     """A revision's place in the cache, whether it is there or not.
@@ -85,7 +90,7 @@ class CachedRevision:
     @property
     def folder(self) -> Path:
         """Where its files are."""
-        return self.cache / repo_folder_name(repo_id=self.repo, repo_type="model") / "snapshots" / self.commit
+        return repository_folder(self.repo, self.cache_dir) / "snapshots" / self.commit
 
     @property
     def _note(self) -> Path:

@@ -18,7 +18,7 @@ from tests.hub_server import HubServer
 hub = HubServer()
 os.environ.update(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HOME=sys.argv[1], HF_HUB_DISABLE_PROGRESS_BARS="1")
 from huggingface_hub import constants
-from saetrack.lm import files, hub_cache
+from saetrack.lm import files, hub_cache, hub_listing
 
 constants.DOWNLOAD_CHUNK_SIZE = 1000  # of 10 MB: what has come of a chunk that is not whole is asked for again
 for step in range(12):
@@ -53,7 +53,7 @@ fetch("flipped", "step4")
 fetch("flipped, again", "step4")
 fetch("down", "step5")
 fetch("down, again", "step5")
-files.hub_files("me/llm", "step6")
+hub_listing.hub_files("me/llm", "step6")
 gone = hub.branches.pop("step6")
 fetch("gone", "step6")
 fetch("there already", "step3")
@@ -108,12 +108,12 @@ said["watched"] = looks
 
 hub.stop()
 fetch("no network, asked before", "step3")
-files.forget_hub()
+hub_listing.forget_hub()
 log = []
 handler = logging.Handler()
 handler.emit = lambda record: log.append(record.getMessage())
 logging.getLogger("saetrack").addHandler(handler)
-branches = files.hub_branches("me/llm")
+branches = hub_listing.hub_branches("me/llm")
 local = {s: files.local_folder("me/llm", f"step{s}") for s in range(12)}
 held = [s for s, folder in local.items() if folder and files.fetch("me/llm", f"step{s}") == folder]
 said["no network"] = {"branches": branches, "held": held, "log": log}
