@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 
 SCRIPT = """
-import contextlib, json, logging, os, sys
+import contextlib, json, logging, os, sys, types
 from tests.hub_server import HubServer
 
 hub = HubServer()
@@ -37,8 +37,10 @@ def fetch(name, revision):
         content = {p.name: p.read_bytes() for p in folder.iterdir()}
         said[name] = {"whole": content == hub.branches[revision], "asked": list(hub.asked)}
 
+pauses = []
+hub_cache.time = types.SimpleNamespace(sleep=pauses.append)
 hub.faults = {
-    "INFO step0": [503, 429],
+    "INFO step0": [503, {"Retry-After": "7"}, {"RateLimit": '"api";r=0;t=55'}, "cut"],
     "GET step1/model.safetensors": [429],
     "GET step2/model.safetensors": ["cut"],
     "GET step3/model.safetensors": [503],
@@ -46,6 +48,7 @@ hub.faults = {
     "GET step5/model.safetensors": [503] * 5,
 }
 fetch("busy for a revision", "step0")
+said["pauses"] = list(pauses)
 fetch("busy for a file, 429", "step1")
 fetch("cut", "step2")
 fetch("busy for a file, 503", "step3")
@@ -144,7 +147,7 @@ WEIGHTS = "model.safetensors"
 @pytest.mark.parametrize(
     ("trouble", "asked"),
     [
-        ("busy for a revision", ["INFO step0"] * 3 + ["GET step0/config.json", f"GET step0/{WEIGHTS}"]),
+        ("busy for a revision", ["INFO step0"] * 5 + ["GET step0/config.json", f"GET step0/{WEIGHTS}"]),
         ("busy for a file, 429", ["INFO step1", "GET step1/config.json", *[f"GET step1/{WEIGHTS}"] * 2]),
         ("busy for a file, 503", ["INFO step3", "GET step3/config.json", *[f"GET step3/{WEIGHTS}"] * 2]),
         (
@@ -157,6 +160,10 @@ def test_passing_trouble_is_sat_out_and_what_has_come_is_not_asked_for_again(
     said: dict[str, dict[str, Any]], trouble: str, asked: list[str]
 ) -> None:
     assert said[trouble] == {"whole": True, "asked": asked}
+
+
+def test_the_pause_is_the_one_that_the_hub_names(said: dict[str, Any]) -> None:
+    assert said["pauses"] == [0.0, 7.0, 56.0, 8.0]  # Retry-After, the same, RateLimit, and none: the fourth of our own
 
 
 def test_a_file_with_other_bytes_is_refused_and_fetched_anew(said: dict[str, dict[str, Any]]) -> None:
