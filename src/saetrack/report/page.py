@@ -122,6 +122,7 @@ def _parts(results: Results, track: Track) -> _Parts:
     ]
     arrays: dict[str, NDArray[Any]] = {f"column.{name}": values for name, values in columns.values.items()}
     arrays["alive"] = features.alive(results)
+    arrays["life"] = features.life(results)
     if text is not None:
         arrays |= {"rows": text.rows, "documents": text.documents, "words": text.words}
         arrays |= {"word_numbers": smallest_unsigned(text.word_numbers), "labels": smallest_unsigned(text.labels)}

@@ -17,7 +17,8 @@ function number(value, percent = false) {
   if (percent) return value !== 0 && Math.abs(value) < 0.001 ? `${+(100 * value).toPrecision(1)} %` : `${(100 * value).toFixed(1)} %`;
   const size = Math.abs(value);
   if (size >= 1000 || Number.isInteger(value)) return thousands(Math.round(value));
-  return value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : 3).replace("-", "−");
+  if (size < 0.001) return value.toExponential(1).replaceAll("-", "−");
+  return value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3).replace("-", "−");
 }
 
 // One scale for every figure: where a step lies, and which ticks fit.
@@ -48,6 +49,7 @@ function asImage(plot) {
 }
 
 function colourOf(line, index) {
+  if (line.grey) return "var(--c6)";
   return line.null ? NULL_COLOUR : COLOURS[index % COLOURS.length];
 }
 
@@ -81,7 +83,8 @@ function drawLines(figure, steps, kind, width, options = {}) {
   if (options.span) marks.push(Plot.rectX([options.span.map(place)], { x1: "0", x2: "1", fill: "var(--c1)", fillOpacity: 0.15 }));
   if (figure.kind === "stack") {
     const rows = figure.lines.flatMap((line) => steps.map((s, i) => ({ x: place(s), y: line.values[i] ?? 0, name: line.name })));
-    marks.push(Plot.areaY(rows, { x: "x", y: "y", fill: (d) => COLOURS[figure.lines.findIndex((l) => l.name === d.name) % COLOURS.length], z: "name", order: figure.lines.map((l) => l.name), stroke: "var(--paper)" }));
+    marks.push(Plot.areaY(rows, { x: "x", y: "y", fill: (d) => colourOf(...lineNamed(figure, d.name)), z: "name", order: figure.lines.map((l) => l.name), stroke: "var(--paper)" }));
+    marks.push(Plot.text(areaNames(figure, steps), { x: (d) => place(d.step), y: "y", text: "name", fill: "var(--paper)", fontWeight: 600, textAnchor: (d) => d.anchor }));
   } else {
     figure.lines.forEach((line, index) => {
       const rows = steps.map((s, i) => ({ x: place(s), y: line.values[i] ?? NaN, low: line.low?.[i] ?? NaN, high: line.high?.[i] ?? NaN }));
@@ -102,6 +105,23 @@ function drawLines(figure, steps, kind, width, options = {}) {
   marks.push(Plot.tip(steps.map((s, i) => ({ x: place(s), i })), Plot.pointerX({ x: "x", y: () => middle(figure), fill: "var(--paper)", stroke: "var(--line)",
     title: (d) => [`LLM step ${thousands(steps[d.i])}`, ...figure.lines.map((l) => `${l.name}: ${number(l.values[d.i], figure.percent)}`)].join("\n") })));
   return Plot.plot(base(figure, width, options.height ?? 210, { x: axis, y: yScale(figure, options.domain), marks }));
+}
+
+function lineNamed(figure, name) {
+  const index = figure.lines.findIndex((line) => line.name === name);
+  return [figure.lines[index], index];
+}
+
+// The name of an area stands in it where it is widest, if it has room there.
+function areaNames(figure, steps) {
+  const below = steps.map(() => 0);
+  return figure.lines.flatMap((line) => {
+    const widest = d3.maxIndex(line.values, (v) => v ?? 0);
+    const y = below[widest] + (line.values[widest] ?? 0) / 2;
+    line.values.forEach((v, i) => { below[i] += v ?? 0; });
+    const anchor = widest === 0 ? "start" : widest === steps.length - 1 ? "end" : "middle";
+    return line.values[widest] > 0.1 ? [{ name: anchor === "start" ? ` ${line.name}` : anchor === "end" ? `${line.name} ` : line.name, step: steps[widest], y, anchor }] : [];
+  });
 }
 
 function middle(figure) {

@@ -93,7 +93,7 @@ function nearestCard(track, details) {
 }
 
 function absent(track, title, analysis) {
-  return h("section", { class: "card absent" }, h("h2", {}, title), h("p", {}, "Not computed for this track. Run ", h("code", {}, `saetrack analyze ${track.facts.about.name} --analyses+=${track.facts.missing[analysis] ?? analysis}`), ", then write the report again."));
+  return h("section", { class: "card absent" }, h("h2", {}, title), h("p", {}, "Not computed for this track. Run ", command(track, track.facts.missing[analysis] ?? analysis), ", then write the report again."));
 }
 
 function histogramCard(track, details) {
@@ -112,16 +112,15 @@ function histogramCard(track, details) {
 function turnsCard(track, details) {
   const values = details.get("turns");
   const rows = [["step", ...track.steps], ...track.steps.map((s, i) => [s, ...track.steps.map((_, j) => values[i * track.steps.length + j] / 127)])];
-  const figure = { title: "Trajectory of its direction", y: "cosine between its decoder rows at every two checkpoints", note: "A bright block is a time in which it kept its direction; yellow 1, violet 0.", rows, lines: [] };
+  const figure = { title: "Trajectory of its direction", y: "cosine between its decoder rows at every two checkpoints", note: "A bright block is a time in which it kept its direction.", rows, lines: [], scale: ["0", "1"] };
   return frame(figure, track.steps, (width) => drawMatrix(figure, track.steps, values, track.steps[state.place], width));
 }
 
 function curveFigure(track, details, spec, index) {
   const lines = spec.lines.map((line) => {
     const values = [...details.get(line.key)].map((v) => (Number.isFinite(v) ? v : null));
-    const error = line.error ? details.get(line.error) : null;
-    const shift = (sign) => values.map((v, i) => (v === null || !Number.isFinite(error[i]) ? null : v + sign * error[i]));
-    return { name: line.name, null: line.null, values, ...(error ? { low: shift(-1), high: shift(1), band: line.band } : {}) };
+    const edge = (end) => [...details.get(line[end])].map((v) => (Number.isFinite(v) ? v : null));
+    return { name: line.name, null: line.null, values, ...(line.band ? { low: edge("low"), high: edge("high"), band: line.band } : {}) };
   });
   if (spec.null) lines.push({ ...spec.null, null: true, bandOnly: spec.null.low !== undefined });
   return { kind: "lines", id: `curve-${index}`, title: spec.title, y: spec.y, domain: spec.domain ?? [null, null], percent: spec.percent, lines, marks: spec.marks };

@@ -1,7 +1,9 @@
 // All features in one table: only the rows in sight exist, so 65,536 of them scroll as fast as 60.
 
 const ROW = 34;
-const columnsOf = (track) => [{ key: "feature", title: "Feature", kind: "index", about: "Index of the feature in the SAE" }, { key: "label", title: "Tokens", kind: "label", about: "Commonest tokens of its top contexts" }, ...track.facts.columns];
+const columnsOf = (track) => [{ key: "feature", title: "Feature", kind: "index", about: "Index of the feature in the SAE" }, { key: "label", title: "Tokens", kind: "label", about: "Commonest tokens of its top contexts" },
+  { key: "life", title: "Life", kind: "life", about: "A cell for each checkpoint: dark where the latent fires as it did at the checkpoint before, pale where it does not, empty where it is dead. Sorted by the number of checkpoints at which it lives" },
+  ...track.facts.columns];
 
 function cellText(track, column, feature) {
   const value = track.column(column.key)?.[feature];
@@ -44,7 +46,7 @@ function chosenFeatures(track) {
   }
   if (sort === "feature") return down ? chosen.reverse() : chosen;
   const values = track.column(sort);
-  const keys = sort === "label" ? Array.from({ length: track.facts.d_sae }, (_, f) => track.label(f).join(" ").trim().toLowerCase()) : values;
+  const keys = sort === "life" ? lifetimes(track) : sort === "label" ? Array.from({ length: track.facts.d_sae }, (_, f) => track.label(f).join(" ").trim().toLowerCase()) : values;
   const absent = (k) => k === "" || Number.isNaN(k) || (sort !== "label" && k < 0 && track.facts.columns.find((c) => c.key === sort)?.kind === "name");
   const sign = down ? -1 : 1;
   return chosen.sort((a, b) => {
@@ -52,6 +54,21 @@ function chosenFeatures(track) {
     if (absent(x) || absent(y)) return absent(x) - absent(y) || a - b; // what is not known comes last, either way
     return x < y ? -sign : x > y ? sign : a - b;
   });
+}
+
+function lifetimes(track) {
+  const { values } = track.arrays.life;
+  const n = track.steps.length;
+  return Array.from({ length: track.facts.d_sae }, (_, f) => values.subarray(f * n, (f + 1) * n).reduce((sum, v) => sum + (v > 0), 0));
+}
+
+// Cells side by side as one gradient with hard stops: a row has one element for it, however many checkpoints there are.
+function lifeStrip(track, feature) {
+  const n = track.steps.length;
+  const cells = [...track.arrays.life.values.subarray(feature * n, (feature + 1) * n)];
+  const colour = (v) => (v === 0 ? "transparent" : `color-mix(in srgb, var(--c0) ${Math.round(12 + (88 * (v - 1)) / 254)}%, var(--paper))`);
+  const stops = cells.map((v, i) => `${colour(v)} ${(100 * i) / n}% ${(100 * (i + 1)) / n}%`);
+  return h("span", { class: "life-strip", role: "img", "aria-label": `lives at ${cells.filter((v) => v > 0).length} of ${n} checkpoints`, style: `width:${Math.min(10 * n, 96)}px; background: linear-gradient(90deg, ${stops})` });
 }
 
 function tableFilters(track, update) {
@@ -135,6 +152,7 @@ function tableRow(track, columns, feature, place, active) {
   return h("tr", { "data-feature": feature, "aria-rowindex": place + 2, class: active ? "active" : track.alive(feature) ? null : "dead" }, columns.map((c) => {
     if (c.kind === "index") return h("td", { class: "index" }, h("a", { href: featureLink({ feature }) }, String(feature)));
     if (c.kind === "label") return h("td", { class: "label" }, track.label(feature).map(chip));
+    if (c.kind === "life") return h("td", { class: "life" }, lifeStrip(track, feature));
     return h("td", { class: c.kind }, cellText(track, c, feature));
   }));
 }
