@@ -1,6 +1,7 @@
 """The report as a person uses it."""
 
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from playwright.sync_api import Page
 
 from saetrack.report import write_report
 from saetrack.track import Track
+from tests.unit.report.test_page import add_plugin
 
 from .conftest import NASTY
 
@@ -112,6 +114,20 @@ def test_a_report_in_a_folder_loads_details_when_asked(analysed: Path, tmp_path:
     page = open_page(path, "#feature=9&step=1")
     page.wait_for_selector(".contexts")
     assert page.locator(".columns .column").count() == 3
+
+
+def test_the_picture_of_a_plugin_is_an_image_and_its_table_can_be_saved(
+    analysed: Path, tmp_path: Path, open_page: Open
+) -> None:
+    track = Track.open(shutil.copytree(analysed, tmp_path / "track"))
+    add_plugin(track)
+    page = open_page(write_report([track], tmp_path / "report.html").path, "#overview&section=my_plugin")
+    picture = page.locator("#my_plugin-picture-curve img")
+    assert picture.evaluate("(image) => image.decode().then(() => image.naturalWidth)") > 100
+    assert page.locator("#section-my_plugin").evaluate("(e) => Math.abs(e.getBoundingClientRect().top)") < 300
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="few", exact=False).click()
+    assert Path(waiting.value.path()).read_text() == "step,name,value\n0,'=a,0.5\n10,,\n"
 
 
 def test_two_tracks_stand_beside_each_other(analysed: Path, tmp_path: Path, open_page: Open) -> None:
