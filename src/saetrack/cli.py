@@ -20,6 +20,7 @@ from saetrack.errors import OneLineErrors
 from saetrack.exchange import EXPORT_FORMATS, ImportedFacts, export_track, import_map, import_sae
 from saetrack.hub import push_folder
 from saetrack.lm import describe_checkpoints, source_from_string
+from saetrack.terminal import shown
 from saetrack.track import Track
 
 PACKAGE = Path(saetrack.__file__).parent
@@ -74,7 +75,9 @@ def analyze(args: list[str]) -> None:
         raise ValueError(f"--device is {config.device}, but this machine has no GPU that PyTorch can use; use cpu.")
     track = Track.open(config.track)
     chosen = name_analyses(config.analyses) if config.analyses else _built_in_analyses(len(track))
-    for name, result in run_analyses(track, chosen, device=config.device).items():
+    with shown("Analysing", "pieces of work") as progress:
+        results = run_analyses(track, chosen, device=config.device, progress=progress)
+    for name, result in results.items():
         _say(f"{name}: {result.summary}\n  {track.analyses_dir / name}")
 
 

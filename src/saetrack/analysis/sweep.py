@@ -35,6 +35,9 @@ from .base import Analysis, AnalysisResult, Observation, Probe, SplitObservation
 
 logger = logging.getLogger(__name__)
 
+Progress = Callable[[int, int, str], None]
+"""Told how many pieces of work are done, of how many, and what the next one is."""
+
 
 def run_analyses(
     track: Track,
@@ -42,6 +45,7 @@ def run_analyses(
     *,
     device: torch.device | str = "cpu",
     rows_per_batch: int = 32,
+    progress: Progress = lambda done, total, text: None,
 ) -> dict[str, AnalysisResult]:
     """Run analyses on a track and save each result under ``analyses/NAME`` of the track as soon as it is there.
 
@@ -54,6 +58,7 @@ def run_analyses(
         analyses: Name to analysis. The name is the folder's.
         device: Where the LLM and the SAE run.
         rows_per_batch: Token rows in one forward of the LLM.
+        progress: Called before each analysis and each LLM checkpoint.
 
     Returns:
         Name to result, in the order of ``analyses``.
@@ -64,11 +69,11 @@ def run_analyses(
             finished are saved.
     """
     _check(track, analyses, rows_per_batch)
-    runs = _Runs(track)
+    sweeping = {name: a for name, a in analyses.items() if isinstance(a, SweepAnalysis)}
+    runs = _Runs(track, len(analyses) + (len(track) if sweeping else 0), progress)
     for name, analysis in analyses.items():
         if isinstance(analysis, Analysis) and not analysis.reads_results:
             runs.finish(name, partial(analysis.run, track))
-    sweeping = {name: a for name, a in analyses.items() if isinstance(a, SweepAnalysis)}
     probes: dict[str, Probe] = {}
     for name, analysis in sweeping.items():
         probe = runs.attempt(name, partial(analysis.begin, track))
@@ -99,10 +104,16 @@ def _check(track: Track, analyses: Mapping[str, object], rows_per_batch: int) ->
 class _Runs:
     """Results so far, and who failed: one broken analysis must not cost the others their hour of forwards."""
 
-    def __init__(self, track: Track) -> None:
+    def __init__(self, track: Track, pieces: int, progress: Progress) -> None:
         self.track = track
+        self._begun, self._pieces, self._progress = 0, pieces, progress
         self.results: dict[str, AnalysisResult] = {}
         self.failures: dict[str, Exception] = {}
+
+    def say(self, text: str) -> None:
+        """Name the next piece of work."""
+        self._progress(self._begun, self._pieces, text)
+        self._begun += 1
 
     def attempt(self, name: str, action: Callable[[], Any]) -> Any:
         """What ``action`` returns, or None when it raised."""
@@ -122,6 +133,7 @@ class _Runs:
             result.save(self.track.analyses_dir / name)
             return result
 
+        self.say(name)
         result = self.attempt(name, save)
         if result is not None:
             self.results[name] = result
@@ -162,7 +174,7 @@ def _sweep(
     order = [len(track) - 1, *range(len(track) - 1)]
     for number, index in enumerate(order, start=1):
         snapshot = track[index]
-        logger.info("LLM checkpoint %d of %d (step %d)", number, len(order), snapshot.step)
+        runs.say(f"LLM checkpoint {number} of {len(order)} (step {snapshot.step})")
         whole = reader.read(snapshot, rows)
         for name, analysis in analyses.items():
             if name not in runs.failures:

@@ -17,7 +17,7 @@ function number(value, percent = false) {
   if (percent) return value !== 0 && Math.abs(value) < 0.001 ? `${+(100 * value).toPrecision(1)} %` : `${(100 * value).toFixed(1)} %`;
   const size = Math.abs(value);
   if (size >= 1000 || Number.isInteger(value)) return thousands(Math.round(value));
-  if (size < 0.001) return value.toExponential(1).replaceAll("-", "−");
+  if (size < 0.0005) return value.toExponential(1).replaceAll("-", "−");
   return value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3).replace("-", "−");
 }
 
@@ -84,7 +84,10 @@ function drawLines(figure, steps, kind, width, options = {}) {
   if (figure.kind === "stack") {
     const rows = figure.lines.flatMap((line) => steps.map((s, i) => ({ x: place(s), y: line.values[i] ?? 0, name: line.name })));
     marks.push(Plot.areaY(rows, { x: "x", y: "y", fill: (d) => colourOf(...lineNamed(figure, d.name)), z: "name", order: figure.lines.map((l) => l.name), stroke: "var(--paper)" }));
-    marks.push(Plot.text(areaNames(figure, steps), { x: (d) => place(d.step), y: "y", text: "name", fill: "var(--paper)", fontWeight: 600, textAnchor: (d) => d.anchor }));
+    for (const [textAnchor, names] of d3.group(areaNames(figure, steps), (d) => d.anchor)) {
+      const dx = { start: 6, middle: 0, end: -6 }[textAnchor];
+      marks.push(Plot.text(names, { x: (d) => place(d.step), y: "y", text: "name", fill: "var(--paper)", fontWeight: 600, textAnchor, dx }));
+    }
   } else {
     figure.lines.forEach((line, index) => {
       const rows = steps.map((s, i) => ({ x: place(s), y: line.values[i] ?? NaN, low: line.low?.[i] ?? NaN, high: line.high?.[i] ?? NaN }));
@@ -104,7 +107,7 @@ function drawLines(figure, steps, kind, width, options = {}) {
   if (options.now !== undefined) marks.push(Plot.ruleX([place(options.now)], { stroke: "var(--ink)", strokeOpacity: 0.55 }));
   marks.push(Plot.tip(steps.map((s, i) => ({ x: place(s), i })), Plot.pointerX({ x: "x", y: () => middle(figure), fill: "var(--paper)", stroke: "var(--line)",
     title: (d) => [`LLM step ${thousands(steps[d.i])}`, ...figure.lines.map((l) => `${l.name}: ${number(l.values[d.i], figure.percent)}`)].join("\n") })));
-  return Plot.plot(base(figure, width, options.height ?? 210, { x: axis, y: yScale(figure, options.domain), marks }));
+  return Plot.plot(base(figure, width, width > 520 ? 240 : 210, { x: axis, y: yScale(figure, options.domain), marks }));
 }
 
 function lineNamed(figure, name) {
@@ -120,7 +123,7 @@ function areaNames(figure, steps) {
     const y = below[widest] + (line.values[widest] ?? 0) / 2;
     line.values.forEach((v, i) => { below[i] += v ?? 0; });
     const anchor = widest === 0 ? "start" : widest === steps.length - 1 ? "end" : "middle";
-    return line.values[widest] > 0.1 ? [{ name: anchor === "start" ? ` ${line.name}` : anchor === "end" ? `${line.name} ` : line.name, step: steps[widest], y, anchor }] : [];
+    return line.values[widest] > 0.1 ? [{ name: line.name, step: steps[widest], y, anchor }] : [];
   });
 }
 

@@ -12,6 +12,7 @@ function featureHead(track, feature) {
   const place = order.indexOf(feature);
   const neighbour = (by, text) => h("button", { type: "button", disabled: order[place + by] === undefined, onclick: () => go({ feature: order[place + by] }) }, text);
   const facts = track.facts.columns.map((c) => h("div", {}, h("dt", { title: c.about }, c.title), h("dd", {}, cellText(track, c, feature))));
+  facts.unshift(h("div", {}, h("dt", { title: columnsOf(track)[2].about }, "Life"), h("dd", {}, lifeStrip(track, feature))));
   return h("section", { class: "card head" },
     h("div", { class: "line" }, h("h1", {}, `Feature ${feature}`, tracks.length > 1 ? ` of ${track.letter}` : ""), h("span", { class: "chips" }, track.label(feature).map(chip)),
       h("span", { class: "buttons" }, neighbour(-1, "← previous"), neighbour(1, "next →"), h("button", { type: "button", id: "copy", onclick: copyLink }, "Copy link"))),
@@ -35,6 +36,7 @@ async function copyLink() {
 function player(track, refresh) {
   const label = h("output", { for: "slider", id: "now" });
   const slider = h("input", { type: "range", id: "slider", min: 0, max: track.last, step: 1, value: state.place, list: "stops", "aria-label": "LLM checkpoint" });
+  const stops = h("datalist", { id: "stops" }, track.steps.map((step, place) => h("option", { value: place, label: String(step) })));
   const button = h("button", { type: "button", id: "play", onclick: () => {
     if (playing) stopPlaying();
     else {
@@ -53,7 +55,7 @@ function player(track, refresh) {
   };
   slider.addEventListener("input", () => { stopPlaying(); face(); move(Number(slider.value)); });
   face();
-  return { element: h("div", { class: "player card" }, button, slider, label), move };
+  return { element: h("div", { class: "player card", title: "Also by the keys , and ." }, button, slider, stops, label), move };
 }
 
 function contextColumns(track, details) {
@@ -136,7 +138,7 @@ function curveCard(track, details, spec, index) {
     if (ends.every(Number.isFinite) && ends[0] < ends[1]) options.span = ends;
     figure.note = options.mark === undefined ? "It has not formed by the rule of this track." : "The dashed rule is where it formed, shaded the 95 % interval of that step.";
   }
-  if (figure.lines.every((l) => l.values.every((v) => v === null))) return h("section", { class: "card absent" }, h("h3", {}, figure.title), h("p", {}, "Not computed for this feature: too few positions, or dead."));
+  if (figure.lines.every((l) => l.null || l.values.every((v) => v === null))) return h("section", { class: "card absent" }, h("h3", {}, figure.title), h("p", {}, "Not computed for this feature: too few positions, or dead."));
   return frame(figure, track.steps, (width) => drawLines(figure, track.steps, state.axis, width, options));
 }
 

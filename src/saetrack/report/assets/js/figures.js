@@ -111,8 +111,8 @@ function frame(figure, steps, draw, level = "h3") {
     }
   });
   const card = h("figure", { class: "card", id: figure.id },
-    h("figcaption", {}, h(level, {}, figure.title), figure.y ? h("p", { class: "quiet" }, figure.y) : null, figure.note ? h("p", { class: "note" }, figure.note) : null),
-    legend(figure), box,
+    h("figcaption", {}, h(level, {}, figure.title), figure.y ? h("p", { class: "quiet" }, figure.y) : null),
+    h("div", {}, legend(figure)), box, h("p", { class: "note" }, figure.note ?? ""),
     h("div", { class: "actions" }, numbers,
       h("button", { type: "button", onclick: () => save(`${fileName(figure.title)}.svg`, "image/svg+xml", standalone(figure, box.querySelector("svg"))), "aria-label": `Save ${figure.title} as SVG` }, "SVG"),
       h("button", { type: "button", onclick: () => save(`${fileName(figure.title)}.csv`, "text/csv", csv(rows())), "aria-label": `Save the data of ${figure.title} as CSV` }, "CSV")));

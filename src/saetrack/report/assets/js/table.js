@@ -9,7 +9,7 @@ function cellText(track, column, feature) {
   const value = track.column(column.key)?.[feature];
   if (column.kind === "name") return column.names[value] ?? "–";
   if (column.kind === "share") return number(value, true);
-  if (column.kind !== "step") return number(value);
+  if (column.kind !== "step") return Math.abs(value) < 0.0005 ? "0.000" : number(value); // of one length, to compare by eye
   const ends = ["low", "high"].map((end) => track.column(`${column.key}_${end}`)?.[feature]);
   const interval = ends.every((e) => e !== undefined && !Number.isNaN(e)) && ends[0] !== ends[1] ? ` (${ends.map((e) => (Number.isFinite(e) ? shortStep(e) : "∞")).join("–")})` : "";
   return (Number.isFinite(value) ? thousands(wholeStep(value)) : "–") + interval;
