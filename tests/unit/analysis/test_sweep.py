@@ -14,6 +14,7 @@ from saetrack.analysis import Analysis, AnalysisResult, Observation, Probe, Swee
 from saetrack.analysis.sweep import run_analyses
 from saetrack.lm.checkpoints import LLMCheckpoint, load_llm
 from saetrack.lm.forward import read_activations
+from saetrack.terminal import shown
 from saetrack.track import Snapshot, Track
 
 Counts = dict[str, Counter]
@@ -172,3 +173,15 @@ def test_an_empty_track_is_told(tmp_path: Path, tiny_track: Track) -> None:
     empty = Track.create(tmp_path / "empty", {**tiny_track.facts}, {"selection": tiny_track.tokens("selection")})
     with pytest.raises(ValueError, match="holds no snapshot yet"):
         run_analyses(empty, {"plain": Plain()})
+
+
+def test_every_piece_of_work_is_announced_before_it_begins(
+    tiny_track: Track, capsys: pytest.CaptureFixture[str]
+) -> None:
+    analyses = {"plain": Plain(), "first": Keep(selection_rows=2), "second": Keep(evaluation_rows=1)}
+    with shown("Analysing", "pieces of work") as progress:
+        run_analyses(tiny_track, analyses, progress=progress)
+    checkpoints = [f"LLM checkpoint {n} of 4 (step {step})" for n, step in enumerate((10, 0, 1, 4), start=1)]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "Analysing: 7 pieces of work"
+    assert said[1:] == [f"Analysing: {piece}" for piece in ("plain", *checkpoints, "first", "second")]
