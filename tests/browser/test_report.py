@@ -1,5 +1,6 @@
 """The report as a person uses it."""
 
+import csv
 import itertools
 import shutil
 from collections.abc import Callable
@@ -56,7 +57,22 @@ def test_a_token_is_searched_and_features_sorted_by_the_step_they_formed_at(repo
     assert "7" in shown(page, 1)
     assert len(shown(page, 1)) < 64
     page.fill("#search", "no such token")
-    assert page.locator("#count").inner_text() == "0 of 64 features"
+    assert page.locator("#count").inner_text().startswith("0 of 64 features")
+
+
+def test_the_table_is_saved_with_what_its_filters_leave(report: Path, open_page: Open) -> None:
+    page = open_page(report, "#features")
+    page.fill("#search", "12")
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Save the features shown as CSV").click()
+    head, *rows = csv.reader(Path(waiting.value.path()).read_text(encoding="utf-8").splitlines())
+    assert head[:2] == ["feature", "tokens"]
+    assert {"class", "formed", "firing", "drift", "identity"} <= set(head)
+    assert [row[0] for row in rows] == shown(page, 1)
+    frequency = Track.open(report.parent)[-1].features["firing_frequency"][12]
+    assert float(next(row for row in rows if row[0] == "12")[head.index("firing")]) == pytest.approx(
+        frequency, rel=1e-6
+    )
 
 
 def test_a_feature_opens_by_keyboard_and_its_link_leads_back(report: Path, open_page: Open) -> None:
@@ -142,6 +158,9 @@ def test_two_tracks_stand_beside_each_other(analysed: Path, tmp_path: Path, open
     page.locator("tr[data-feature]").first.click()
     page.wait_for_selector("#slider")
     assert page.url.endswith("&track=B")
+    feature = page.url.partition("feature=")[2].partition("&")[0]
+    page.locator("dt:has-text('Nearest in A') + dd a").click()
+    page.wait_for_selector(f"h1:has-text('Feature {feature} of A')")  # the two are the same track
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

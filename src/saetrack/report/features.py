@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch.nn.functional import normalize
 
 from saetrack.analysis.resampling import share_interval
 
@@ -13,6 +15,8 @@ from .data import Results, plain
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from saetrack.track import Track
 
     Floats = NDArray[np.floating]
 
@@ -97,18 +101,39 @@ def alive(results: Results) -> NDArray[np.uint8]:
     return (lives if dead is None else dead == 0).astype(np.uint8)
 
 
+def match(track: Track, other: Track) -> tuple[NDArray[np.integer], Floats] | None:
+    """The nearest feature of another track for each of this one, by decoder rows of the last snapshots.
+
+    Args:
+        track: Whose features are matched.
+        other: Where they are looked for, among the features that live.
+
+    Returns:
+        Indices and cosines ``[d_sae]``; None unless both are of one LLM and equally wide, so that there is one space.
+    """
+    if any(track.facts[name] != other.facts[name] for name in ("model", "d_in")):
+        return None
+    living = np.flatnonzero(~other[-1].features["dead"].to_numpy(dtype=bool))
+    if not len(living):
+        return None
+    rows, targets = (normalize(t[-1].tensor("W_dec").float(), dim=-1) for t in (track, other))
+    best = [(part @ targets[living].T).max(dim=1) for part in rows.split(1024)]
+    places, cosines = (torch.cat([getattr(b, name) for b in best]).numpy() for name in ("indices", "values"))
+    return living[places], cosines
+
+
 def life(results: Results) -> NDArray[np.uint8]:
     """How alike every feature is to itself at the checkpoint before, ``[d_sae, T]``.
 
     Returns:
-        0 where it is dead, else 1 + 254 times the functional correlation (negative ones are 0); 255 where there is
-        none to compare with.
+        0 where it is dead, else 1 + 254 times the functional correlation; a negative one is 0, and so is that of a
+        feature that was dead before. 255 at the first checkpoint, and where the track has no correlations.
     """
-    same = results.snapshot_grid("functional_correlation")
-    lives = alive(results)
+    same, lives = results.snapshot_grid("functional_correlation"), alive(results)
     if same is None:
         return 255 * lives
-    level = 1 + np.rint(254 * np.nan_to_num(same, nan=1.0).clip(0, 1))
+    level = 1 + np.rint(254 * np.nan_to_num(same, nan=0.0).clip(0, 1))
+    level[:, 0] = 255
     return (lives * level).astype(np.uint8)
 
 

@@ -16,7 +16,7 @@ from saetrack.cli import main
 from saetrack.report import write_report
 from saetrack.report.contexts import Vocabulary, read_text
 from saetrack.report.data import Results
-from saetrack.report.features import columns, curves, life
+from saetrack.report.features import columns, curves, life, match
 from saetrack.report.overview import section, sections
 from saetrack.track import Track
 
@@ -233,7 +233,7 @@ def test_effects_are_drawn_for_each_measure_beside_another_features_direction(tr
 def test_life_is_empty_where_a_feature_is_dead_and_dark_where_it_is_itself(track: Track) -> None:
     strip = life(Results(track))
     assert strip[5].tolist() == [0, 0, 0, 0]
-    assert strip[7, 0] == 255  # nothing to compare with
+    assert strip[7, 0] == 255  # where it begins
     correlation = track[2].features["functional_correlation"][7]
     assert strip[7, 2] == pytest.approx(1 + 254 * max(correlation, 0), abs=0.51)
 
@@ -248,3 +248,16 @@ def test_firing_frequency_has_wilsons_interval_and_the_quartiles_of_all(track: T
     assert dead["high"] == pytest.approx([1.96**2 / (180 + 1.96**2)] * 4, rel=1e-4)  # Wilson's at 0 of 180
     firing = track[1].features["firing_frequency"].to_numpy()
     assert usual["values"][1] == pytest.approx(np.median(firing[firing > 0]), rel=1e-5)
+
+
+def test_features_of_one_llm_are_matched_with_those_that_live_in_the_other_track(track: Track, analysed: Path) -> None:
+    other = Track.open(analysed)
+    found = match(track, other)
+    assert found is not None
+    indices, cosines = found
+    living = ~other[-1].features["dead"]
+    assert indices[living].tolist() == np.flatnonzero(living).tolist()  # each is nearest to itself
+    assert cosines[living] == pytest.approx(1, abs=1e-5)
+    assert cosines[5] < 1  # which is dead there
+    other.facts["model"] = "another"
+    assert match(track, other) is None

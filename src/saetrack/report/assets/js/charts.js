@@ -22,18 +22,19 @@ function number(value, percent = false) {
 }
 
 // One scale for every figure: where a step lies, and which ticks fit.
-function stepAxis(steps, kind, width) {
+function stepAxis(steps, kind, width, range) {
   const between = d3.scaleLinear(steps.length > 1 ? steps : [steps[0], steps[0] + 1], d3.range(Math.max(2, steps.length)));
   const place = { log: (s) => Math.log2(1 + s), linear: (s) => s, index: between }[kind];
   const inverse = new Map(steps.map((s) => [place(s), s]));
-  const room = width / (place(steps.at(-1)) - place(steps[0]) || 1);
+  const [first, last] = (kind === "index" || !range ? [steps[0], steps.at(-1)] : range).map(place);
+  const room = width / (last - first || 1);
   const ticks = [];
   for (const step of steps) {
     if (!ticks.length || (place(step) - ticks.at(-1)) * room > 34) ticks.push(place(step));
   }
   const axis = { label: `LLM step${kind === "log" ? ", log" : kind === "index" ? ", evenly spaced" : ""}`, labelArrow: "none",
-    type: "linear", ticks, tickFormat: (p) => shortStep(inverse.get(p)), domain: [place(steps[0]), place(steps.at(-1))] };
-  if (steps.length === 1) axis.domain = [axis.domain[0] - 1, axis.domain[0] + 1];
+    type: "linear", ticks, tickFormat: (p) => shortStep(inverse.get(p)), domain: [first, last] };
+  if (first === last) axis.domain = [first - 1, first + 1];
   return { place, axis };
 }
 
@@ -78,7 +79,7 @@ function yScale(figure, domain) {
 }
 
 function drawLines(figure, steps, kind, width, options = {}) {
-  const { place, axis } = stepAxis(steps, kind, width - 60);
+  const { place, axis } = stepAxis(steps, kind, width - 60, options.range);
   const marks = [Plot.ruleX([axis.domain[0]], { stroke: "var(--line)" })];
   if (options.span) marks.push(Plot.rectX([options.span.map(place)], { x1: "0", x2: "1", fill: "var(--c1)", fillOpacity: 0.15 }));
   if (figure.kind === "stack") {
@@ -132,8 +133,8 @@ function middle(figure) {
   return figure.kind === "stack" ? 0.5 : (Math.min(...values) + Math.max(...values)) / 2;
 }
 
-function drawPhases(figure, steps, kind, width) {
-  const { place, axis } = stepAxis(steps, kind, width - 130);
+function drawPhases(figure, steps, kind, width, range) {
+  const { place, axis } = stepAxis(steps, kind, width - 130, range);
   const names = figure.perspectives;
   const marks = figure.marks.filter((m) => m.step !== null);
   return Plot.plot(base(figure, width, 60 + 34 * names.length, { marginLeft: 130, x: axis, y: { domain: names, label: null, type: "point", padding: 0.6 },

@@ -13,6 +13,11 @@ function featureHead(track, feature) {
   const neighbour = (by, text) => h("button", { type: "button", disabled: order[place + by] === undefined, onclick: () => go({ feature: order[place + by] }) }, text);
   const facts = track.facts.columns.map((c) => h("div", {}, h("dt", { title: c.about }, c.title), h("dd", {}, cellText(track, c, feature))));
   facts.unshift(h("div", {}, h("dt", { title: columnsOf(track)[2].about }, "Life"), h("dd", {}, lifeStrip(track, feature))));
+  const match = track.arrays.match?.values[feature];
+  if (match !== undefined) {
+    const other = tracks[1 - track.number];
+    facts.push(h("div", {}, h("dt", {}, `Nearest in ${other.letter}`), h("dd", {}, h("a", { href: `#feature=${match}&step=${other.steps.at(-1)}&track=${other.letter}` }, String(match)), " ", other.label(match).map(chip))));
+  }
   return h("section", { class: "card head" },
     h("div", { class: "line" }, h("h1", {}, `Feature ${feature}`, tracks.length > 1 ? ` of ${track.letter}` : ""), h("span", { class: "chips" }, track.label(feature).map(chip)),
       h("span", { class: "buttons" }, neighbour(-1, "← previous"), neighbour(1, "next →"), h("button", { type: "button", id: "copy", onclick: copyLink }, "Copy link"))),
@@ -139,7 +144,7 @@ function curveCard(track, details, spec, index) {
     figure.note = options.mark === undefined ? "It has not formed by the rule of this track." : "The dashed rule is where it formed, shaded the 95 % interval of that step.";
   }
   if (figure.lines.every((l) => l.null || l.values.every((v) => v === null))) return h("section", { class: "card absent" }, h("h3", {}, figure.title), h("p", {}, "Not computed for this feature: too few positions, or dead."));
-  return frame(figure, track.steps, (width) => drawLines(figure, track.steps, state.axis, width, options));
+  return frame(figure, track.steps, (width) => drawLines(figure, track.steps, state.axis, width, { ...options, range: sharedRange() }));
 }
 
 // What changes with the slider; the rest of the page stays, and so does the focus.

@@ -14,8 +14,11 @@ function aboutTrack(track, several) {
 }
 
 function drawFigure(figure, track, domain) {
-  return (width) => (figure.kind === "phases" ? drawPhases(figure, track.steps, state.axis, width) : drawLines(figure, track.steps, state.axis, width, { domain }));
+  return (width) => (figure.kind === "phases" ? drawPhases(figure, track.steps, state.axis, width, sharedRange()) : drawLines(figure, track.steps, state.axis, width, { domain, range: sharedRange() }));
 }
+
+// The first and the last step of all tracks: the ends of every x axis.
+const sharedRange = () => d3.extent(tracks.flatMap((track) => track.steps));
 
 // The same ends of the y axis for both tracks, or the eye compares what cannot be compared.
 function sharedDomain(figures) {

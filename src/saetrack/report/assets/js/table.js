@@ -109,7 +109,7 @@ function showTable(main) {
     rows = chosenFeatures(track);
     state.order = rows;
     active = 0;
-    count.textContent = `${thousands(rows.length)} of ${thousands(track.facts.d_sae)} features`;
+    count.textContent = `${thousands(rows.length)} of ${thousands(track.facts.d_sae)} features${state.table.q ? ", found in the tokens of top contexts at any checkpoint" : ""}`;
     grid.setAttribute("aria-rowcount", rows.length + 1);
     head.replaceChildren(...columns.map((c) => headerCell(c, update)));
     scroll.scrollTop = 0;
@@ -132,9 +132,18 @@ function showTable(main) {
     if (row && !event.target.closest("a")) go({ feature: Number(row.dataset.feature) });
   });
   scroll.append(grid);
-  main.replaceChildren(h("h1", {}, "Features"), trackSwitch() ?? "", tableFilters(track, update), count, scroll);
+  const saving = h("button", { type: "button", onclick: () => save("features.csv", "text/csv", csv(tableNumbers(track, rows))), "aria-label": "Save the features shown as CSV" }, "CSV");
+  main.replaceChildren(h("h1", {}, "Features"), trackSwitch() ?? "", tableFilters(track, update), h("div", { class: "below" }, count, saving), scroll);
   update();
   new ResizeObserver(fill).observe(scroll);
+}
+
+// What the table shows, in full: numbers unrounded, and the ends of the intervals in columns of their own.
+function tableNumbers(track, features) {
+  const columns = track.facts.columns.flatMap((c) => (c.kind === "step" ? [c, { key: `${c.key}_low` }, { key: `${c.key}_high` }] : [c])).filter((c) => track.column(c.key));
+  const value = (c, f) => (c.kind === "name" ? c.names[track.column(c.key)[f]] ?? "" : track.column(c.key)[f]);
+  const body = features.map((f) => [f, track.label(f).join(" | "), ...columns.map((c) => value(c, f))]);
+  return [["feature", "tokens", ...columns.map((c) => c.key)], ...body];
 }
 
 function headerCell(column, update) {
