@@ -254,10 +254,11 @@ def test_features_of_one_llm_are_matched_with_those_that_live_in_the_other_track
     other = Track.open(analysed)
     found = match(track, other)
     assert found is not None
-    indices, cosines = found
+    indices, cosines, chance = found
     living = ~other[-1].features["dead"]
     assert indices[living].tolist() == np.flatnonzero(living).tolist()  # each is nearest to itself
     assert cosines[living] == pytest.approx(1, abs=1e-5)
     assert cosines[5] < 1  # which is dead there
+    assert 0.3 < chance < 0.95  # of 63 directions in 16 dimensions
     other.facts["model"] = "another"
     assert match(track, other) is None

@@ -16,7 +16,7 @@ function featureHead(track, feature) {
   const match = track.arrays.match?.values[feature];
   if (match !== undefined) {
     const other = tracks[1 - track.number];
-    facts.push(h("div", {}, h("dt", {}, `Nearest in ${other.letter}`), h("dd", {}, h("a", { href: `#feature=${match}&step=${other.steps.at(-1)}&track=${other.letter}` }, String(match)), " ", other.label(match).map(chip))));
+    facts.push(h("div", {}, h("dt", { title: "By decoder rows at the last checkpoints" }, `Nearest in ${other.letter}`), h("dd", {}, h("a", { href: `#feature=${match}&step=${other.steps.at(-1)}&track=${other.letter}` }, String(match)), " ", other.label(match).map(chip))));
   }
   return h("section", { class: "card head" },
     h("div", { class: "line" }, h("h1", {}, `Feature ${feature}`, tracks.length > 1 ? ` of ${track.letter}` : ""), h("span", { class: "chips" }, track.label(feature).map(chip)),
