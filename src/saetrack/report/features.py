@@ -109,7 +109,8 @@ def match(track: Track, other: Track) -> tuple[NDArray[np.integer], Floats, floa
         other: Where they are looked for, among the features that live.
 
     Returns:
-        Indices and cosines ``[d_sae]``, and what 95 % of random directions (512, seed 0) stay below; None unless both are of one LLM and equally wide, so that there is one space.
+        Indices and cosines ``[d_sae]``, and what 95 % of random directions (512, seed 0) stay below; None unless both
+        are of one LLM and equally wide, so that there is one space.
     """
     if any(track.facts[name] != other.facts[name] for name in ("model", "d_in")):
         return None
