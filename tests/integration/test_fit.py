@@ -63,7 +63,7 @@ def test_fit_writes_the_documented_track_and_a_second_run_changes_nothing(
     assert track[0].metadata["fvu_shift"] is None
     assert track[1].metadata["fvu_shift"] is not None
     assert {p.name for p in track.analyses_dir.iterdir()} == {"quality", "semantics", "formation", "drift"}
-    for words in ("LLM step", "FVU before", "CE recovered", "analyses/drift", "tensorboard --logdir"):
+    for words in ("LLM step", "FVU before", "CE recovered", "drift: ", "saetrack report", "tensorboard --logdir"):
         assert words in done.stdout
     assert yaml.safe_load((folder / "config.yaml").read_text())["scheduler"]["tokens_first"] == 6_000
 
