@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from functools import cached_property
@@ -10,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 from torch import Tensor
 
 from saetrack.hub import HubFolder
 from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.lm.local.recognise import format_from_record
 from saetrack.sae import SAE, sae_from_record
+from saetrack.storage import RESTORE, read_json
 from saetrack.tensor_files import read_tensor, read_tensors
 
 SNAPSHOT_NAME = re.compile(r"^(?P<number>\d{4,})-step(?P<step>\d+)$")
@@ -57,8 +58,7 @@ class Snapshot:
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """The facts of ``metadata.json``: the LLM checkpoint, the SAE's class, and the quality of the snapshot."""
-        facts: dict[str, Any] = json.loads(self.file(METADATA).read_text(encoding="utf-8"))
-        return facts
+        return read_json(self.file(METADATA))
 
     @property
     def norm_limit(self) -> float:
@@ -107,5 +107,13 @@ class Snapshot:
 
     @cached_property
     def features(self) -> pd.DataFrame:
-        """One row per feature: firing statistics on the evaluation split, revivals, identity."""
-        return pd.read_parquet(self.file(FEATURES))
+        """One row per feature: firing statistics on the evaluation split, revivals, identity.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        path = self.file(FEATURES)
+        try:
+            return pd.read_parquet(path)
+        except pa.ArrowException as error:
+            raise ValueError(f"{path} is damaged ({error}). {RESTORE}") from error

@@ -5,10 +5,11 @@ the final weights), and then a track shows no drift, or a jump, that the LLM's t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from saetrack.lm import files
 from saetrack.lm.checkpoints import CheckpointSource, LLMCheckpoint, commit_sha, weight_hash
+from saetrack.lm.finite import not_finite
 from saetrack.lm.loading import fingerprint
 from saetrack.lm.selection import Selection
 
@@ -22,7 +23,8 @@ class AuditRow:
         commit: The commit of its revision; None for a folder.
         weight_hash: As ``weight_hash``; None when ``fault`` is set.
         equal_to: Step of the first checkpoint of the series with the same weights; None when there is no earlier one.
-        fault: Why it cannot be loaded: weights or config.json missing, incomplete or truncated; None when it can.
+        fault: Why it cannot be used: weights or config.json missing, incomplete or truncated, or weights that are no
+            numbers (which only ``saetrack checkpoints --audit`` looks for); None when it can.
         is_main: Whether it serves the weights of its repository's ``main`` although a later checkpoint follows.
     """
 
@@ -98,7 +100,8 @@ def describe_checkpoints(source: CheckpointSource, audit: bool = False, select: 
     """
     series = Selection(select).of(source.checkpoints())
     if audit:
-        return f"{format_audit(_audited(series, {}))}\n\n{_describe_tokenizer(source, series)}"
+        rows = [_with_values(row) for row in _audited(series, {})]
+        return f"{format_audit(rows)}\n\n{_describe_tokenizer(source, series)}"
     return _table(["step", "tokens", "LLM checkpoint"], [_columns(checkpoint) for checkpoint in series])
 
 
@@ -118,6 +121,15 @@ def _audited(checkpoints: Sequence[LLMCheckpoint], known: Mapping[str, int]) -> 
         rows.append(AuditRow(checkpoint, commit, digest, first.get(digest), None, is_main))
         first.setdefault(digest, checkpoint.step)
     return rows
+
+
+def _with_values(row: AuditRow) -> AuditRow:
+    """The row, with a fault where the weights hold a NaN or an infinity; weights that are not on this disk do not."""
+    try:
+        name = not_finite(row.checkpoint) if row.fault is None else None
+    except (FileNotFoundError, ValueError) as error:
+        return replace(row, fault=str(error))
+    return row if name is None else replace(row, fault=f"Its tensor {name} holds NaN or infinite values: it diverged.")
 
 
 def _loadable(checkpoint: LLMCheckpoint) -> str:

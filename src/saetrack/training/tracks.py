@@ -63,8 +63,9 @@ def trained(track: Track) -> list[Snapshot]:
 
 def refuse_another(track: Track, facts: Mapping[str, Any]) -> None:
     """Refuse a track that was begun with other facts."""
-    # the tokenizer by what it does, which is in the corpus hash: in a growing folder its name changes
-    same = {name: fact for name, fact in facts.items() if name != "tokenizer"}
+    # the tokenizer by what it does, which is in the corpus hash: in a growing folder its name changes; and the LLM by
+    # its weights (`refuse_other_weights`): its folder may have moved, or be spelt otherwise
+    same = {name: fact for name, fact in facts.items() if name not in ("tokenizer", "model")}
     refuse_changes({**_BEFORE, **track.facts}, same, str(track.path / "track.json"))
 
 
