@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from functools import cached_property
@@ -16,8 +17,7 @@ from saetrack.hub import HubFolder
 from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.lm.local.recognise import format_from_record
 from saetrack.sae import SAE, sae_from_record
-from saetrack.storage import RESTORE, read_json
-from saetrack.tensor_files import read_tensor, read_tensors
+from saetrack.tensor_files import RESTORE, read_tensor, read_tensors
 
 SNAPSHOT_NAME = re.compile(r"^(?P<number>\d{4,})-step(?P<step>\d+)$")
 SNAPSHOTS = "snapshots"
@@ -117,3 +117,18 @@ class Snapshot:
             return pd.read_parquet(path)
         except pa.ArrowException as error:
             raise ValueError(f"{path} is damaged ({error}). {RESTORE}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a json file of a track holds.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). {RESTORE}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} is damaged (it holds a {type(facts).__name__}, no facts). {RESTORE}")
+    return facts

@@ -12,8 +12,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-RESTORE = "Restore it from a copy, or begin again in another `scheduler.track_dir`."
-
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
@@ -68,21 +66,6 @@ def write_json(path: Path, facts: Mapping[str, Any]) -> None:
         ValueError: If a number is NaN or infinite, which json does not have.
     """
     write_text(path, json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a json file of a track holds.
-
-    Raises:
-        ValueError: If it is damaged.
-    """
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). {RESTORE}") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"{path} is damaged (it holds a {type(facts).__name__}, no facts). {RESTORE}")
-    return facts
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from saetrack.storage import RESTORE
+RESTORE = "Restore it from a copy, or begin again in another `scheduler.track_dir`."
+"""What to do about a damaged file of a track."""
 
 
 @contextmanager

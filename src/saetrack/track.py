@@ -23,9 +23,9 @@ from torch import Tensor
 from saetrack.hub import HubFolder, is_hub_address
 from saetrack.lm.tokens import TokenRows
 from saetrack.sae import SAE, save_saelens
-from saetrack.snapshot import FEATURES, METADATA, SNAPSHOT_NAME, SNAPSHOTS, STATISTICS, WEIGHTS, Snapshot
-from saetrack.storage import RESTORE, make_readable, read_json, whole_folder, write_json
-from saetrack.tensor_files import damage, read_rows
+from saetrack.snapshot import FEATURES, METADATA, SNAPSHOT_NAME, SNAPSHOTS, STATISTICS, WEIGHTS, Snapshot, read_json
+from saetrack.storage import make_readable, whole_folder, write_json
+from saetrack.tensor_files import RESTORE, damage, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

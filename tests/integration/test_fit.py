@@ -116,6 +116,7 @@ def test_a_dry_run_writes_nothing(config: dict[str, Any], fit_here: Run) -> None
 def test_two_hookpoints_give_two_tracks_from_one_forward(config: dict[str, Any], fit_here: Run) -> None:
     config["data"]["hookpoints"] = ["gpt_neox.layers.1", "gpt_neox.layers.0"]
     config["scheduler"] |= {"steps": [0, 10], "direction": "backward"}
+    config["analyze"] = {"analyses": ["Quality"]}
     done = fit_here(config)
     assert done.returncode == 0, done.stderr
     folder = Path(config["scheduler"]["track_dir"])
@@ -123,6 +124,7 @@ def test_two_hookpoints_give_two_tracks_from_one_forward(config: dict[str, Any],
     assert first.steps == second.steps == [0, 10]
     assert [s.number for s in first] == [1, 0]
     assert first[0].metadata["warm_started_from"] == {"track": None, "snapshot": "0000-step10", "step": 10}
+    assert "SAEs trained backward, from LLM step 10 to 0." in (first.analyses_dir / "quality/quality.svg").read_text()
     assert first.facts["hookpoint"] == "gpt_neox.layers.1"
     assert first[0].metadata["fvu"] != second[0].metadata["fvu"]
     with pytest.raises(ValueError, match="holds 2 tracks; open one of"):

@@ -32,6 +32,7 @@ from saetrack.sae import SAE
 from saetrack.track import Snapshot, Track
 
 from .base import Analysis, AnalysisResult, Observation, Probe, SplitObservation, SweepAnalysis
+from .figures import say_order
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,9 @@ class _Runs:
         def save() -> AnalysisResult:
             result = action()
             result = replace(result, settings={**result.settings, "steps": self.track.steps})
+            if not self.track.is_forward_chain:
+                for figure in result.figures.values():
+                    say_order(figure, [s.step for s in sorted(self.track, key=lambda s: s.number)])
             result.save(self.track.analyses_dir / name)
             return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import sys
@@ -19,6 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import saetrack
+from saetrack.analysis.base import RESULT_FILE
 from saetrack.analysis.sweep import run_analyses
 from saetrack.errors import OneLineErrors, is_ours, one_line
 from saetrack.pickles import reason
@@ -28,7 +30,6 @@ from saetrack.training.callbacks import AnalyzeTrack, ResumeFile
 from saetrack.training.complete import (
     complete_tracks,
     how_to_go_on_without,
-    is_result_of,
     refuse_another_configuration,
     refuse_damage,
 )
@@ -210,7 +211,7 @@ class FitCLI(LightningCLI):
         """Run the configured analyses that a killed run did not come to, and give their names."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         asked = next(c for c in callbacks if isinstance(c, AnalyzeTrack)).analyses
-        missing = {name: a for name, a in asked.items() if not is_result_of(track, track.analyses_dir / name)}
+        missing = {name: a for name, a in asked.items() if not _is_result_of(track, track.analyses_dir / name)}
         if not missing:
             return []
         results = run_analyses(track, missing, device=self.trainer.strategy.root_device)
@@ -269,6 +270,15 @@ class FitCLI(LightningCLI):
         board = [log for log in self.trainer.loggers if isinstance(log, TensorBoardLogger)]
         lines += ["", f"Look at it:  tensorboard --logdir {log.log_dir}"] if (log := next(iter(board), None)) else []
         sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _is_result_of(track: Track, result: Path) -> bool:
+    """Whether an analysis' result is there and is of all the track's snapshots, not from before it was extended."""
+    try:
+        settings = json.loads((result / RESULT_FILE).read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, LookupError, TypeError):  # none, or damaged: it is made again
+        return False
+    return bool(settings.get("steps", track.steps) == track.steps)
 
 
 def wide_gaps(metrics: pd.DataFrame) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 import yaml
 
-from saetrack.analysis.base import RESULT_FILE
 from saetrack.lm.checkpoints import LLMCheckpoint, weight_hash
 from saetrack.pickles import DAMAGED, reason
 from saetrack.track import Track, tracks_in
@@ -47,15 +45,6 @@ def _covers(have: list[int], wanted: list[int], may_skip: bool) -> bool:
     if not may_skip:
         return have == wanted
     return (have[:1], have[-1:]) == (wanted[:1], wanted[-1:]) and set(have) <= set(wanted)
-
-
-def is_result_of(track: Track, result: Path) -> bool:
-    """Whether an analysis' result is there and is of all the track's snapshots, not from before it was extended."""
-    try:
-        settings = json.loads((result / RESULT_FILE).read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, LookupError, TypeError):  # none, or damaged: it is made again
-        return False
-    return bool(settings.get("steps", track.steps) == track.steps)
 
 
 def refuse_another_configuration(

@@ -246,10 +246,9 @@ class CheckpointScheduler(Callback):
         start = {hookpoint: start.state_dict() for hookpoint, start in self.start.items()}
         left = {checkpoint.step for checkpoint in self.checkpoints}
         skipped = [step for step in self.recipe.get(_STEPS, []) if step not in left]
-        choice = None if self._choice is None else self._choice.facts
-        where = {"position": self.position, "begun": self._begun, "skipped": skipped, "choice": choice}
-        begun_on = self._weight_hashes.get(self.stage.checkpoint.step) if self._begun and not self.finished else None
-        return {**where, "weight_hash": begun_on, "start": start, "recipe": self.recipe}
+        where = {"position": self.position, "begun": self._begun, "skipped": skipped}
+        where["weight_hash"] = self._weight_hashes.get(self.stage.checkpoint.step) if self._begun else None
+        return {**where, "choice": self._choice and self._choice.facts, "start": start, "recipe": self.recipe}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the resume file was written.
@@ -272,12 +271,7 @@ class CheckpointScheduler(Callback):
         order = training_order(self._wanted, [*visited, *(skipped & wanted)])
         self.recipe = {**now, _STEPS: [checkpoint.step for checkpoint in order]}
         self.checkpoints = [checkpoint for checkpoint in order if checkpoint.step not in skipped]
-        was, stage = state_dict.get("weight_hash"), self.stage.checkpoint
-        if was is not None and was != self._weight_hashes[stage.step]:
-            raise ValueError(
-                f"The LLM checkpoint of step {stage.step} has other weights now than when its stage began. Restore "
-                "them, or begin another track with another `scheduler.track_dir`."
-            )
+        tracks.refuse_weights_changed_in(self.stage.checkpoint, state_dict.get("weight_hash"), self._weight_hashes)
         between = [c.step for c in self.checkpoints[len(visited) :] if min(visited) < c.step < max(visited)]
         if between and self.max_rise is not None:
             raise ValueError(
