@@ -83,6 +83,7 @@ def test_corpus_shorter_than_the_budget(config: Config, fails: Callable[..., str
     line = fails(config)
     assert "10,000,000" in line
     assert "scheduler.tokens_first" in line
+    assert not Path(config["scheduler"]["track_dir"]).exists()
 
 
 def test_context_longer_than_the_llm_reads(config: Config, fails: Callable[..., str]) -> None:
