@@ -6,10 +6,11 @@ the final weights), and then a track shows no drift, or a jump, that the LLM's t
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from saetrack.lm import files
+from saetrack.lm.finite import not_finite
 from saetrack.lm.loading import LLMCheckpoint, commit_sha, fingerprints
 from saetrack.lm.names import parse_name
 from saetrack.lm.selection import Selection
@@ -25,7 +26,8 @@ class AuditRow:
         commit: The commit of its revision; None for a folder.
         weight_hash: As ``weight_hash``; None when ``fault`` is set.
         equal_to: Step of the first checkpoint of the series with the same weights; None when there is no earlier one.
-        fault: Why it cannot be loaded: weights or config.json missing, incomplete or truncated; None when it can.
+        fault: Why it cannot be used: weights or config.json missing, incomplete or truncated, or weights that are no
+            numbers (which only ``saetrack checkpoints --audit`` looks for); None when it can.
         doubt: What contradicts its place in the series: another step in its ``trainer_state.json``, or fewer tokens
             than an earlier one; None when nothing does.
         is_main: Whether it serves the weights of its repository's ``main`` although a later checkpoint follows.
@@ -107,7 +109,7 @@ def describe_checkpoints(source: CheckpointSource, audit: bool = False, select: 
     """
     series = Selection(select).of(source.checkpoints())
     if audit:
-        parts = [format_audit(_audited(series, {})), _describe_tokenizer(source, series)]
+        parts = [format_audit([_with_values(row) for row in _audited(series, {})]), _describe_tokenizer(source, series)]
     else:
         parts = [_table(["step", "tokens", "LLM checkpoint"], [_columns(checkpoint) for checkpoint in series])]
     return "\n\n".join([*parts, *_describe_left_out(source.left_out())])
@@ -133,6 +135,15 @@ def _audited(checkpoints: Sequence[LLMCheckpoint], known: Mapping[str, int]) -> 
         if checkpoint.tokens is not None and (most is None or checkpoint.tokens > (most.tokens or 0)):
             most = checkpoint
     return rows
+
+
+def _with_values(row: AuditRow) -> AuditRow:
+    """The row, with a fault where the weights hold a NaN or an infinity; weights that are not on this disk do not."""
+    try:
+        name = not_finite(row.checkpoint) if row.fault is None else None
+    except (FileNotFoundError, ValueError) as error:
+        return replace(row, fault=str(error))
+    return row if name is None else replace(row, fault=f"Its tensor {name} holds NaN or infinite values: it diverged.")
 
 
 def _doubt(checkpoint: LLMCheckpoint, most: LLMCheckpoint | None) -> str | None:

@@ -62,7 +62,11 @@ class ResumeFile(Checkpoint):
         path = self.path(scheduler_of(trainer).track_dir)
         # Lightning writes into the system's temporary folder, and from another disk a move is no rename
         unfinished = path.with_name(f".{path.name}")
-        trainer.save_checkpoint(unfinished)
+        try:
+            trainer.save_checkpoint(unfinished)
+        except OSError:  # a full disk needs its room
+            unfinished.unlink(missing_ok=True)
+            raise
         if trainer.is_global_zero:
             unfinished.replace(path)
 

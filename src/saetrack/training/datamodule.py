@@ -75,6 +75,11 @@ class TokenSettings:
     def __post_init__(self) -> None:
         for name in ("calibration", "selection", "evaluation", "held_out", "ce"):
             require_positive(f"data.tokens.{name}_tokens", getattr(self, f"{name}_tokens"))
+        if not 0 < self.split_share < 0.5:
+            raise ValueError(
+                f"data.tokens.split_share is {self.split_share}, but it is taken twice, and the rest trains; give a "
+                "share between 0 and 0.5, such as 0.05."
+            )
         if self.outlier_norm is not None and not self.outlier_norm > 1:
             raise ValueError(
                 f"data.tokens.outlier_norm is {self.outlier_norm}, but half of the activations have a norm over the "

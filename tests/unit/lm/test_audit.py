@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from saetrack.lm.audit import audit, describe_checkpoints, format_audit, problems
 from saetrack.lm.checkpoints import FolderSource, LLMCheckpoint, weight_hash
@@ -80,6 +82,24 @@ def test_weights_without_a_configuration_are_a_fault(tmp_path: Path, make_series
     assert good.fault is None
     assert bad.weight_hash is None
     assert "step4 has weights but no config.json" in (bad.fault or "")
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_weights_that_are_no_numbers_are_a_fault(safe: bool, tmp_path: Path, make_series: Callable[..., Path]) -> None:
+    make_series(tmp_path, steps=[0, 4])
+    path = tmp_path / "step4" / "model.safetensors"
+    tensors = load_file(path)
+    name = "gpt_neox.layers.1.mlp.dense_h_to_4h.bias"
+    tensors[name][3] = torch.inf
+    if safe:
+        save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        path.unlink()
+        torch.save(tensors, tmp_path / "step4" / "pytorch_model.bin")
+    good, bad = describe_checkpoints(FolderSource(tmp_path), audit=True).splitlines()[1:3]
+    assert good.split()[-2] == "ok"
+    assert bad.split()[-2] == "FAULT"
+    assert f"Its tensor {name} holds NaN or infinite values" in describe_checkpoints(FolderSource(tmp_path), audit=True)
 
 
 def test_the_audit_says_whose_tokenizer_serves_the_series(tmp_path: Path, make_series: Callable[..., Path]) -> None:
