@@ -6,6 +6,7 @@ python benchmarks/stream.py FOLDER [--rounds 3] [--only loops | hookpoints]
 import argparse
 import itertools
 import statistics
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def in_turn(variants: dict[str, Callable[[Timing], None]], rounds: int) -> dict[
     for _ in range(rounds):
         for name, run in variants.items():
             run(timings[name])
+            print(f"{name}: {timings[name].wall[-1]:.3f} s a step", file=sys.stderr, flush=True)
     return timings
 
 

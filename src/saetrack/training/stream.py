@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -266,6 +266,12 @@ def finished(forwards: Generator[float, None, T]) -> T:
     return made[0]
 
 
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """Always the same: memory that was allocated for one stream of a GPU is not given to another."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
 class Filling:
     """A chunk in the making, one forward of the LLM after another.
 
@@ -280,9 +286,8 @@ class Filling:
         self._forwards = self._run(forwards)
         self._done = 0.0
         self._batch: Batch | None = None
-        self._stream: torch.cuda.Stream | None = None
-        if aside and torch.cuda.is_available():
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = _side_stream() if aside and torch.cuda.is_available() else None
+        if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())  # the LLM's weights may still be on their way
 
     def _run(self, forwards: Generator[float, None, Batch]) -> Iterator[float]:
@@ -349,7 +354,7 @@ class ActivationStream:
         coming: Filling | None = None
         while self._position < self.end:
             chunk, first = divmod(self._position, per_chunk)
-            activations = (coming or Filling(self._fill(chunk))).finish()
+            activations = (coming or Filling(self._fill(chunk), self._ahead)).finish()
             coming = None
             lanes = lane_numbers(list(activations.now))
             shuffles = {h: self._shuffle(chunk, h, x, lanes[h]) for h, x in activations.now.items()}
@@ -357,7 +362,7 @@ class ActivationStream:
                 if self._position >= self.end:
                     break
                 if self._ahead and (chunk + 1) * per_chunk < self.end:
-                    coming = coming or Filling(self._fill(chunk + 1), aside=True)
+                    coming = coming or Filling(self._fill(chunk + 1), self._ahead)
                     coming.advance((i + 1 - first) / (per_chunk - first))
                 # counted before the batch is handed out: a resume file is written while the batch is in use
                 self._position += 1
