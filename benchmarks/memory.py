@@ -59,7 +59,7 @@ def predicted(s: Setting, imports: float, context: int = 128) -> dict[str, float
 
     Training and the end of a stage do not coincide, so the larger one counts.
     """
-    llms = 1 + s.continuity
+    llms, bytes_each = 1 + s.continuity, 2 if s.llm_dtype == "bfloat16" else 4
     llm = 2 * s.vocabulary * s.d_in + 6 * 12 * s.d_in**2
     matrix = 4 * s.d_in * s.d_sae
     rows = 32 * context  # of one forward
@@ -67,7 +67,7 @@ def predicted(s: Setting, imports: float, context: int = 128) -> dict[str, float
     training = {
         "gradient turned for Adam, workspace": s.hookpoints * (matrix + workspace),
         "snapshot for continuity": s.continuity * s.hookpoints * (2 * matrix + workspace),
-        "chunk": llms * s.hookpoints * 4 * s.chunk_tokens * s.d_in,
+        "chunk": llms * s.hookpoints * bytes_each * s.chunk_tokens * s.d_in,
         "batches": s.hookpoints * llms * 2 * 4 * s.batch * s.d_in,
         "forward of the LLM": rows * s.d_in * 4 * 10,
     }
@@ -80,7 +80,7 @@ def predicted(s: Setting, imports: float, context: int = 128) -> dict[str, float
     longer = max((training, ending), key=lambda part: sum(part.values()))
     terms = {
         "imports": imports * MIB,
-        "LLM": llms * llm * (2 if s.llm_dtype == "bfloat16" else 4),
+        "LLM": llms * llm * bytes_each,
         "SAEs, gradients, Adam": s.hookpoints * 8 * matrix,
         "calibration and held-out": s.hookpoints * (CALIBRATION + HELD_OUT) * 4 * s.d_in,
         **longer,
