@@ -372,14 +372,18 @@ class ActivationStream:
                 if self._ahead and (chunk + 1) * per_chunk < self.end:
                     coming = coming or Filling(self._fill(chunk + 1), self._ahead)
                     coming.advance((i + 1 - first) / (per_chunk - first))
-                # counted before the batch is handed out: a resume file is written while the batch is in use
-                self._position += 1
                 at = {h: order[i * batch : (i + 1) * batch] for h, order in shuffles.items()}
-                yield Batch(
+                served = Batch(
                     {h: serve(x, at[h], scales.get(h, 1.0)) for h, x in activations.now.items()},
                     {h: serve(x, at[h]) for h, x in activations.before.items()},
                 )
-            del activations
+                # counted before the batch is handed out: a resume file is written while the batch is in use
+                self._position += 1
+                if i + 1 == per_chunk or self._position >= self.end:
+                    # before the last batch, not after: Lightning does not ask for another, and the end of the stage
+                    # would be measured with a whole chunk in memory
+                    del activations
+                yield served
         self._position = 0
 
     def _shuffle(self, chunk: int, hookpoint: str, x: Tensor, lane: int) -> Tensor:

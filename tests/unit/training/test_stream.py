@@ -1,3 +1,4 @@
+import weakref
 from collections.abc import Callable, Generator
 from dataclasses import replace
 
@@ -213,6 +214,23 @@ def test_activations_are_served_in_float32_times_their_scale() -> None:
     assert torch.equal(batch.now["a"], 3 * x[at].float())
     assert torch.equal(batch.now["b"], x[at].float())
     assert torch.equal(batch.before["a"], x[at].float())
+
+
+def test_a_chunk_is_freed_with_its_last_batch() -> None:
+    """Lightning asks for no batch after a stage's last one, and measures the stage then."""
+    chunks: list[weakref.ref[torch.Tensor]] = []
+
+    def fill(chunk: int) -> Filled:
+        x = positions(ORDER.chunk_rows(chunk))
+        chunks.append(weakref.ref(x))
+        yield 1.0
+        return Batch({HOOKPOINT: x}, {})
+
+    reading = iter(ActivationStream(ORDER, fill))
+    for i in range(25):
+        next(reading)
+        is_last = i % 4 == 3 or i == 24
+        assert (chunks[-1]() is None) == is_last
 
 
 def test_what_was_before_is_at_the_same_positions() -> None:
