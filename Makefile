@@ -12,7 +12,7 @@ SHELL := bash
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart test test-all test-peers check docs bench bench-warm-starts bench-report validation clean
+.PHONY: help quickstart test test-all test-peers check docs bench bench-stream bench-warm-starts bench-report validation clean
 
 help:
 	@echo "make quickstart  train a small LLM, follow an SAE through its training, analyse (minutes, 2 CPU cores)"
@@ -87,7 +87,17 @@ bench: .venv-bench/.peers runs/bench-llm/step512
 	$(BENCH)/step_memory.py | tee -a runs/bench.jsonl
 	$(BENCH)/accuracy.py runs/bench-llm | tee -a runs/bench.jsonl
 	$(BENCH)/architectures.py runs/bench-llm | tee -a runs/bench.jsonl
+	$(BENCH)/stream.py runs/bench-pythia | tee -a runs/bench.jsonl
+	$(BENCH)/llm_dtype.py runs/bench-llm | tee -a runs/bench.jsonl
+	$(BENCH)/memory.py runs/bench-memory | tee -a runs/bench.jsonl
 	@$(BENCH)/table.py runs/bench.jsonl
+
+# tokens a second from rows to trained SAE, beside the other packages' loops; the LLM's dtype; memory of the process
+bench-stream: .venv-bench/.peers runs/bench-llm/step512
+	$(BENCH)/stream.py runs/bench-pythia | tee runs/bench-stream.jsonl
+	$(BENCH)/llm_dtype.py runs/bench-llm | tee -a runs/bench-stream.jsonl
+	$(BENCH)/memory.py runs/bench-memory | tee -a runs/bench-stream.jsonl
+	@$(BENCH)/table.py runs/bench-stream.jsonl
 
 test-peers: .venv-bench/.peers
 	.venv-bench/bin/pytest -q -m peers tests/peers
