@@ -27,7 +27,7 @@ def share_gradients(module: SAEModule, trainer: Trainer, batch_size: int) -> Non
         batch_size: Activations in an optimizer step, over all ranks.
 
     Raises:
-        ValueError: If several processes are to share a step in another way than DDP's.
+        ValueError: If several processes are to share a step in another way than DDP's, or cannot share a batch.
     """
     if trainer.world_size == 1:
         use_exchange("nothing")
@@ -36,6 +36,11 @@ def share_gradients(module: SAEModule, trainer: Trainer, batch_size: int) -> Non
         name = type(trainer.strategy).__name__
         raise ValueError(
             f"trainer.strategy is {name}, but only DDP is known to give right gradients; set `trainer.strategy: ddp`."
+        )
+    if batch_size % trainer.world_size:
+        raise ValueError(
+            f"data.batch_size is {batch_size} activations over all processes, which {trainer.world_size} processes "
+            f"cannot share equally; choose a multiple of {trainer.world_size}."
         )
     exchange = exchange_for(module, batch_size)
     use_exchange(exchange)

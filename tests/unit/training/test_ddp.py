@@ -53,6 +53,11 @@ def test_dense_gradients_are_left_to_ddp() -> None:
         use_exchange("nothing")
 
 
+def test_a_batch_that_the_ranks_cannot_share_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"batch_size is 17 .* which 2 processes .* choose a multiple of 2"):
+        share_gradients(a_module(), two(), batch_size=17)  # type: ignore[arg-type]
+
+
 def test_another_way_to_share_a_step_is_refused() -> None:
     with pytest.raises(ValueError, match=r"SingleDeviceStrategy, but only DDP .* `trainer.strategy: ddp`"):
         share_gradients(a_module(), two(SingleDeviceStrategy("cpu")), batch_size=2)  # type: ignore[arg-type]
