@@ -85,6 +85,7 @@ bench: .venv-bench/.peers runs/bench-llm/step512
 	$(BENCH)/step.py | tee runs/bench.jsonl
 	$(TUNED) $(BENCH)/step.py | tee -a runs/bench.jsonl
 	$(BENCH)/step_memory.py | tee -a runs/bench.jsonl
+	$(BENCH)/ddp.py | tee -a runs/bench.jsonl
 	$(BENCH)/accuracy.py runs/bench-llm | tee -a runs/bench.jsonl
 	$(BENCH)/architectures.py runs/bench-llm | tee -a runs/bench.jsonl
 	$(BENCH)/stream.py runs/bench-pythia | tee -a runs/bench.jsonl

@@ -168,11 +168,6 @@ class StageOrder:
     arm: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.world_size:
-            raise ValueError(
-                f"data.batch_size is {self.batch_size} activations over all processes, which {self.world_size} "
-                f"processes cannot share equally; choose a multiple of {self.world_size}."
-            )
         if self.batches < 1:
             raise ValueError(
                 f"The stage has a budget of {self.tokens} tokens, less than one batch of {self.batch_size}; raise "

@@ -15,11 +15,13 @@ WORKER = Path(__file__).with_name("one_of_two_ranks.py")
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
-@pytest.fixture(scope="module")
-def gradients(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def gradients(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     """What either rank found."""
+    if request.param == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
     folder = tmp_path_factory.mktemp("ranks")
-    pair = [subprocess.Popen([sys.executable, str(WORKER), str(rank), str(folder)]) for rank in (0, 1)]
+    pair = [subprocess.Popen([sys.executable, str(WORKER), str(rank), str(folder), request.param]) for rank in (0, 1)]
     assert [process.wait(timeout=60) for process in pair] == [0, 0]
     return [load_file(folder / f"{rank}.safetensors") for rank in (0, 1)]
 
@@ -28,7 +30,7 @@ def gradients(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor
 def test_the_gradients_are_those_of_one_process_on_the_same_batch(
     gradients: list[dict[str, Tensor]], exchange: str
 ) -> None:
-    alone, _ = step(CLASSES["TopK"], slice(BATCH))
+    alone = step(CLASSES["TopK"], slice(BATCH))
     for name, parameter in alone.named_parameters():
         got = gradients[0][f"TopK {exchange} {name}"]
         assert (got - parameter.grad).norm() <= 1e-5 * parameter.grad.norm(), name

@@ -297,11 +297,6 @@ def test_a_corpus_shorter_than_the_budget_says_so() -> None:
         assert f"`{key}`" in str(raised.value)
 
 
-def test_a_batch_that_processes_cannot_share_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data.batch_size is 64 .*3 processes.*multiple of 3"):
-        replace(ORDER, world_size=3)
-
-
 def test_a_budget_below_one_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"budget of 63 tokens, less than one batch of 64; raise `scheduler.tokens"):
         replace(ORDER, tokens=63)
