@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import Self
 
+from . import native
 from .auxk import auxiliary_loss
 from .geometric_median import geometric_median
-from .select import Workspace
 from .sparse import Latents, Selection, encode_at
+from .workspace import Workspace
 
 _CHUNK_NUMBERS = 2**21  # 8 MiB of float32: the dense latents that encode_sparse holds at a time
 INITIAL_ROWS = 4096  # from these an SAE's first scale is taken
@@ -243,6 +244,9 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def normalise_decoder_(self) -> None:
         """Bring every decoder row to unit norm, in place. A row of zeros stays one."""
+        if native.in_use(self.W_dec):
+            native.normalise_(self.W_dec)
+            return
         norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)  # [d_sae, 1]
         self.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
 
@@ -264,6 +268,9 @@ class SAE(nn.Module, ABC):
         """
         grad = self.W_dec.grad
         if grad is None:
+            return
+        if native.in_use(self.W_dec, grad) and grad.is_contiguous():
+            native.remove_parallel_(self.W_dec, grad)
             return
         # A part that fits into the cache is read from memory once; a GPU takes everything at once.
         size = self.d_sae if grad.is_cuda else max(1, _CACHED_NUMBERS // self.d_in)
@@ -332,9 +339,9 @@ class SAE(nn.Module, ABC):
         power = values.square().sum()
         return moved / torch.where(power > 0, power, 1.0)
 
-    def _auxiliary_loss(self, centred: Tensor, error: Tensor, dead: Tensor | None) -> Tensor:
+    def _auxiliary_loss(self, centred: Tensor, x: Tensor, x_hat: Tensor, dead: Tensor | None) -> Tensor:
         parameters = (self.W_enc, self.encoder_bias, self.W_dec, self.b_dec)
-        return auxiliary_loss(centred, error, dead if self.aux_coefficient > 0 else None, parameters, self.aux_k)
+        return auxiliary_loss(centred, x, x_hat, dead if self.aux_coefficient > 0 else None, parameters, self.aux_k)
 
     def _low_precision(self) -> torch.autocast:
         """Inside, dense products run in `precision`, whatever autocast is on outside."""
@@ -360,11 +367,25 @@ def firing(latents: Tensor | Latents) -> tuple[Tensor, Tensor]:
     """
     if isinstance(latents, Latents):
         selection, active = latents.selection, latents.values.detach() > 0
-        fired = torch.zeros(selection.d_sae, dtype=torch.bool, device=active.device)
-        fired[selection.columns[active]] = True
-        return fired, active.sum() / selection.batch
+        fired = torch.zeros(selection.d_sae + 1, dtype=torch.bool, device=active.device)
+        fired.index_fill_(0, torch.where(active, selection.columns, selection.d_sae), True)
+        return fired[:-1], active.sum() / selection.batch
     latents = latents.detach()
     return latents.amax(dim=0) > 0, torch.count_nonzero(latents > 0) / len(latents)
+
+
+def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
+    """``sum (x - x_hat)^2``, a scalar; with one pass for its gradient where a difference and its square take three."""
+    return functional.mse_loss(x_hat, x, reduction="sum")
+
+
+def variance_of(x: Tensor) -> Tensor:
+    """``sum (x - mean)^2`` of a batch ``[batch, d_in]``, a scalar; 1 where all are equal.
+
+    Their error is then left as it is instead of becoming NaN.
+    """
+    variance = torch.linalg.vector_norm(x - x.mean(dim=0)).square()
+    return torch.where(variance > 0, variance, 1.0)
 
 
 def require_coefficient(name: str, value: float) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import INITIAL_ROWS, SAE, LossTerms, firing
+from .base import INITIAL_ROWS, SAE, LossTerms, firing, squared_error, variance_of
 from .select import select_batch_topk
 from .sparse import Latents, encode_at
 from .threshold import above_threshold, refuse_negative_thresholds
@@ -87,16 +87,14 @@ class BatchSelectionSAE(SAE):
             values = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection).relu()  # [k * batch]
             latents = Latents(selection, values)
             *narrower, x_hat = self.reconstructions(latents)
-            # A batch of identical activations has no variance; its error is then left as it is instead of becoming NaN.
-            variance = (x - x.mean(dim=0)).square().sum()
-            variance = torch.where(variance > 0, variance, 1.0)
-            loss = mse = (x - x_hat).square().sum() / variance
+            variance = variance_of(x)
+            loss = mse = squared_error(x, x_hat) / variance
             terms = {"mse": mse.detach()}
             if narrower:
-                prefixes = torch.stack([(x - part).square().sum() / variance for part in narrower]).sum()
+                prefixes = torch.stack([squared_error(x, part) for part in narrower]).sum() / variance
                 terms["prefix_mse"] = prefixes.detach()
                 loss = loss + prefixes
-            auxk = self._auxiliary_loss(centred, x - x_hat, dead)
+            auxk = self._auxiliary_loss(centred, x, x_hat, dead)
             moved = self._moved(centred, latents, before)
         fired, l0 = firing(latents)
         return LossTerms(

@@ -83,7 +83,7 @@ class GatedSAE(SAE):
             error = x - x_hat
             mse, gate_mse = error.square().mean(), (x - x_gate).square().mean()
             sparsity = gate.sum(dim=1, dtype=torch.float32).mean() / self.d_in**0.5
-            auxk = self._auxiliary_loss(centred, error, dead)
+            auxk = self._auxiliary_loss(centred, x, x_hat, dead)
             moved = self._moved(centred, latents, before)
         fired, l0 = firing(latents)
         return LossTerms(

@@ -84,7 +84,7 @@ class JumpReLUSAE(SAE):
         with self._full_precision():
             error = x - x_hat
             mse = error.square().mean()
-            auxk = self._auxiliary_loss(centred, error, dead)
+            auxk = self._auxiliary_loss(centred, x, x_hat, dead)
             moved = self._moved(centred, latents, before)
         return LossTerms(
             loss=mse + self.l0_coefficient * l0 + self.aux_coefficient * auxk,

@@ -59,7 +59,7 @@ class SAETrackSAE(SAE):
             # An activation at the batch mean has no spread; its error is then left as it is instead of becoming NaN.
             mse = (error.square() / torch.where(spread > 0, spread, 1.0)).mean()
             sparsity = latents.sum(dim=1).float().mean()
-            auxk = self._auxiliary_loss(centred, error, dead)
+            auxk = self._auxiliary_loss(centred, x, x_hat, dead)
             moved = self._moved(centred, latents, before)
         fired, l0 = firing(latents)
         return LossTerms(

@@ -55,7 +55,7 @@ class StandardSAE(SAE):
             mse = error.square().mean()
             norms = self.W_dec.norm(dim=1)  # [d_sae]
             sparsity = (latents @ norms.to(latents.dtype)).float().mean() / self.d_in**0.5
-            auxk = self._auxiliary_loss(centred, error, dead)
+            auxk = self._auxiliary_loss(centred, x, x_hat, dead)
             moved = self._moved(centred, latents, before)
         loss = mse + self.l1_coefficient * sparsity + self.aux_coefficient * auxk
         fired, l0 = firing(latents)
