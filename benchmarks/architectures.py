@@ -31,7 +31,8 @@ from saetrack.lm import FolderSource, StdlibCorpus
 from saetrack.lm.loading import load_llm
 from saetrack.lm.tokens import tokenize_corpus
 from saetrack.metrics import FVU
-from saetrack.sae import SAE, BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE
+from saetrack.sae import SAE, BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, resolve_precision
+from saetrack.training.adam import ColumnAdam
 from saetrack.training.stream import harvest
 
 with warnings.catch_warnings():
@@ -53,7 +54,8 @@ class Ours:
 
     def __init__(self, sae: SAE, lr: float) -> None:
         self.sae = sae
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
+        sae.precision = resolve_precision("auto", sae.b_dec.device)
+        self.optimizer = ColumnAdam(sae.parameters(), lr=lr)
 
     def step(self, x: Tensor, dead: Tensor) -> Tensor:
         """One optimizer step on a batch, given which latents are dead; says which fired."""

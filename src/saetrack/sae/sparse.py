@@ -169,6 +169,26 @@ def reconstruct_at(
     return values, x_hat
 
 
+def spread(per_latent: Tensor, selection: Selection) -> Tensor:
+    """What belongs to each latent, ``[d_sae]``, at the selection's entries, ``[nnz]``."""
+    values: Tensor = _Spread.apply(per_latent, selection)  # type: ignore[no-untyped-call]
+    return values
+
+
+class _Spread(torch.autograd.Function):
+    """An index whose gradient is a sum in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, per_latent: Tensor, selection: Selection) -> Tensor:
+        ctx.selection = selection
+        return per_latent[selection.columns]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return latent_sums(grad, None, ctx.selection), None
+
+
 class _EncodeAt(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, selection: Selection) -> Tensor:
@@ -198,7 +218,8 @@ class _DecodeAt(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
         grad = grad.contiguous()
-        return row_dots(grad, W_dec, ctx.selection), latent_sums(values, grad, ctx.selection), None
+        into_W_dec = latent_sums(values, grad, ctx.selection) if ctx.needs_input_grad[1] else None
+        return row_dots(grad, W_dec, ctx.selection), into_W_dec, None
 
 
 class _ReconstructAt(torch.autograd.Function):

@@ -117,7 +117,12 @@ def test_batch_selection(sae: BatchTopKSAE | MatryoshkaSAE, n_dead: int) -> None
     assert len(theirs.losses) == (3 if isinstance(sae, MatryoshkaSAE) else 1)
 
 
-def test_jumprelu() -> None:
+each_step = pytest.mark.parametrize("few", [0.0, 1.0], ids=["dense step", "sparse step"])
+
+
+@each_step
+def test_jumprelu(few: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saetrack.sae.select._FEW", few)
     sae = started(JumpReLUSAE(D, 4, l0_coefficient=0.5, bandwidth=0.2))
     free = JumpReLUSAE(D, 4, l0_coefficient=0.0, bandwidth=0.2).double()
     free.load_state_dict(sae.state_dict())
@@ -136,7 +141,9 @@ def test_jumprelu() -> None:
     assert not any(penalty[name].any() for name in names if name != "threshold")
 
 
-def test_gated() -> None:
+@each_step
+def test_gated(few: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saetrack.sae.select._FEW", few)
     sae, free = started(GatedSAE(D, 4, l1_coefficient=0.5)), GatedSAE(D, 4, l1_coefficient=0.0).double()
     free.load_state_dict(sae.state_dict())
     lens, x = lens_of(sae), activations(5)
