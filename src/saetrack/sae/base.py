@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from . import native
 from .auxk import auxiliary_loss
+from .dense import relu_reconstruct
 from .geometric_median import geometric_median
 from .sparse import Latents, Selection, encode_at
 from .workspace import Workspace
@@ -317,6 +318,12 @@ class SAE(nn.Module, ABC):
             bias = self.encoder_bias + (self.b_dec.detach() - self.b_dec) @ self.W_enc.detach()
         with self._low_precision():
             return centred, functional.linear(centred, self.W_enc.T, bias)
+
+    def _relu_reconstruct(self, centred: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`relu_reconstruct` with this SAE's parameters, its products in `precision`."""
+        dtype = self.precision if self.precision != torch.float32 else self.W_enc.dtype
+        parameters = self.W_enc, self.b_enc, self.W_dec, self.b_dec
+        return relu_reconstruct(centred, parameters, weights, dtype, self._workspace)
 
     def _decode_low(self, latents: Tensor) -> Tensor:
         """`decode` with its product in `precision`."""

@@ -161,7 +161,9 @@ def backward(
         workspace: Lends memory to both matrices' gradients.
     """
     assert _in_use is not None
-    into_W_enc, into_W_dec = (workspace.lend(name, tuple(W_dec.shape)) for name in ("into_W_enc", "into_W_dec"))
+    into_W_enc, into_W_dec = (
+        workspace.lend(name, tuple(W_dec.shape), W_dec.dtype, W_dec.device) for name in ("into_W_enc", "into_W_dec")
+    )
     into_b_enc = torch.empty(len(W_dec))
     own = [ctypes.c_void_p()] if into_values is None else _pointers(into_values.contiguous())
     _in_use.saetrack_backward(

@@ -17,7 +17,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
-        self._lent: dict[str, tuple[np.ndarray, int]] = {}
+        self._lent: dict[str, tuple[np.ndarray[Any, Any], int]] = {}
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor; the next call with the same name gives the same memory again."""
@@ -27,21 +27,24 @@ class Workspace:
             kept = self._buffers[name] = torch.empty(size, dtype=dtype, device=device)
         return kept[:size].view(shape)
 
-    def lend(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """An uninitialised float32 tensor on the CPU, in memory lent before if nobody holds that any more.
+    def lend(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised tensor; on a CPU in memory that was lent before, if nobody holds that any more.
 
         So it may go to others, as a gradient does: while any tensor on that memory lives, others get new memory.
         """
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)  # the allocator of a GPU keeps memory by itself
+        size = torch.Size(shape).numel() * dtype.itemsize
         if name in self._lent:
             kept, alone = self._lent[name]
             # every storage on an array's memory holds a reference to it
-            if kept.shape == shape and sys.getrefcount(kept) == alone:
-                return torch.from_numpy(kept)
-        kept = np.empty(shape, dtype=np.float32)
+            if kept.size == size and sys.getrefcount(kept) == alone:
+                return torch.from_numpy(kept).view(dtype).view(shape)
+        kept = np.empty(size, dtype=np.uint8)
         self._lent[name] = kept, 0
         alone = sys.getrefcount(kept)
         self._lent[name] = kept, alone
-        return torch.from_numpy(kept)
+        return torch.from_numpy(kept).view(dtype).view(shape)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Workspace":
         return Workspace()
