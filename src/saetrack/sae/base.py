@@ -359,6 +359,14 @@ class SAE(nn.Module, ABC):
         """Inside, everything is float32, whatever autocast is on outside."""
         return torch.autocast(self.b_dec.device.type, enabled=False)
 
+    def _checked_k(self, k: int) -> int:
+        if not 1 <= k <= self.d_sae:
+            raise ValueError(
+                f"sae.k must be from 1 to d_sae = {self.d_in} * {self.expansion_factor} = {self.d_sae}, but is {k}; "
+                f"lower `sae.k` or raise `sae.expansion_factor`."
+            )
+        return k
+
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1:] != (self.d_in,):
             raise ValueError(

@@ -41,12 +41,7 @@ class BatchSelectionSAE(SAE):
 
     def __init__(self, d_in: int, expansion_factor: int, k: int, aux_coefficient: float, aux_k: int | None) -> None:
         super().__init__(d_in, expansion_factor, aux_coefficient, aux_k)
-        if not 1 <= k <= self.d_sae:
-            raise ValueError(
-                f"sae.k must be from 1 to d_sae = {d_in} * {expansion_factor} = {self.d_sae}, but is {k}; "
-                f"lower `sae.k` or raise `sae.expansion_factor`."
-            )
-        self.k = k
+        self.k = self._checked_k(k)
         self.register_buffer("threshold", torch.zeros(self.d_sae))
         self.register_load_state_dict_pre_hook(refuse_negative_thresholds)  # type: ignore[no-untyped-call]
 

@@ -38,12 +38,7 @@ class TopKSAE(SAE):
         aux_k: int | None = None,
     ) -> None:
         super().__init__(d_in, expansion_factor, aux_coefficient, aux_k)
-        if not 1 <= k <= self.d_sae:
-            raise ValueError(
-                f"sae.k must be from 1 to d_sae = {d_in} * {expansion_factor} = {self.d_sae}, but is {k}; "
-                f"lower `sae.k` or raise `sae.expansion_factor`."
-            )
-        self.k = k
+        self.k = self._checked_k(k)
 
     def activate(self, pre: Tensor) -> Tensor:
         """Keep the k largest, then apply ReLU."""

@@ -18,6 +18,7 @@ from saetrack.sae import SAE, Kernels, LossTerms, Precision, TopKSAE, resolve_pr
 from saetrack.training.adam import ColumnAdam
 from saetrack.training.convergence import Curve, check_points, has_converged
 from saetrack.training.datamodule import ActivationDataModule, require_positive
+from saetrack.training.divergence import refuse_divergence
 from saetrack.training.stream import ActivationStream, Batch
 
 _HELD_OUT_ROWS = 1024  # dense latents of these are held at a time
@@ -240,6 +241,7 @@ class SAEModule(LightningModule):
                 out.terms["continuity"] = out.moved.detach()
             self._observed[hookpoint] = out.fired, out.smallest_kept
             if batch_idx % every == 0:
+                refuse_divergence(hookpoint, self.sae(hookpoint), float(out.loss.detach()), self.kernels, x, dead)
                 self._log_step(hookpoint, out, dead)
         return total
 
