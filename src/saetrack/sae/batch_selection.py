@@ -37,6 +37,7 @@ class BatchSelectionSAE(SAE):
         ValueError: If k does not lie between 1 and d_sae.
     """
 
+    sparse_gradients = True
     threshold: Tensor
 
     def __init__(self, d_in: int, expansion_factor: int, k: int, aux_coefficient: float, aux_k: int | None) -> None:

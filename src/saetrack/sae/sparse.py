@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from . import native
+from . import native, ranks
 from .workspace import Workspace
 
 # Reads two tables row against row without a [nnz, d_in] intermediate. It is the only private op of the package;
@@ -60,6 +60,23 @@ class Selection:
     def keys(self) -> Tensor:
         """One number for each entry, the same in every selection of these activations, int64 ``[nnz]``."""
         return self.rows * self.d_sae + self.columns
+
+    @cached_property
+    def everywhere(self) -> "Selection":
+        """That of the activations of all ranks, which have as many each."""
+        offsets = torch.cat([self.offsets.new_zeros(1), self._counts_everywhere.cumsum(0)])
+        columns = ranks.gather(self.columns.int(), self.entries_of_ranks)
+        return Selection(columns.long(), offsets, self.d_sae)
+
+    @cached_property
+    def entries_of_ranks(self) -> list[int]:
+        """How many entries of `everywhere` are of which rank."""
+        counts: list[int] = self._counts_everywhere.view(-1, self.batch).sum(dim=1).tolist()
+        return counts
+
+    @cached_property
+    def _counts_everywhere(self) -> Tensor:
+        return ranks.gather(self.offsets.diff())
 
     @property
     def order(self) -> Tensor:
@@ -200,9 +217,13 @@ class _EncodeAt(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         centred, W_enc = ctx.saved_tensors
+        selection = ctx.selection
+        if ranks.factors_in_use():
+            selection, grad = _everywhere(selection, grad)
+            centred = ranks.gather_once(centred)
         # [d_sae, d_in] in memory, so its transpose has the layout of W_enc and becomes `.grad` without a copy
-        into_W_enc = latent_sums(grad, centred, ctx.selection).T
-        into_b_enc = latent_sums(grad, None, ctx.selection)
+        into_W_enc = latent_sums(grad, centred, selection).T
+        into_b_enc = latent_sums(grad, None, selection)
         return None, into_W_enc, into_b_enc, (W_enc @ into_b_enc).neg_(), None
 
 
@@ -218,8 +239,20 @@ class _DecodeAt(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
         grad = grad.contiguous()
-        into_W_dec = latent_sums(values, grad, ctx.selection) if ctx.needs_input_grad[1] else None
-        return row_dots(grad, W_dec, ctx.selection), into_W_dec, None
+        selection = ctx.selection
+        into_values = row_dots(grad, W_dec, selection)
+        if not ctx.needs_input_grad[1]:
+            return into_values, None, None
+        if ranks.factors_in_use():
+            selection, values = _everywhere(selection, values)
+            grad = ranks.gather(grad)
+        return into_values, latent_sums(values, grad, selection), None
+
+
+def _everywhere(selection: Selection, values: Tensor) -> tuple[Selection, Tensor]:
+    """The entries of all ranks, and their values divided by the number of ranks, for DDP's gradients are means."""
+    entries = selection.entries_of_ranks
+    return selection.everywhere, ranks.gather(values, entries).div_(len(entries))
 
 
 class _ReconstructAt(torch.autograd.Function):
@@ -253,7 +286,8 @@ class _ReconstructAt(torch.autograd.Function):
         centred, W_enc, W_dec, values = ctx.saved_tensors
         selection: Selection = ctx.selection
         grad = torch.zeros_like(centred) if grad is None else grad.contiguous()
-        if native.in_use(grad, values, W_dec):
+        into_b_dec = grad.sum(dim=0)
+        if native.in_use(grad, values, W_dec) and not ranks.factors_in_use():
             into_W_enc, into_b_enc, into_W_dec = native.backward(
                 centred, grad, W_dec, values, into_values, selection, ctx.workspace
             )
@@ -262,11 +296,14 @@ class _ReconstructAt(torch.autograd.Function):
             if into_values is not None:
                 into_pre.add_(into_values)
             into_pre.mul_(values > 0)
+            if ranks.factors_in_use():
+                values, (selection, into_pre) = _everywhere(selection, values)[1], _everywhere(selection, into_pre)
+                centred, grad = ranks.gather_once(centred), ranks.gather(grad)
             into_W_dec = latent_sums(values, grad, selection)
             # [d_sae, d_in] in memory, so its transpose has the layout of W_enc and becomes `.grad` without a copy
             into_W_enc = latent_sums(into_pre, centred, selection)
             into_b_enc = latent_sums(into_pre, None, selection)
-        into_b_dec = grad.sum(dim=0).addmv_(W_enc, into_b_enc, alpha=-1)
+        into_b_dec.addmv_(W_enc, into_b_enc, alpha=-1)
         return None, into_W_enc.T, into_b_enc, into_W_dec, into_b_dec, None, None, None
 
 

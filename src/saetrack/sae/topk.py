@@ -29,6 +29,8 @@ class TopKSAE(SAE):
         aux_k: How many dead latents reconstruct the error of one activation. None: d_in // 2, as in Gao et al.
     """
 
+    sparse_gradients = True
+
     def __init__(
         self,
         d_in: int,
