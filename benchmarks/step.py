@@ -41,7 +41,7 @@ def with_native(make: Callable[[], Step]) -> Step:
     return run
 
 
-def topk(d_sae: int, rounds: int) -> None:
+def topk(d_sae: int, rounds: int, only_sparsify: bool = TUNED) -> None:
     """TopK: sparsify, SAELens, dictionary_learning and the floor."""
     batches = activations(BATCH, D_IN)
 
@@ -49,13 +49,13 @@ def topk(d_sae: int, rounds: int) -> None:
         return step_of(TopKSAE(D_IN, d_sae // D_IN, K), dead_share=dead_share)
 
     steps: dict[str, Step] = {"ours": ours(), "native": with_native(ours), "sparsify": sparsify(D_IN, d_sae, K)}
-    if not TUNED:
+    if not only_sparsify:
         steps |= {
             "floor": floor_of(D_IN, d_sae),
             "sae_lens": sae_lens("topk", D_IN, d_sae, K, BATCH, autocast=False),
             "dictionary_learning": dictionary_learning(D_IN, d_sae, K),
         }
-    if d_sae == 16384 and not TUNED:
+    if d_sae == 16384 and not only_sparsify:
         steps["2_percent_dead"] = ours(dead_share=0.02)
     times = interleaved({name: on(step, batches) for name, step in steps.items()}, rounds)
 
@@ -71,7 +71,7 @@ def topk(d_sae: int, rounds: int) -> None:
     tell("topk_against_sparsify", "sparsify", "ours", 2.8 if TUNED else {4096: 3.5}.get(d_sae, 4.0), peer=version)
     native_bar = 5.0 if TUNED else {4096: 5.5, 16384: 7.0}.get(d_sae, 8.0)
     tell("topk_native_against_sparsify", "sparsify", "native", native_bar, peer=version)
-    if TUNED:
+    if only_sparsify:
         return
     tell("topk_against_sae_lens", "sae_lens", "ours", 7.0, peer=installed("sae-lens"))
     patched = f"{installed('dictionary-learning')}, its slow einsum rewritten"
@@ -100,12 +100,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--d_sae", type=int, nargs="+", default=[4096, 16384, 32768])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=["topk", "relu"])
+    parser.add_argument("--only", choices=["topk", "sparsify", "relu"], help="sparsify: TopK beside it alone")
     asked = parser.parse_args()
     for size in asked.d_sae:
         if asked.only != "relu":
-            topk(size, asked.rounds)
+            topk(size, asked.rounds, TUNED or asked.only == "sparsify")
         gc.collect()
-        if asked.only != "topk" and size == 16384 and not TUNED:
+        if asked.only in (None, "relu") and size == 16384 and not TUNED:
             relu(size, asked.rounds)
         gc.collect()
