@@ -81,24 +81,26 @@ BENCH := .venv-bench/bin/python benchmarks
 # An allocator that keeps what is freed: without it every large temporary is zeroed anew by the system.
 TUNED := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=16000000000 MALLOC_TOP_PAD_=8000000000
 
-bench: .venv-bench/.peers runs/bench-llm/step512
-	$(BENCH)/step.py | tee runs/bench.jsonl
-	$(TUNED) $(BENCH)/step.py | tee -a runs/bench.jsonl
-	$(BENCH)/step_memory.py | tee -a runs/bench.jsonl
-	$(BENCH)/ddp.py | tee -a runs/bench.jsonl
-	$(BENCH)/accuracy.py runs/bench-llm | tee -a runs/bench.jsonl
-	$(BENCH)/architectures.py runs/bench-llm | tee -a runs/bench.jsonl
-	$(BENCH)/stream.py runs/bench-pythia | tee -a runs/bench.jsonl
-	$(BENCH)/llm_dtype.py runs/bench-llm | tee -a runs/bench.jsonl
-	$(BENCH)/memory.py runs/bench-memory | tee -a runs/bench.jsonl
-	@$(BENCH)/table.py runs/bench.jsonl
+# every benchmark prints lines of JSON (benchmarks/measuring.py), and the table is of all that lie in runs/bench
+bench: bench-step bench-stream
+	@$(BENCH)/table.py runs/bench/*.jsonl | tee runs/bench/table.md
+
+# a training step: speed, memory and accuracy beside the other packages, and on two processes
+bench-step: .venv-bench/.peers runs/bench-llm/step512
+	@mkdir -p runs/bench
+	$(BENCH)/step.py | tee runs/bench/1-step.jsonl
+	$(TUNED) $(BENCH)/step.py --only topk | tee runs/bench/2-step-tuned.jsonl
+	$(BENCH)/step_memory.py | tee runs/bench/3-memory.jsonl
+	$(BENCH)/accuracy.py runs/bench-llm | tee runs/bench/4-accuracy.jsonl
+	$(BENCH)/architectures.py runs/bench-llm | tee runs/bench/5-architectures.jsonl
+	$(BENCH)/ddp.py | tee runs/bench/6-ddp.jsonl
 
 # tokens a second from rows to trained SAE, beside the other packages' loops; the LLM's dtype; memory of the process
 bench-stream: .venv-bench/.peers runs/bench-llm/step512
-	$(BENCH)/stream.py runs/bench-pythia | tee runs/bench-stream.jsonl
-	$(BENCH)/llm_dtype.py runs/bench-llm | tee -a runs/bench-stream.jsonl
-	$(BENCH)/memory.py runs/bench-memory | tee -a runs/bench-stream.jsonl
-	@$(BENCH)/table.py runs/bench-stream.jsonl
+	@mkdir -p runs/bench
+	$(BENCH)/stream.py runs/bench-pythia | tee runs/bench/7-stream.jsonl
+	$(BENCH)/llm_dtype.py runs/bench-llm | tee runs/bench/8-llm-dtype.jsonl
+	$(BENCH)/memory.py runs/bench-memory | tee runs/bench/9-process-memory.jsonl
 
 test-peers: .venv-bench/.peers
 	.venv-bench/bin/pytest -q -m peers tests/peers

@@ -19,6 +19,7 @@ from saetrack.training.adam import ColumnAdam
 from saetrack.training.convergence import Curve, check_points, has_converged
 from saetrack.training.datamodule import ActivationDataModule, require_positive
 from saetrack.training.ddp import share_gradients
+from saetrack.training.divergence import refuse_divergence
 from saetrack.training.saes import SAEsByHookpoint, build_sae, refuse_other_names, setting_of
 from saetrack.training.stream import ActivationStream, Batch
 
@@ -254,6 +255,7 @@ class SAEModule(LightningModule):
                 out.terms["continuity"] = out.moved.detach()
             self._observed[hookpoint] = out.fired, out.smallest_kept
             if batch_idx % every == 0:
+                refuse_divergence(hookpoint, self.sae(hookpoint), float(out.loss.detach()), self.kernels, x, dead)
                 self._log_step(hookpoint, out, dead)
         return total
 
