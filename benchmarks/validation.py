@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from planted import HOOKPOINT, Plan, Truth, plant
-from validation_rows import HEADER, Row, line
+from validation_rows import HEADER, Row, line, ratio_row
 
 from saetrack import Track
 from saetrack.analysis import AnalysisResult
@@ -30,8 +30,8 @@ from saetrack.track import Snapshot
 Floats = NDArray[np.floating]
 
 MATCHED = 0.9  # cosine above which a latent is a planted feature
+CONVERGED = 0.2  # share by which null steps may lower the FVU of a snapshot that counts as converged
 KEPT = 0.5  # functional correlation above which a latent goes on meaning the same
-NESTED = 0.99  # a feature that fires with a certain other one this often is nested in it
 DOCUMENTS = 15_000
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
 DRIFT = 0.2
@@ -92,22 +92,12 @@ def matches(snapshot: Snapshot, truth: Truth) -> NDArray[np.integer]:
     return np.where(found, cosines.argmax(axis=1), -1)
 
 
-def recall(track: Track, truth: Truth, nested: bool) -> Row:
-    """Planted features of the last checkpoint that some latent is; with ``nested``, all of them.
-
-    A nested feature never fires without a certain other one, so the sum of the two is as good a direction as its own:
-    it takes one latent where both fire, and the planted dictionary takes two.
-    """
-    position = truth.plan.steps.index(track[-1].step)
-    planted = truth.amplitudes[position] > 0
-    if not nested:
-        fires = truth.latents(position, track.tokens("evaluation").tokens)[:, 1:].reshape(-1, len(planted)) > 0
-        together = fires.T.astype(np.float64) @ fires / np.maximum(fires.sum(axis=0), 1)[:, None]
-        np.fill_diagonal(together, 0)
-        planted &= together.max(axis=1) < NESTED
+def recall(track: Track, truth: Truth) -> Row:
+    """Planted features of the last checkpoint that some latent is."""
+    planted = truth.amplitudes[truth.plan.steps.index(track[-1].step)] > 0
     found = np.isin(np.flatnonzero(planted), matches(track[-1], truth))
-    what = "recall of planted features" if nested else "recall of those that are nested in no other"
-    return Row(f"{what} (max cosine >= {MATCHED})", ">= 0.95 at FVU <= 0.1", int(found.sum()), len(found))
+    what = f"recall of planted features (max cosine >= {MATCHED})"
+    return Row(what, ">= 0.95 at FVU <= 0.1", int(found.sum()), len(found))
 
 
 def followed(track: Track, truth: Truth, t: int) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
@@ -117,59 +107,47 @@ def followed(track: Track, truth: Truth, t: int) -> tuple[NDArray[np.integer], N
     return latents, here[latents]
 
 
-def planted_drift(track: Track, truth: Truth, t: int) -> tuple[Floats, Floats]:
-    """Each feature's own drift into snapshot t, and what is left of it once the stage's map has been applied.
-
-    The map is fitted to activations, and all that it can explain of them it does, so also movements that features
-    made on their own.
-
-    Returns:
-        ``[F]`` each.
-    """
-    position = truth.plan.steps.index(track[t].step)
-    own = truth.own_drift()[position]
-    transport = transport_into(track[t])
-    if transport is None:
-        return own, own
-    turned = truth.directions[position - 1] @ transport
-    return own, 1 - (turned * truth.directions[position]).sum(axis=1)
-
-
 def map_leaves(track: Track, truth: Truth) -> Row:
     """Share of the planted drift that the maps between activations leave, where no feature begins, ends or is swapped.
 
-    There the map also follows what came or went.
+    The map explains what it can of the activations, so also movements that features made on their own. Where a feature
+    comes or goes it also follows that.
     """
     own, left, here = [], [], truth.amplitudes
     for t in range(1, len(track)):
-        if t == truth.plan.half or (here[t - 1] != here[t]).any():
+        transport = transport_into(track[t])
+        if transport is None or t == truth.plan.half or (here[t - 1] != here[t]).any():
             continue
         features = followed(track, truth, t)[1]
-        both = planted_drift(track, truth, t)
-        own.append(both[0][features])
-        left.append(both[1][features])
-    ratio = float(np.concatenate(left).mean() / np.concatenate(own).mean())
-    return Row("(planted drift that the transport maps leave)", "-", float("nan"), sum(map(len, own)), ratio)
+        turned = truth.directions[t - 1, features] @ transport
+        own.append(truth.own_drift()[t, features])
+        left.append(1 - (turned * truth.directions[t, features]).sum(axis=1))
+    return ratio_row("(planted drift that the transport maps leave)", "-", *map(np.concatenate, (left, own)))
 
 
-def energy_recovered(track: Track, truth: Truth) -> Row:
-    """The drift that the LLM made, by the controls, over what the map left of that planted in the same latents."""
-    path = track.analyses_dir / "drift" / "excess.parquet"
-    start = "no rotation, prior" if transport_into(track[1]) is None else "of what the transport maps leave"
-    what, energy, planted = f"planted drift recovered ({start}; energy, by null steps and replicas)", [], []
-    if not path.is_file():
-        return Row(what, "0.9-1.1", float("nan"), 0)
-    table = pd.read_parquet(path).set_index(["step", "feature"])["energy"]
-    for t in range(1, len(track)):
-        if track[t].step not in table.index.get_level_values("step"):
-            continue
-        latents, features = followed(track, truth, t)
-        of_step = table.loc[track[t].step]
-        counts = np.isin(latents, of_step.index)
-        energy.append(of_step.loc[latents[counts]].to_numpy())
-        planted.append(planted_drift(track, truth, t)[1][features[counts]])
-    ratio = np.concatenate(energy).mean() / np.concatenate(planted).mean()
-    return Row(what, "0.9-1.1", float("nan"), len(np.concatenate(energy)), float(ratio))
+def energy_recovered(track: Track, truth: Truth, settled: bool = False) -> Row:
+    """The drift that the LLM made, by the controls, over the planted drift of the same latents.
+
+    Args:
+        track: With null and replica controls.
+        truth: What was planted.
+        settled: Whether only stages count that began from a snapshot that had converged: by whose null steps the FVU
+            fell by less than a fifth.
+    """
+    start = "prior, no rotation" if transport_into(track[1]) is None else "transported"
+    what = f"planted drift recovered (energy; {start}{', converged stages' if settled else ''})"
+    path, energy, planted = track.analyses_dir / "drift", [np.zeros(0)], [np.zeros(0)]
+    if (path / "excess.parquet").is_file():
+        table = pd.read_parquet(path / "excess.parquet").set_index(["step", "feature"])["energy"]
+        stages = pd.read_parquet(path / "calibration.parquet")
+        fell = 1 - stages["fvu_null"] / stages["fvu_before_null"]
+        for step in stages.loc[(fell < CONVERGED) | (not settled), "step"]:
+            t = track.steps.index(step)
+            latents, features = followed(track, truth, t)
+            counts = np.isin(latents, table.loc[step].index)
+            energy.append(table.loc[step].loc[latents[counts]].to_numpy())
+            planted.append(truth.own_drift()[t, features[counts]])
+    return ratio_row(what, "0.9-1.1", np.concatenate(energy), np.concatenate(planted))
 
 
 def identity(track: Track, truth: Truth, swapped: bool) -> Row:
@@ -224,15 +202,15 @@ def rows(track: Track, truth: Truth, swap: tuple[Track, Truth]) -> list[Row]:
     """The rows of one repeat, in the issue's order."""
     return [
         Row("(FVU at the last checkpoint)", "<= 0.1", float("nan"), 1, float(track[-1].metadata["fvu"])),
-        recall(track, truth, nested=True),
-        recall(track, truth, nested=False),
+        recall(track, truth),
         formed_coverage(track, truth),
         false_formed(track),
         token_classes(track, truth),
         false_concepts(track),
         energy_recovered(*swap),
-        map_leaves(track, truth),
         energy_recovered(track, truth),
+        energy_recovered(track, truth, settled=True),
+        map_leaves(track, truth),
         *(identity(*swap, swapped) for swapped in (False, True)),
     ]
 
