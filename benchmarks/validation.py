@@ -1,7 +1,7 @@
 """Do the instruments find what was planted? Fits, controls and analyses planted series, and prints a table.
 
-python benchmarks/validation.py FOLDER --repeats 3              about four minutes a repeat on one core
-python benchmarks/validation.py FOLDER --repeats 3 --controls   about eight: drift of the whole series by energy too
+python benchmarks/validation.py FOLDER --repeats 4              about four minutes a repeat on one core
+python benchmarks/validation.py FOLDER --repeats 4 --controls   about eight: drift of the whole series by energy too
 
 The rows that need no trained SAE are in benchmarks/validation_simulated.py.
 
@@ -35,10 +35,11 @@ KEPT = 0.5  # functional correlation above which a latent goes on meaning the sa
 DOCUMENTS = 15_000
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
 DRIFT = 0.2
+CONTROLLED = [3, 7]  # stages of the whole series with controls
 
 
 def fit_arguments(
-    series: Path, run: Path, tokens: tuple[int, int] = (500_000, 200_000), warm_start: str = "transported"
+    series: Path, run: Path, tokens: tuple[int, int] = (1_000_000, 400_000), warm_start: str = "transported"
 ) -> list[str]:
     """What is typed to follow a planted series.
 
@@ -70,10 +71,10 @@ def fit_arguments(
         "--data.tokens.held_out_tokens=4096",
         f"--data.tokens.cache_dir={series}/tokens",
         "--model.sae=BatchTopKSAE",
-        "--model.sae.expansion_factor=1",
+        "--model.sae.expansion_factor=4",
         "--model.sae.k=2",
         "--model.continuity=0",
-        "--model.optimizer.lr=1e-2",
+        "--model.optimizer.lr=3e-3",
         "--model.optimizer.warmup_tokens=5000",
         "--model.dead_after_tokens=20000",
         "--trainer.accelerator=cpu",
@@ -219,7 +220,7 @@ def swapped_series(folder: Path, seed: int) -> tuple[Track, Truth]:
     """Two checkpoints without a rotation, followed with ``prior``, at the second of which the swap happens."""
     series, run = folder / f"swap-llm-{seed}", folder / f"swap-run-{seed}"
     plan = Plan((0, 1), seed, DOCUMENTS, rotation=0.0, drift=(DRIFT,), formed_at_init=1.0, dying=0.0)
-    follow(plan, series, run, "prior", ["Drift"], controls=True)
+    follow(plan, series, run, "prior", ["Drift"], positions=[1])
     return Track.open(run), Truth.load(series)
 
 
@@ -227,18 +228,18 @@ def full_series(folder: Path, seed: int, controls: bool) -> tuple[Track, Truth]:
     """All checkpoints, with rotation, drift and onsets."""
     series, run = folder / f"llm-{seed}", folder / f"run-{seed}"
     plan = Plan(STEPS, seed, DOCUMENTS, drift=(DRIFT,))
-    follow(plan, series, run, "transported", ["Drift", "Formation", "Semantics"], controls)
+    follow(plan, series, run, "transported", ["Drift", "Formation", "Semantics"], CONTROLLED if controls else [])
     return Track.open(run), Truth.load(series)
 
 
-def follow(plan: Plan, series: Path, run: Path, warm_start: str, analyses: list[str], controls: bool) -> None:
-    """Plant a series, follow it, make its controls if asked to, and analyse it; what is there is not made again."""
+def follow(plan: Plan, series: Path, run: Path, warm_start: str, analyses: list[str], positions: list[int]) -> None:
+    """Plant a series, follow it, make controls of some stages, and analyse it; what is there is not made again."""
     if not (series / "truth.json").is_file():
         plant(series, plan)
     sys.argv = ["saetrack"]  # LightningCLI warns of arguments beside those it is given
     command([*fit_arguments(series, run, warm_start=warm_start), "--ckpt_path=last"])
-    for kind in ("null", "replica") if controls else ():
-        command(["control", str(run), f"--kind={kind}", "--replicas=2"])
+    for kind in ("null", "replica") if positions else ():
+        command(["control", str(run), f"--kind={kind}", f"--positions={positions}", "--replicas=2"])
     command(["analyze", str(run), *(f"--analyses+={name}" for name in analyses)])
 
 
@@ -256,10 +257,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first repeat")
     parser.add_argument("--controls", action="store_true", help="null and replica controls of the whole series too")
     options = parser.parse_args()
     repeats = []
-    for seed in range(options.repeats):
+    for seed in range(options.first, options.first + options.repeats):
         repeats.append(rows(*full_series(options.folder, seed, options.controls), swapped_series(options.folder, seed)))
         for row in repeats[-1]:
             sys.stderr.write(json.dumps({"seed": seed, **vars(row)}) + "\n")
