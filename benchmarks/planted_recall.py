@@ -22,7 +22,7 @@ from saetrack.lm.checkpoints import load_llm
 from saetrack.lm.forward import read_activations
 from saetrack.sae import BatchTopKSAE
 
-ROW, BATCH, EXPANSION, WARMUP, DEAD_AFTER, DECAY = 64, 256, 4, 5000, 20_000, 0.2
+ROW, BATCH, EXPANSION, WARMUP, DEAD_AFTER, DECAY = 64, 256, 8, 5000, 20_000, 0.2
 RUNS = (  # start, seed, learning rate, tokens
     ("truth", 0, 3e-3, 300_000),
     *(("random", seed, 3e-3, 300_000) for seed in (0, 1)),

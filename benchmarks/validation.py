@@ -39,7 +39,7 @@ CONTROLLED = [3, 7]  # stages of the whole series with controls
 
 
 def fit_arguments(
-    series: Path, run: Path, tokens: tuple[int, int] = (1_000_000, 400_000), warm_start: str = "transported"
+    series: Path, run: Path, tokens: tuple[int, int] = (800_000, 300_000), warm_start: str = "transported"
 ) -> list[str]:
     """What is typed to follow a planted series.
 
@@ -71,7 +71,7 @@ def fit_arguments(
         "--data.tokens.held_out_tokens=4096",
         f"--data.tokens.cache_dir={series}/tokens",
         "--model.sae=BatchTopKSAE",
-        "--model.sae.expansion_factor=4",
+        "--model.sae.expansion_factor=8",
         "--model.sae.k=2",
         "--model.continuity=0",
         "--model.optimizer.lr=3e-3",
