@@ -39,13 +39,13 @@ CONTROLLED = [3, 7]  # stages of the whole series with controls
 
 
 def fit_arguments(
-    series: Path, run: Path, tokens: tuple[int, int] = (800_000, 300_000), warm_start: str = "transported"
+    series: Path, run: Path, tokens: tuple[int, int] = (500_000, 200_000), warm_start: str = "transported"
 ) -> list[str]:
     """What is typed to follow a planted series.
 
-    The SAE and its recipe were chosen on seed 0: with fewer tokens it ends in worse minima, which
-    hold sums of planted features. Under ``transported`` no latent was seen to keep a swapped direction,
-    so identity after a swap is judged under ``prior``.
+    The SAE and its recipe were chosen on the last LLM checkpoint of seed 0 (benchmarks/planted_recall.py): with fewer
+    latents it ends in worse minima, which hold sums of planted features. Under ``transported`` no latent was seen to keep
+    a swapped direction, so identity after a swap is judged under ``prior``.
     """
     return [
         "fit",
@@ -74,7 +74,7 @@ def fit_arguments(
         "--model.sae.expansion_factor=8",
         "--model.sae.k=2",
         "--model.continuity=0",
-        "--model.optimizer.lr=3e-3",
+        "--model.optimizer.lr=6e-3",
         "--model.optimizer.warmup_tokens=5000",
         "--model.dead_after_tokens=20000",
         "--trainer.accelerator=cpu",
