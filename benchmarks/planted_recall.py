@@ -3,8 +3,8 @@
 python benchmarks/planted_recall.py SERIES          a folder that benchmarks/planted.py wrote, with --documents 15000
 
 Trains the SAE of benchmarks/validation.py on the series' last LLM checkpoint, from the planted directions and from a
-random start, by width, learning rate and tokens. Prints a JSON line for each: the loss at the end, FVU, recall, and for each
-feature missed the other one that it fires with most often, and how often.
+random start, by width, learning rate and tokens. Prints a JSON line for each: the loss at the end, FVU, recall, and for
+each feature missed the other one that it fires with most often, and how often.
 """
 
 import argparse

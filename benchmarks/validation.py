@@ -44,8 +44,8 @@ def fit_arguments(
     """What is typed to follow a planted series.
 
     The SAE and its recipe were chosen on the last LLM checkpoint of seed 0 (benchmarks/planted_recall.py): with fewer
-    latents it ends in worse minima, which hold sums of planted features. Under ``transported`` no latent was seen to keep
-    a swapped direction, so identity after a swap is judged under ``prior``.
+    latents it ends in worse minima, which hold sums of planted features. Under ``transported`` no latent was seen to
+    keep a swapped direction, so identity after a swap is judged under ``prior``.
     """
     return [
         "fit",

@@ -90,7 +90,7 @@ def test_most_planted_features_are_found(followed: tuple[Track, planted.Truth]) 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_every_feature_fires_often_enough_without_any_other(seed: int) -> None:
     truth = planted._draw(planted.Plan((0, 1, 2, 3), seed))
-    rows = np.random.default_rng(seed).integers(1, planted.WORDS + 1, size=(2000, planted.CONTEXT))
+    rows = np.random.default_rng(seed).integers(1, planted.WORDS + 1, size=(500, planted.CONTEXT))
     for position in (0, 3):
         fires = truth.latents(position, rows)[:, 1:].reshape(-1, len(truth.kinds)) > 0
         together = planted.fires_with(fires.T.astype(bool), np.ones(len(fires)))
