@@ -17,6 +17,7 @@ from saetrack.errors import OneLineErrors, wants_traceback
 from saetrack.exchange import EXPORT_FORMATS, ImportedFacts, export_track, import_map, import_sae
 from saetrack.hub import push_folder
 from saetrack.lm import describe_checkpoints, source_from_string
+from saetrack.terminal import shown
 from saetrack.track import Track
 
 
@@ -76,7 +77,9 @@ def analyze(args: list[str]) -> None:
     chosen = name_analyses(config.analyses) if config.analyses else _built_in_analyses(len(track.distinct()))
     if config.only_kept and not config.analyses:
         chosen = {name: analysis for name, analysis in chosen.items() if analysis.restrictable}
-    for name, result in run_analyses(track, chosen, device=config.device, only_kept=config.only_kept).items():
+    with shown("Analysing", "pieces of work") as progress:
+        results = run_analyses(track, chosen, device=config.device, only_kept=config.only_kept, progress=progress)
+    for name, result in results.items():
         _say(f"{name}: {result.summary}\n  {track.analyses_dir / name}{'-kept' if config.only_kept else ''}")
 
 

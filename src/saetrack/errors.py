@@ -1,4 +1,4 @@
-"""How a command says that something was typed wrong: in one line, where argparse prints a page of usage."""
+"""Errors in one line: what a library's says, and what was typed wrong, where argparse prints a page of usage."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ PACKAGE = Path(__file__).parent
 TRACEBACK_VARIABLE = "SAETRACK_TRACEBACK"
 
 _NO_CLASS = re.compile(r'(?:Parser )?key "([^"]*)".*?Expected a dot import path string: (\S+)')
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the lines that follow and without its full stop; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 class OneLineErrors:

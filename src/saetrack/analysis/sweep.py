@@ -37,6 +37,9 @@ from .identity_stretches import Kept
 
 logger = logging.getLogger(__name__)
 
+Progress = Callable[[int, int, str], None]
+"""Told how many pieces of work are done, of how many, and what the next one is."""
+
 
 def run_analyses(
     track: Track,
@@ -45,6 +48,7 @@ def run_analyses(
     device: torch.device | str = "cpu",
     rows_per_batch: int = 32,
     only_kept: bool = False,
+    progress: Progress = lambda done, total, text: None,
 ) -> dict[str, AnalysisResult]:
     """Run analyses on a track and save each result under ``analyses/NAME`` of the track as soon as it is there.
 
@@ -59,6 +63,7 @@ def run_analyses(
         rows_per_batch: Token rows in one forward of the LLM.
         only_kept: Count features only over stretches in which they kept their identity, which the identity analysis
             must have found; the results go to ``analyses/NAME-kept``.
+        progress: Called before each analysis and each LLM checkpoint.
 
     Returns:
         Name to result, in the order of ``analyses``.
@@ -72,11 +77,11 @@ def run_analyses(
     _check(track, analyses, rows_per_batch)
     track = track.distinct()
     kept = _restrict(track, analyses) if only_kept else None
-    runs = _Runs(track, kept)
+    sweeping = {name: a for name, a in analyses.items() if isinstance(a, SweepAnalysis)}
+    runs = _Runs(track, kept, len(analyses) + (len(track) if sweeping else 0), progress)
     for name, analysis in analyses.items():
         if isinstance(analysis, Analysis) and not analysis.reads_results:
             runs.finish(name, partial(analysis.run, track))
-    sweeping = {name: a for name, a in analyses.items() if isinstance(a, SweepAnalysis)}
     probes: dict[str, Probe] = {}
     for name, analysis in sweeping.items():
         probe = runs.attempt(name, partial(analysis.begin, track))
@@ -127,11 +132,17 @@ def _restrict(track: Track, analyses: Mapping[str, Analysis | SweepAnalysis]) ->
 class _Runs:
     """Results so far, and who failed: one broken analysis must not cost the others their hour of forwards."""
 
-    def __init__(self, track: Track, kept: Kept | None) -> None:
+    def __init__(self, track: Track, kept: Kept | None, pieces: int, progress: Progress) -> None:
         self.track = track
         self.kept = kept
+        self._begun, self._pieces, self._progress = 0, pieces, progress
         self.results: dict[str, AnalysisResult] = {}
         self.failures: dict[str, Exception] = {}
+
+    def say(self, text: str) -> None:
+        """Name the next piece of work."""
+        self._progress(self._begun, self._pieces, text)
+        self._begun += 1
 
     def attempt(self, name: str, action: Callable[[], Any]) -> Any:
         """What ``action`` returns, or None when it raised."""
@@ -158,6 +169,7 @@ class _Runs:
             result.save(self.track.analyses_dir / folder)
             return result
 
+        self.say(name)
         result = self.attempt(name, save)
         if result is not None:
             self.results[name] = result
@@ -198,7 +210,7 @@ def _sweep(
     order = [len(track) - 1, *range(len(track) - 1)]
     for number, index in enumerate(order, start=1):
         snapshot = track[index]
-        logger.info("LLM checkpoint %d of %d (step %d)", number, len(order), snapshot.step)
+        runs.say(f"LLM checkpoint {number} of {len(order)} (step {snapshot.step})")
         whole = reader.read(snapshot, rows)
         for name, analysis in analyses.items():
             if name not in runs.failures:

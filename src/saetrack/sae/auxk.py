@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import ranks
+
 _CHUNK_NUMBERS = 2**23  # 32 MiB of float32: the dead latents' dense pre-activations that are held at a time
 
 
@@ -46,7 +48,7 @@ def auxiliary_loss(
     if n_dead == 0:
         return error.new_zeros(())
     error = error.detach()
-    variance = (error - error.mean(dim=0)).square().sum()
+    variance = ranks.total_variance(error)
     if variance == 0:
         return error.new_zeros(())
     reconstruct: Callable[..., Tensor] = _DeadReconstruction.apply
@@ -96,6 +98,11 @@ class _DeadReconstruction(torch.autograd.Function):
             into_pre = ctx.chosen.keep(rows, grad[rows] @ decoder.T)  # [rows, n_dead]
             into_encoder.addmm_(into_pre.T, centred[rows])
             into_bias.add_(into_pre.sum(dim=0))
+        if ranks.factors_in_use():
+            # every rank has the same dead latents, but activations of its own
+            into = ranks.average(torch.cat([into_encoder, into_decoder, into_bias[:, None]], dim=1))
+            d_in = centred.shape[1]
+            into_encoder, into_decoder, into_bias = into[:, :d_in], into[:, d_in:-1], into[:, -1]
 
         def spread(part: Tensor) -> Tensor:
             """The gradient of all latents: zero for those that are alive."""

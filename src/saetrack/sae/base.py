@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import scipy.sparse
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import Self
 
+from . import ranks
 from .auxk import auxiliary_loss
 from .geometric_median import geometric_median
 from .select import Workspace
@@ -69,6 +70,10 @@ class SAE(nn.Module, ABC):
     Raises:
         ValueError: If a size is below 1 or a coefficient negative.
     """
+
+    sparse_gradients: ClassVar[bool] = False
+    """Whether every gradient of the encoder, its bias and the decoder comes from `sparse` and `auxk`, so that ranks can
+    exchange what they are made of (`ranks`)."""
 
     def __init__(self, d_in: int, expansion_factor: int, aux_coefficient: float, aux_k: int | None) -> None:
         super().__init__()
@@ -329,7 +334,7 @@ class SAE(nn.Module, ABC):
         else:
             elsewhere = torch.isin(latents.selection.keys, selection.keys, assume_unique=True, invert=True)
             moved = moved + latents.values[elsewhere].square().sum()
-        power = values.square().sum()
+        power = ranks.average(values.square().sum())
         return moved / torch.where(power > 0, power, 1.0)
 
     def _auxiliary_loss(self, centred: Tensor, error: Tensor, dead: Tensor | None) -> Tensor:

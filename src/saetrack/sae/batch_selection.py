@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ranks
 from .base import INITIAL_ROWS, SAE, LossTerms, firing
 from .select import select_batch_topk
 from .sparse import Latents, encode_at
@@ -37,6 +38,7 @@ class BatchSelectionSAE(SAE):
         ValueError: If k does not lie between 1 and d_sae.
     """
 
+    sparse_gradients = True
     threshold: Tensor
 
     def __init__(self, d_in: int, expansion_factor: int, k: int, aux_coefficient: float, aux_k: int | None) -> None:
@@ -88,7 +90,7 @@ class BatchSelectionSAE(SAE):
             latents = Latents(selection, values)
             *narrower, x_hat = self.reconstructions(latents)
             # A batch of identical activations has no variance; its error is then left as it is instead of becoming NaN.
-            variance = (x - x.mean(dim=0)).square().sum()
+            variance = ranks.total_variance(x)
             variance = torch.where(variance > 0, variance, 1.0)
             loss = mse = (x - x_hat).square().sum() / variance
             terms = {"mse": mse.detach()}

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from . import native
+from . import native, ranks
 
 # Reads two tables row against row without a [nnz, d_in] intermediate. It is the only private op of the package;
 # `_row_dots` is the same in public ones, for a PyTorch that no longer has it.
@@ -59,6 +59,23 @@ class Selection:
     def keys(self) -> Tensor:
         """One number for each entry, the same in every selection of these activations, int64 ``[nnz]``."""
         return self.rows * self.d_sae + self.columns
+
+    @cached_property
+    def everywhere(self) -> "Selection":
+        """That of the activations of all ranks, which have as many each."""
+        offsets = torch.cat([self.offsets.new_zeros(1), self._counts_everywhere.cumsum(0)])
+        columns = ranks.gather(self.columns.int(), self.entries_of_ranks)
+        return Selection(columns.long(), offsets, self.d_sae)
+
+    @cached_property
+    def entries_of_ranks(self) -> list[int]:
+        """How many entries of `everywhere` are of which rank."""
+        counts: list[int] = self._counts_everywhere.view(-1, self.batch).sum(dim=1).tolist()
+        return counts
+
+    @cached_property
+    def _counts_everywhere(self) -> Tensor:
+        return ranks.gather(self.offsets.diff())
 
     @cached_property
     def order(self) -> Tensor:
@@ -153,9 +170,13 @@ class _EncodeAt(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         centred, W_enc = ctx.saved_tensors
+        selection = ctx.selection
+        if ranks.factors_in_use():
+            selection, grad = _everywhere(selection, grad)
+            centred = ranks.gather_once(centred)
         # [d_sae, d_in] in memory, so its transpose has the layout of W_enc and becomes `.grad` without a copy
-        into_W_enc = latent_sums(grad, centred, ctx.selection).T
-        into_b_enc = latent_sums(grad, None, ctx.selection)
+        into_W_enc = latent_sums(grad, centred, selection).T
+        into_b_enc = latent_sums(grad, None, selection)
         return None, into_W_enc, into_b_enc, (W_enc @ into_b_enc).neg_(), None
 
 
@@ -171,7 +192,18 @@ class _DecodeAt(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
         grad = grad.contiguous()
-        return row_dots(grad, W_dec, ctx.selection), latent_sums(values, grad, ctx.selection), None
+        selection = ctx.selection
+        into_values = row_dots(grad, W_dec, selection)
+        if ranks.factors_in_use():
+            selection, values = _everywhere(selection, values)
+            grad = ranks.gather(grad)
+        return into_values, latent_sums(values, grad, selection), None
+
+
+def _everywhere(selection: Selection, values: Tensor) -> tuple[Selection, Tensor]:
+    """The entries of all ranks, and their values divided by the number of ranks, for DDP's gradients are means."""
+    entries = selection.entries_of_ranks
+    return selection.everywhere, ranks.gather(values, entries).div_(len(entries))
 
 
 def row_dots(left: Tensor, right: Tensor, selection: Selection) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from . import ranks
 from .base import SAE, LossTerms, firing
 from .select import select_topk
 from .sparse import Latents, decode_at, encode_at
@@ -28,6 +29,8 @@ class TopKSAE(SAE):
         aux_coefficient: Weight of the auxiliary loss that revives dead latents; 0 turns it off.
         aux_k: How many dead latents reconstruct the error of one activation. None: d_in // 2, as in Gao et al.
     """
+
+    sparse_gradients = True
 
     def __init__(
         self,
@@ -61,7 +64,7 @@ class TopKSAE(SAE):
             x_hat = decode_at(values, selection, self.W_dec) + self.b_dec
             error = x - x_hat
             # A batch of identical activations has no variance; its error is then left as it is instead of becoming NaN.
-            variance = (x - x.mean(dim=0)).square().sum()
+            variance = ranks.total_variance(x)
             nmse = error.square().sum() / torch.where(variance > 0, variance, 1.0)
             auxk = self._auxiliary_loss(centred, error, dead)
             moved = self._moved(centred, latents, before)
