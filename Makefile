@@ -12,7 +12,8 @@ SHELL := bash
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart test test-all test-peers check docs bench bench-stream bench-warm-starts bench-report validation clean
+.PHONY: help quickstart controls test test-all test-peers check docs bench bench-step bench-stream bench-warm-starts bench-report
+.PHONY: bench-analyses validation clean
 
 help:
 	@echo "make quickstart  train a small LLM, follow an SAE through its training, analyse (minutes, 2 CPU cores)"
@@ -22,7 +23,9 @@ help:
 	@echo "make check       ruff, format and mypy"
 	@echo "make docs        the documentation as a site, in build/site"
 	@echo "make bench       measure beside SAELens, sparsify and dictionary_learning (an hour, 2 CPU cores)"
-	@echo "make validation  plant features, and see whether the instruments find them (half an hour)"
+	@echo "make bench-analyses  time and memory of the analyses, by LLM checkpoints and by features (ten minutes)"
+	@echo "make controls    all controls of the quickstart, and its analyses beside them (an hour, 2 CPU cores)"
+	@echo "make validation  plant features, and see whether the instruments find them (an hour)"
 
 # torch comes first and alone: asked for by another package, pip would take the newest, a CUDA build of gigabytes
 .venv/.torch: constraints.txt
@@ -113,8 +116,30 @@ bench-report: .venv/.dev
 	$(BIN)/saetrack report runs/quickstart
 	$(BIN)/python benchmarks/report.py runs/quickstart/*/report.html
 
+# what the analyses of the quickstart cost, and how that grows
+bench-analyses: .venv/.package
+	$(BIN)/python benchmarks/analysis_cost.py runs/quickstart | tee runs/bench-analyses.jsonl
+
+# all that docs/findings.md compares with; what is there is not trained again
+controls: .venv/.package
+	$(BIN)/saetrack control runs/quickstart --kind null
+	$(BIN)/saetrack control runs/quickstart --kind replica
+	$(BIN)/saetrack control runs/quickstart --kind null --chain true --replicas 2
+	$(BIN)/saetrack control runs/quickstart --kind scratch --replicas 2
+	$(BIN)/saetrack control runs/quickstart --kind scratch --replicas 2 --budget first
+	$(BIN)/saetrack control runs/quickstart --kind random --replicas 1
+	for thin in 1 2 4; do $(BIN)/saetrack control runs/quickstart --kind thinned --thin $$thin --replicas 1; done
+	for thin in 2 4; do $(BIN)/saetrack control runs/quickstart --kind thinned --thin $$thin --replicas 1 --budget total; done
+	for start in prior recentred; do $(BIN)/saetrack control runs/quickstart --kind thinned --replicas 1 --warm_start $$start; done
+	for chain in $(QUICKSTART)/controls/null-chain-*; do \
+	  $(BIN)/saetrack analyze $$chain --analyses+=Drift --analyses+=Semantics; done
+	$(BIN)/saetrack analyze $(QUICKSTART)/controls/random-0
+	$(BIN)/saetrack analyze runs/quickstart
+	$(BIN)/saetrack analyze runs/quickstart --only_kept true
+
 validation: .venv/.package
-	$(BIN)/python benchmarks/validation.py runs/validation
+	$(BIN)/python benchmarks/validation.py runs/validation --controls
+	PYTHONPATH=. $(BIN)/python benchmarks/validation_simulated.py
 
 clean:
 	rm -rf .venv .venv-bench .mypy_cache .ruff_cache .pytest_cache
