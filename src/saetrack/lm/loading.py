@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 
 from saetrack.lm import files
 from saetrack.lm.local.formats import LocalFormat
-from saetrack.lm.local.torch_files import objects_in
 from saetrack.lm.trust import VARIABLE, is_trusted_folder
 from saetrack.lm.weight_files import weight_names
-from saetrack.pickles import DAMAGED, reason
+from saetrack.pickles import DAMAGED, objects_in, reason
 from saetrack.storage import whole_folder
 
 if TYPE_CHECKING:

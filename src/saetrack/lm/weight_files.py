@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from saetrack.errors import first_line
 from saetrack.lm import hub_cache
+from saetrack.pickles import is_archive
 
 # In the order in which transformers prefers them; in shards, beside an index.
 _FORMATS = ("model.safetensors", "pytorch_model.bin")
@@ -112,11 +113,13 @@ def damage(path: Path) -> str | None:
                 return None
         except SafetensorError as error:
             return first_line(error)
-    with path.open("rb") as file:
-        begin = file.read(2)
-    if begin == b"":
+    if path.stat().st_size == 0:
         return "it is empty"
-    return "it begins as an archive but has no directory" if begin == b"PK" and not zipfile.is_zipfile(path) else None
+    try:
+        is_archive(path)
+    except (ValueError, zipfile.BadZipFile) as error:
+        return first_line(error)
+    return None
 
 
 def _index(single: str) -> str:

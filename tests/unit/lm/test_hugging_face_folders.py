@@ -135,7 +135,7 @@ def own_code(folder: Path, llm: GPTNeoXForCausalLM) -> None:
         (no_map, r"pytorch_model\.bin\.index\.json names no shards", True),
         (leads_out, r"lacks 1 of the 1 weight files .* \.\./other/pytorch_model\.bin", True),
         (unknown_type, r"has a config\.json that transformers .* does not know", False),
-        (own_code, r"does not know .*`trust_remote_code` to a ListSource, or set SAETRACK_TRUST", False),
+        (own_code, r"does not know .*set `trust_remote_code` of the .*, or SAETRACK_TRUST to the", False),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -153,8 +153,9 @@ def test_a_bad_folder_is_named_in_one_line_and_nothing_in_it_is_run(
     assert not (folder / "ran").exists()
 
 
+@pytest.mark.parametrize("by", ["a list", "a folder", "the environment"])
 def test_code_in_a_folder_runs_only_by_the_users_word(
-    tmp_path: Path, llm: GPTNeoXForCausalLM, monkeypatch: pytest.MonkeyPatch
+    by: str, tmp_path: Path, llm: GPTNeoXForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("saetrack.lm.trust._given", set())
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -177,7 +178,17 @@ class Model(GPTNeoXForCausalLM):
     with pytest.raises(ValueError, match="does not know"):
         load_llm(checkpoint)
     assert not (folder / "ran").exists()
-    ListSource([checkpoint], trust_remote_code=True)
+    monkeypatch.setenv("SAETRACK_TRUST", f",{tmp_path / 'other'}")  # nothing is not the folder one is in
+    monkeypatch.chdir(tmp_path)
+    FolderSource(tmp_path)
+    with pytest.raises(ValueError, match="does not know"):
+        load_llm(checkpoint)
+    if by == "a list":
+        ListSource([checkpoint], trust_remote_code=True)
+    elif by == "a folder":
+        FolderSource("../" + tmp_path.name, trust_remote_code=True)
+    else:
+        monkeypatch.setenv("SAETRACK_TRUST", f"some.factory,{tmp_path}")
     loaded = load_llm(checkpoint)
     assert (folder / "ran").exists()
     assert type(loaded).__name__ == "Model"
