@@ -286,10 +286,12 @@ def llamascopium_saves(draw: st.DataObject, path: Path, d_in: int, d_sae: int) -
     theirs.save_pretrained(path)
     config.save_hyperparameters(path)
     scale = theirs.decoder_norm() if by_norm and act_fn == "topk" else 1.0  # those come with unit rows
-    # its standardize_parameters_of_dataset_norm leaves the threshold of a jumprelu behind, so the mode of training it is
-    return Theirs(
-        lambda x: theirs.encode(factor * x) * scale, lambda x: theirs.decode(theirs.encode(factor * x)) / factor
-    )
+
+    def latents(x: Tensor) -> Tensor:
+        # as in training: its standardize_parameters_of_dataset_norm leaves the threshold of a jumprelu behind
+        return theirs.encode(factor * x)
+
+    return Theirs(lambda x: latents(x) * scale, lambda x: theirs.decode(latents(x)) / factor)
 
 
 def saelens_saves(draw: st.DataObject, path: Path, d_in: int, d_sae: int) -> Theirs:

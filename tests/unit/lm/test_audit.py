@@ -199,11 +199,12 @@ def test_what_contradicts_the_place_in_the_series_is_found(tmp_path: Path, make_
 
 def test_names_that_say_no_step_are_listed(tmp_path: Path, make_series: Callable[..., Path]) -> None:
     make_series(tmp_path, steps=[4])
-    for name in ("step-final", "resume", ".cache"):
-        (tmp_path / name).mkdir()
+    make_series(tmp_path, steps=[1, 2], name="final-{}")
+    for name in ("tokenizer", ".cache"):
+        (tmp_path / name).mkdir()  # no models
     for audited in (False, True):
         said = describe_checkpoints(FolderSource(tmp_path), audit=audited).splitlines()
-        assert said[-1] == "Left out, for their names say no step: resume, step-final."
+        assert said[-1] == "Left out, for their names say no step: final-1, final-2."
 
 
 def test_a_revision_that_is_nowhere_is_a_fault(tmp_path: Path) -> None:
