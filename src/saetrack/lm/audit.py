@@ -119,7 +119,6 @@ def _audited(checkpoints: Sequence[LLMCheckpoint], known: Mapping[str, int]) -> 
     mains = _main_fingerprints(checkpoints)
     # the last one may well be the finished LLM
     last = max((checkpoint.step for checkpoint in checkpoints), default=0)
-    most: LLMCheckpoint | None = None
     for checkpoint in checkpoints:
         try:
             commit, found = commit_sha(checkpoint), _loadable(checkpoint)
@@ -128,21 +127,21 @@ def _audited(checkpoints: Sequence[LLMCheckpoint], known: Mapping[str, int]) -> 
             continue
         equal_to = next((first[digest] for digest in found if digest in first), None)
         is_main = checkpoint.step < last and not mains.get(checkpoint.model, set()).isdisjoint(found)
-        rows.append(AuditRow(checkpoint, commit, found[0], equal_to, None, _doubt(checkpoint, most), is_main))
+        rows.append(AuditRow(checkpoint, commit, found[0], equal_to, None, _doubt(checkpoint, checkpoints), is_main))
         first = {**dict.fromkeys(found, checkpoint.step), **first}
-        if checkpoint.tokens is not None and (most is None or checkpoint.tokens > (most.tokens or 0)):
-            most = checkpoint
     return rows
 
 
-def _doubt(checkpoint: LLMCheckpoint, most: LLMCheckpoint | None) -> str | None:
-    """What contradicts its place, in words that follow its name; ``most`` is the earlier one of the most tokens."""
+def _doubt(checkpoint: LLMCheckpoint, series: Sequence[LLMCheckpoint]) -> str | None:
+    """What contradicts its place in a series, in whatever order that is given, in words that follow its name."""
     said = files.trainer_state(Path(checkpoint.model)).get("global_step") if files.is_folder(checkpoint.model) else None
     if said is not None and said != (parse_name(Path(checkpoint.model).name) or checkpoint).step:
         return f"has a trainer_state.json of step {said}, so it is not what its name says"
-    if checkpoint.tokens is None or most is None or most.tokens is None or checkpoint.tokens >= most.tokens:
+    earlier = [(c.tokens, c.step) for c in series if c.step < checkpoint.step and c.tokens is not None]
+    most, at = max(earlier, default=(0, 0))
+    if checkpoint.tokens is None or checkpoint.tokens >= most:
         return None
-    return f"has seen {checkpoint.tokens:,} tokens, fewer than the {most.tokens:,} of the earlier step {most.step}"
+    return f"has seen {checkpoint.tokens:,} tokens, fewer than the {most:,} of the earlier step {at}"
 
 
 def _loadable(checkpoint: LLMCheckpoint) -> list[str]:

@@ -195,6 +195,8 @@ def test_what_contradicts_the_place_in_the_series_is_found(tmp_path: Path, make_
     assert "has a trainer_state.json of step 80, so it is not what its name says." in renamed
     assert "has seen 100 tokens, fewer than the 900 of the earlier step 4." in fewer
     assert all(row.fault is None for row in rows)
+    backward = audit(FolderSource(tmp_path).checkpoints()[::-1])
+    assert {row.checkpoint: row.doubt for row in backward} == {row.checkpoint: row.doubt for row in rows}
 
 
 def test_names_that_say_no_step_are_listed(tmp_path: Path, make_series: Callable[..., Path]) -> None:
