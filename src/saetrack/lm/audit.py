@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from saetrack.lm import files
-from saetrack.lm.loading import LLMCheckpoint, commit_sha, fingerprints
+from saetrack.lm.loading import LLMCheckpoint, commit_sha, fingerprints, read_config
 from saetrack.lm.names import parse_name
 from saetrack.lm.selection import Selection
 from saetrack.lm.source import CheckpointSource
@@ -154,6 +154,8 @@ def _loadable(checkpoint: LLMCheckpoint) -> list[str]:
             f"{files.label(checkpoint.model, checkpoint.revision)} has weights but no config.json, which says what LLM "
             f"they are of. Put that of another checkpoint beside them, or leave this one out."
         )
+    if checkpoint.format is None and files.is_folder(checkpoint.model):
+        read_config(checkpoint, Path(checkpoint.model))
     return found
 
 

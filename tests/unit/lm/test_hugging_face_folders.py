@@ -120,6 +120,21 @@ def own_code(folder: Path, llm: GPTNeoXForCausalLM) -> None:
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()")
 
 
+def deep(folder: Path, llm: GPTNeoXForCausalLM) -> None:
+    bin_file(folder, llm)
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+def no_object(folder: Path, llm: GPTNeoXForCausalLM) -> None:
+    bin_file(folder, llm)
+    (folder / "config.json").write_text("[]")
+
+
+def wrong_type(folder: Path, llm: GPTNeoXForCausalLM) -> None:
+    bin_file(folder, llm)
+    (folder / "config.json").write_text(json.dumps({**llm.config.to_dict(), "hidden_size": "wide"}))
+
+
 @pytest.mark.parametrize(
     ("write", "message", "audited"),
     [
@@ -134,8 +149,11 @@ def own_code(folder: Path, llm: GPTNeoXForCausalLM) -> None:
         (no_index, r"pytorch_model\.bin\.index\.json is damaged, or names no shards", True),
         (no_map, r"pytorch_model\.bin\.index\.json names no shards", True),
         (leads_out, r"lacks 1 of the 1 weight files .* \.\./other/pytorch_model\.bin", True),
-        (unknown_type, r"has a config\.json that transformers .* does not know", False),
-        (own_code, r"does not know .*set `trust_remote_code` of the .*, or SAETRACK_TRUST to the", False),
+        (unknown_type, r"has a config\.json that transformers .* does not know", True),
+        (own_code, r"does not know .*set `trust_remote_code` of the .*, or SAETRACK_TRUST to the", True),
+        (deep, r"has a config\.json that transformers .* does not know \(maximum recursion depth", True),
+        (no_object, r"has a config\.json that transformers .* does not know", True),
+        (wrong_type, r"has a config\.json that transformers .* does not know", True),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
