@@ -3,7 +3,7 @@
 import ctypes
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from saetrack.lm import files
 from saetrack.lm.local.formats import LocalFormat
 from saetrack.lm.trust import VARIABLE, is_trusted_folder
-from saetrack.lm.weight_files import weight_names
+from saetrack.lm.weight_files import stored_dtypes, weight_names
 from saetrack.pickles import DAMAGED, objects_in, reason
 from saetrack.storage import whole_folder
 
@@ -161,7 +161,19 @@ def _load_hugging_face(checkpoint: LLMCheckpoint, dtype: torch.dtype) -> "PreTra
             f"{checkpoint} has no value for {len(missing)} of its LLM's weights, the first is {missing[0]}; they would "
             f"be random. Fetch it again, or check that config.json belongs to these weights."
         )
+    _refuse_whole_numbers(checkpoint, [folder / name for name in names], {n for n, _ in llm.named_parameters()})
     return llm
+
+
+def _refuse_whole_numbers(checkpoint: LLMCheckpoint, paths: Sequence[Path], parameters: Set[str]) -> None:
+    """Parameters are real numbers; transformers would cast whole ones without a word. Masks and counts may be whole."""
+    for path in paths:
+        for name in parameters & (dtypes := stored_dtypes(path)).keys():
+            if not dtypes[name].startswith(("F", "BF", "torch.float", "torch.bfloat")):
+                raise ValueError(
+                    f"{checkpoint}: {path.name} has a tensor {name} of {dtypes[name]}; expected floating-point "
+                    f"numbers, for it is a weight of the LLM. Fetch it again, or save it unquantised."
+                )
 
 
 def read_config(checkpoint: LLMCheckpoint, folder: Path) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
@@ -120,6 +121,16 @@ def own_code(folder: Path, llm: GPTNeoXForCausalLM) -> None:
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()")
 
 
+def whole(folder: Path, llm: GPTNeoXForCausalLM) -> None:
+    bin_file(folder, llm)
+    torch.save({**llm.state_dict(), "embed_out.weight": llm.embed_out.weight.long()}, folder / "pytorch_model.bin")
+
+
+def whole_safetensors(folder: Path, llm: GPTNeoXForCausalLM) -> None:
+    llm.config.save_pretrained(folder)
+    save_file({**llm.state_dict(), "embed_out.weight": llm.embed_out.weight.long()}, folder / "model.safetensors")
+
+
 def deep(folder: Path, llm: GPTNeoXForCausalLM) -> None:
     bin_file(folder, llm)
     (folder / "config.json").write_text("[" * 100_000)
@@ -146,6 +157,8 @@ def wrong_type(folder: Path, llm: GPTNeoXForCausalLM) -> None:
             r"gpt_neox\.final_layer_norm\.weight of shape \(3,\), but by config\.json it is \(16,\)",
             False,
         ),
+        (whole, r"has a tensor embed_out\.weight of (I64|torch\.int64); expected floating-point numbers", False),
+        (whole_safetensors, r"has a tensor embed_out\.weight of I64; expected floating-point numbers", False),
         (no_index, r"pytorch_model\.bin\.index\.json is damaged, or names no shards", True),
         (no_map, r"pytorch_model\.bin\.index\.json names no shards", True),
         (leads_out, r"lacks 1 of the 1 weight files .* \.\./other/pytorch_model\.bin", True),
