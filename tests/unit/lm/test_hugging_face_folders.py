@@ -16,6 +16,7 @@ from saetrack.lm import FolderSource, ListSource, LLMCheckpoint, audit, load_llm
 
 State = dict[str, Tensor]
 INDEX = "pytorch_model.bin.index.json"
+EMBEDDING = "gpt_neox.embed_in.weight"
 
 
 @pytest.fixture
@@ -123,12 +124,12 @@ def own_code(folder: Path, llm: GPTNeoXForCausalLM) -> None:
 
 def whole(folder: Path, llm: GPTNeoXForCausalLM) -> None:
     bin_file(folder, llm)
-    torch.save({**llm.state_dict(), "embed_out.weight": llm.embed_out.weight.long()}, folder / "pytorch_model.bin")
+    torch.save({**llm.state_dict(), EMBEDDING: llm.state_dict()[EMBEDDING].long()}, folder / "pytorch_model.bin")
 
 
 def whole_safetensors(folder: Path, llm: GPTNeoXForCausalLM) -> None:
     llm.config.save_pretrained(folder)
-    save_file({**llm.state_dict(), "embed_out.weight": llm.embed_out.weight.long()}, folder / "model.safetensors")
+    save_file({**llm.state_dict(), EMBEDDING: llm.state_dict()[EMBEDDING].long()}, folder / "model.safetensors")
 
 
 def deep(folder: Path, llm: GPTNeoXForCausalLM) -> None:
@@ -157,8 +158,12 @@ def wrong_type(folder: Path, llm: GPTNeoXForCausalLM) -> None:
             r"gpt_neox\.final_layer_norm\.weight of shape \(3,\), but by config\.json it is \(16,\)",
             False,
         ),
-        (whole, r"has a tensor embed_out\.weight of (I64|torch\.int64); expected floating-point numbers", False),
-        (whole_safetensors, r"has a tensor embed_out\.weight of I64; expected floating-point numbers", False),
+        (
+            whole,
+            r"has a tensor gpt_neox\.embed_in\.weight of (I64|torch\.int64); expected floating-point numbers",
+            False,
+        ),
+        (whole_safetensors, r"has a tensor gpt_neox\.embed_in\.weight of I64; expected floating-point numbers", False),
         (no_index, r"pytorch_model\.bin\.index\.json is damaged, or names no shards", True),
         (no_map, r"pytorch_model\.bin\.index\.json names no shards", True),
         (leads_out, r"lacks 1 of the 1 weight files .* \.\./other/pytorch_model\.bin", True),
