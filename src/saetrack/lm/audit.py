@@ -11,7 +11,7 @@ from pathlib import Path
 
 from saetrack.lm import files
 from saetrack.lm.finite import not_finite
-from saetrack.lm.loading import LLMCheckpoint, commit_sha, fingerprints
+from saetrack.lm.loading import LLMCheckpoint, commit_sha, fingerprints, read_config
 from saetrack.lm.names import parse_name
 from saetrack.lm.selection import Selection
 from saetrack.lm.source import CheckpointSource
@@ -121,7 +121,6 @@ def _audited(checkpoints: Sequence[LLMCheckpoint], known: Mapping[str, int]) -> 
     mains = _main_fingerprints(checkpoints)
     # the last one may well be the finished LLM
     last = max((checkpoint.step for checkpoint in checkpoints), default=0)
-    most: LLMCheckpoint | None = None
     for checkpoint in checkpoints:
         try:
             commit, found = commit_sha(checkpoint), _loadable(checkpoint)
@@ -130,10 +129,8 @@ def _audited(checkpoints: Sequence[LLMCheckpoint], known: Mapping[str, int]) -> 
             continue
         equal_to = next((first[digest] for digest in found if digest in first), None)
         is_main = checkpoint.step < last and not mains.get(checkpoint.model, set()).isdisjoint(found)
-        rows.append(AuditRow(checkpoint, commit, found[0], equal_to, None, _doubt(checkpoint, most), is_main))
+        rows.append(AuditRow(checkpoint, commit, found[0], equal_to, None, _doubt(checkpoint, checkpoints), is_main))
         first = {**dict.fromkeys(found, checkpoint.step), **first}
-        if checkpoint.tokens is not None and (most is None or checkpoint.tokens > (most.tokens or 0)):
-            most = checkpoint
     return rows
 
 
@@ -146,14 +143,16 @@ def _with_values(row: AuditRow) -> AuditRow:
     return row if name is None else replace(row, fault=f"Its tensor {name} holds NaN or infinite values: it diverged.")
 
 
-def _doubt(checkpoint: LLMCheckpoint, most: LLMCheckpoint | None) -> str | None:
-    """What contradicts its place, in words that follow its name; ``most`` is the earlier one of the most tokens."""
+def _doubt(checkpoint: LLMCheckpoint, series: Sequence[LLMCheckpoint]) -> str | None:
+    """What contradicts its place in a series, in whatever order that is given, in words that follow its name."""
     said = files.trainer_state(Path(checkpoint.model)).get("global_step") if files.is_folder(checkpoint.model) else None
     if said is not None and said != (parse_name(Path(checkpoint.model).name) or checkpoint).step:
         return f"has a trainer_state.json of step {said}, so it is not what its name says"
-    if checkpoint.tokens is None or most is None or most.tokens is None or checkpoint.tokens >= most.tokens:
+    earlier = [(c.tokens, c.step) for c in series if c.step < checkpoint.step and c.tokens is not None]
+    most, at = max(earlier, default=(0, 0))
+    if checkpoint.tokens is None or checkpoint.tokens >= most:
         return None
-    return f"has seen {checkpoint.tokens:,} tokens, fewer than the {most.tokens:,} of the earlier step {most.step}"
+    return f"has seen {checkpoint.tokens:,} tokens, fewer than the {most:,} of the earlier step {at}"
 
 
 def _loadable(checkpoint: LLMCheckpoint) -> list[str]:
@@ -166,6 +165,8 @@ def _loadable(checkpoint: LLMCheckpoint) -> list[str]:
             f"{files.label(checkpoint.model, checkpoint.revision)} has weights but no config.json, which says what LLM "
             f"they are of. Put that of another checkpoint beside them, or leave this one out."
         )
+    if checkpoint.format is None and files.is_folder(checkpoint.model):
+        read_config(checkpoint, Path(checkpoint.model))
     return found
 
 

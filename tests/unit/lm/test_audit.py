@@ -215,15 +215,18 @@ def test_what_contradicts_the_place_in_the_series_is_found(tmp_path: Path, make_
     assert "has a trainer_state.json of step 80, so it is not what its name says." in renamed
     assert "has seen 100 tokens, fewer than the 900 of the earlier step 4." in fewer
     assert all(row.fault is None for row in rows)
+    backward = audit(FolderSource(tmp_path).checkpoints()[::-1])
+    assert {row.checkpoint: row.doubt for row in backward} == {row.checkpoint: row.doubt for row in rows}
 
 
 def test_names_that_say_no_step_are_listed(tmp_path: Path, make_series: Callable[..., Path]) -> None:
     make_series(tmp_path, steps=[4])
-    for name in ("step-final", "resume", ".cache"):
-        (tmp_path / name).mkdir()
+    make_series(tmp_path, steps=[1, 2], name="final-{}")
+    for name in ("tokenizer", ".cache"):
+        (tmp_path / name).mkdir()  # no models
     for audited in (False, True):
         said = describe_checkpoints(FolderSource(tmp_path), audit=audited).splitlines()
-        assert said[-1] == "Left out, for their names say no step: resume, step-final."
+        assert said[-1] == "Left out, for their names say no step: final-1, final-2."
 
 
 def test_a_revision_that_is_nowhere_is_a_fault(tmp_path: Path) -> None:
