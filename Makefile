@@ -95,10 +95,14 @@ test-peers: .venv-bench/.peers
 bench-warm-starts: .venv-bench/.peers runs/bench-llm/step512
 	$(BENCH)/warm_starts.py runs/bench-llm runs/warm-starts
 
-# how fast the quickstart's report opens and filters, in Chromium
-bench-report: .venv/.dev
+# how fast a report opens and answers in Chromium: the quickstart's, and one of 30 checkpoints x 4,096 features
+runs/report-bench/track: | .venv/.dev
+	$(BIN)/python benchmarks/report_track.py runs/report-bench
+
+bench-report: .venv/.dev | runs/report-bench/track
 	$(BIN)/saetrack report runs/quickstart
-	$(BIN)/python benchmarks/report.py runs/quickstart/*/report.html
+	$(BIN)/saetrack report runs/report-bench/track
+	$(BIN)/python benchmarks/report.py runs/quickstart/*/report.html runs/report-bench/track/report.html
 
 validation: .venv/.package
 	$(BIN)/python benchmarks/validation.py runs/validation
