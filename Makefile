@@ -44,10 +44,10 @@ quickstart: .venv/.package
 	$(BIN)/saetrack fit --config configs/quickstart.yaml
 	@$(MAKE) --no-print-directory $(QUICKSTART)/report.html
 
-# one null step, so that the drift stands beside what training once more does by itself
+# one null step, so that drift and identity stand beside what training once more does by itself
 $(QUICKSTART)/report.html:
 	$(BIN)/saetrack control runs/quickstart --kind null --positions '[5]' --replicas 2
-	$(BIN)/saetrack analyze runs/quickstart --analyses+=Drift
+	$(BIN)/saetrack analyze runs/quickstart --analyses+=Quality --analyses+=Drift --analyses+=Identity --analyses+=Phases
 	$(BIN)/saetrack report runs/quickstart
 
 test: .venv/.dev

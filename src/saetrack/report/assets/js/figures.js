@@ -29,7 +29,10 @@ const fileName = (text) => text.toLowerCase().replace(/[^a-z0-9]+/g, "-").replac
 
 function tableRows(figure, steps) {
   if (figure.rows) return figure.rows;
-  if (figure.kind === "phases") return [["perspective", "step", "low", "high"], ...figure.marks.map((m) => [m.perspective, m.step, m.low, m.high])];
+  if (figure.kind === "phases") {
+    return [["perspective", "what", "from step", "to step", "value"], ...figure.rates.map((r) => [r.perspective, "rate", r.from, r.to, r.rate]),
+      ...figure.marks.map((m) => [m.perspective, m.robust ? "boundary" : "boundary on this axis only", m.low, m.high, m.step])];
+  }
   const head = ["step", ...figure.lines.flatMap((l) => (l.low ? [l.name, `${l.name}, low`, `${l.name}, high`] : [l.name]))];
   const body = steps.map((step, i) => [step, ...figure.lines.flatMap((l) => (l.low ? [l.values[i], l.low[i], l.high[i]] : [l.values[i]]))]);
   return [head, ...body];
