@@ -133,11 +133,11 @@ def life(results: Results) -> NDArray[np.uint8]:
     """
     same, lives = results.snapshot_grid("functional_correlation"), alive(results)
     if same is None:
-        whole: NDArray[np.uint8] = 255 * lives
-        return whole
+        same = np.ones(lives.shape)
     level = 1 + np.rint(254 * np.nan_to_num(same, nan=0.0).clip(0, 1))
     level[:, 0] = 255
-    return (lives * level).astype(np.uint8)
+    strip: NDArray[np.uint8] = (lives * level).astype(np.uint8)
+    return strip
 
 
 @dataclass
