@@ -47,10 +47,10 @@ quickstart: .venv/.package
 	$(BIN)/saetrack fit --config configs/quickstart.yaml
 	@$(MAKE) --no-print-directory $(QUICKSTART)/report.html
 
-# one null step, so that the drift stands beside what training once more does by itself
+# one null step, so that drift and identity stand beside what training once more does by itself
 $(QUICKSTART)/report.html:
 	$(BIN)/saetrack control runs/quickstart --kind null --positions '[5]' --replicas 2
-	$(BIN)/saetrack analyze runs/quickstart --analyses+=Drift
+	$(BIN)/saetrack analyze runs/quickstart --analyses+=Quality --analyses+=Drift --analyses+=Identity --analyses+=Phases
 	$(BIN)/saetrack report runs/quickstart
 
 test: .venv/.dev
@@ -111,10 +111,14 @@ test-peers: .venv-bench/.peers
 bench-warm-starts: .venv-bench/.peers runs/bench-llm/step512
 	$(BENCH)/warm_starts.py runs/bench-llm runs/warm-starts
 
-# how fast the quickstart's report opens and filters, in Chromium
-bench-report: .venv/.dev
+# how fast a report opens and answers in Chromium: the quickstart's, and one of 30 checkpoints x 4,096 features
+runs/report-bench/track: | .venv/.dev
+	$(BIN)/python benchmarks/report_track.py runs/report-bench
+
+bench-report: .venv/.dev | runs/report-bench/track
 	$(BIN)/saetrack report runs/quickstart
-	$(BIN)/python benchmarks/report.py runs/quickstart/*/report.html
+	$(BIN)/saetrack report runs/report-bench/track
+	$(BIN)/python benchmarks/report.py runs/quickstart/*/report.html runs/report-bench/track/report.html
 
 # what the analyses of the quickstart cost, and how that grows
 bench-analyses: .venv/.package
