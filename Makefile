@@ -108,8 +108,12 @@ bench-stream: .venv-bench/.peers runs/bench-llm/step512
 test-peers: .venv-bench/.peers
 	.venv-bench/bin/pytest -q -m peers tests/peers
 
-bench-warm-starts: .venv-bench/.peers runs/bench-llm/step512
-	$(BENCH)/warm_starts.py runs/bench-llm runs/warm-starts
+# the quickstart's LLM, and one of 6 layers; half an hour of one core
+bench-warm-starts: .venv/.package
+	$(BIN)/saetrack pretrain runs/warm-starts/llm4 --steps 320
+	$(BIN)/saetrack pretrain runs/warm-starts/llm6 --steps 320 --n_layers 6 --d_model 96 --batch_size 16 --seed 1
+	$(BIN)/python benchmarks/warm_starts.py runs/warm-starts/llm4 runs/warm-starts/llm6 runs/warm-starts
+	$(BIN)/python benchmarks/warm_start_page.py runs/warm-starts/results.jsonl docs
 
 # how fast a report opens and answers in Chromium: the quickstart's, and one of 30 checkpoints x 4,096 features
 runs/report-bench/track: | .venv/.dev
