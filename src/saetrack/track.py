@@ -6,9 +6,9 @@ without the dot is complete and the listing is the list: there is no index that 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,9 @@ from torch import Tensor
 from saetrack.hub import HubFolder, is_hub_address
 from saetrack.lm.tokens import TokenRows
 from saetrack.sae import SAE, save_saelens
-from saetrack.snapshot import FEATURES, METADATA, SNAPSHOT_NAME, SNAPSHOTS, STATISTICS, WEIGHTS, Snapshot
+from saetrack.snapshot import FEATURES, METADATA, SNAPSHOT_NAME, SNAPSHOTS, STATISTICS, WEIGHTS, Snapshot, read_json
 from saetrack.storage import make_readable, whole_folder, write_json
-from saetrack.tensor_files import damage, read_rows
+from saetrack.tensor_files import RESTORE, damage, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +58,7 @@ class Track(Sequence[Snapshot]):
         self.path = path
         self._hub = hub
         self.facts = facts
+        self.whole = self
         self.refresh()
 
     @classmethod
@@ -70,8 +71,8 @@ class Track(Sequence[Snapshot]):
 
         Raises:
             FileNotFoundError: If there is no track.
-            ValueError: If a run holds several hookpoints, the schema is newer than this version reads, or a
-                snapshot's weights are damaged.
+            ValueError: If a run holds several hookpoints, the schema is newer than this version reads, or
+                ``track.json`` or a snapshot's weights are damaged.
         """
         hub: HubFolder | None = None
         if is_hub_address(path):
@@ -80,7 +81,9 @@ class Track(Sequence[Snapshot]):
         path = Path(path)
         if not (path / _TRACK_FILE).is_file():
             path = _only_track_in(path)
-        facts = json.loads((path / _TRACK_FILE).read_text(encoding="utf-8"))
+        facts = read_json(path / _TRACK_FILE)
+        if not isinstance(facts.get("schema"), int):
+            raise ValueError(f"{path / _TRACK_FILE} is damaged (it names no schema). {RESTORE}")
         if facts["schema"] > SCHEMA:
             raise ValueError(
                 f"{path} was written with track schema {facts['schema']}, but this saetrack reads schemas up to "
@@ -116,7 +119,7 @@ class Track(Sequence[Snapshot]):
         return cls.open(path)
 
     def refresh(self) -> None:
-        """List the snapshots again, as after one was written.
+        """List all snapshots again, as after one was written.
 
         Raises:
             ValueError: If the weights of a snapshot are truncated or are no safetensors file.
@@ -126,6 +129,8 @@ class Track(Sequence[Snapshot]):
         by_step = "control" not in self.facts  # a null control has one LLM step all through
         listed = (Snapshot(path, self._hub) for path in paths)
         self._snapshots = sorted(listed, key=lambda s: (s.step if by_step else 0, s.number))
+        self._stands_for: dict[int, Snapshot] = {}  # by number of those that are left out
+        self._left_out: list[Snapshot] = []
         for position, snapshot in enumerate(self._snapshots):
             snapshot.position = position
         if self._hub is None:
@@ -213,17 +218,51 @@ class Track(Sequence[Snapshot]):
         In a track that was trained forward in one go this is the neighbour of the next lower LLM step. None for the
         first that was trained, and where that snapshot is not here.
         """
+        there = [*self, *self._left_out]
         if "compared_with" in snapshot.metadata:  # the tracks of 0.1.0 are chains, and do not say so
             of = snapshot.metadata["compared_with"]
-            found = (s for s in self if s.path.name == of and s.number < snapshot.number)
+            found = (s for s in there if s.path.name == of and s.number < snapshot.number)
         else:
-            found = (s for s in self if s.number == snapshot.number - 1)
-        return next(found, None)
+            found = (s for s in there if s.number == snapshot.number - 1)
+        before = next(found, None)
+        before = before if before is None else self._stands_for.get(before.number, before)
+        return None if before is snapshot else before
+
+    def distinct(self) -> Track:
+        """The same track with neighbouring LLM checkpoints of equal weights as one, and all of it as ``whole``.
+
+        Of those that the series begins with, the snapshot that was trained last stands for all, for the next stage
+        began from it; of later ones the one that was trained first. A control is as it is: it repeats LLM checkpoints.
+        """
+        groups = self.equal_weights
+        if not groups:
+            return self
+        track = Track(self.path, self.facts, self._hub)
+        track.whole = self
+        for steps in groups:
+            group = sorted((s for s in track if s.step in steps), key=lambda s: s.number)
+            stands = group[-1] if group[0].number == 0 else group[0]
+            rest = [s for s in group if s is not stands]
+            track._stands_for |= {s.number: stands for s in rest}
+            track._left_out += rest
+        track._snapshots = [s for s in track if s not in track._left_out]
+        for position, snapshot in enumerate(track):
+            snapshot.position = position
+        return track
+
+    @property
+    def equal_weights(self) -> list[list[int]]:
+        """LLM steps of neighbouring LLM checkpoints with equal weights, as far as hashes are known."""
+        if "control" in self.facts:
+            return []
+        by_hash = groupby(self, key=lambda s: s.metadata["llm"].get("weight_hash") or s.path)
+        found = ([s.step for s in group] for _, group in by_hash)
+        return [steps for steps in found if len(steps) > 1]
 
     @property
     def is_forward_chain(self) -> bool:
         """Whether every stage began from the snapshot of the next lower LLM step, in that order."""
-        return all(s.number == s.position and (not i or self.before(s) is self[i - 1]) for i, s in enumerate(self))
+        return all(a.number < b.number and self.before(b) is a for a, b in pairwise(self))
 
     def metrics(self) -> pd.DataFrame:
         """One row per snapshot: its place, LLM step and tokens, and every number of its metadata.
@@ -277,7 +316,11 @@ class Track(Sequence[Snapshot]):
 
     @cached_property
     def _token_arrays(self) -> dict[str, np.ndarray]:
-        arrays: dict[str, np.ndarray] = load_arrays(self.file(_TOKENS))
+        path = self.file(_TOKENS)
+        try:
+            arrays: dict[str, np.ndarray] = load_arrays(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}). {RESTORE}") from error
         return arrays
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -357,7 +400,4 @@ def _only_track_in(path: Path) -> Path:
 def _check_weights(path: Path) -> None:
     error = damage(path / WEIGHTS)
     if error is not None:
-        raise ValueError(
-            f"{path} is damaged: {WEIGHTS} cannot be read ({error}). Restore it from a "
-            "copy, or begin again in another `scheduler.track_dir`."
-        )
+        raise ValueError(f"{path} is damaged: {WEIGHTS} cannot be read ({error}). {RESTORE}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from saetrack.hub import REPOSITORY
 from saetrack.track import Snapshot, Track
 
 _COLUMNS = {
@@ -19,7 +19,6 @@ _COLUMNS = {
     "ce_recovered_zero": "CE recovered (zero)",
     "ce_recovered_mean": "CE recovered (mean)",
 }
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(track: Track, snapshots: Sequence[Snapshot], repo: str | None) -> str:
@@ -43,7 +42,7 @@ tags: [sparse-autoencoder, saelens, training-dynamics]{_base_model(facts["model"
 
 A {sae_class} with {facts["d_sae"]} latents on the output of `{facts["hookpoint"]}` (width {facts["d_in"]}), at
 {len(snapshots)} LLM checkpoint{plural}, steps {snapshots[0].step} to {last.step}.
-Each was trained from the one before, so feature *i* can be followed by its index.
+{_origin(snapshots)}
 They read the LLM's activations as they are: nothing needs to be normalised.
 
 ## Quality by step
@@ -82,8 +81,18 @@ saetrack export hf://{name} --format sparsify --step {last.step} --to exported
 {_loaders(f"exported/step{last.step}/{facts['hookpoint']}")}"""
 
 
+def _origin(snapshots: Sequence[Snapshot]) -> str:
+    """How the snapshots came to be, in a sentence."""
+    if all(snapshot.metadata.get("imported") for snapshot in snapshots):
+        formats = sorted({snapshot.metadata["imported"]["format"] for snapshot in snapshots})
+        return f"They were trained elsewhere, and imported from files of {' and '.join(formats)}."
+    if snapshots[0].metadata["warm_start"] == "scratch":
+        return "Each was trained from a fresh beginning, so feature *i* of one is not feature *i* of the next."
+    return "Each was trained from a neighbour in the series, so feature *i* can be followed by its index."
+
+
 def _base_model(model: str) -> str:
-    return f"\nbase_model: {model}" if _HUB_NAME.fullmatch(model) and not Path(model).exists() else ""
+    return f"\nbase_model: {model}" if REPOSITORY.fullmatch(model) and not Path(model).exists() else ""
 
 
 def _quality(track: Track, snapshots: Sequence[Snapshot]) -> str:

@@ -9,6 +9,7 @@ from .jumprelu import JumpReLUSAE
 from .matryoshka import MatryoshkaSAE
 from .native import Kernels, use_kernels
 from .precision import Precision, resolve_precision
+from .ranks import Exchange, use_exchange
 from .record import sae_from_record, sae_record
 from .saetrack import SAETrackSAE
 from .standard import StandardSAE
@@ -17,6 +18,7 @@ from .topk import TopKSAE
 __all__ = [
     "SAE",
     "BatchTopKSAE",
+    "Exchange",
     "GatedSAE",
     "JumpReLUSAE",
     "Kernels",
@@ -31,5 +33,6 @@ __all__ = [
     "sae_from_record",
     "sae_record",
     "save_saelens",
+    "use_exchange",
     "use_kernels",
 ]

@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import ranks
+
 _CHUNK_NUMBERS = 2**23  # 32 MiB of float32: the dead latents' dense pre-activations that are held at a time
 
 
 def auxiliary_loss(
-    centred: Tensor, error: Tensor, dead: Tensor | None, parameters: tuple[Tensor, Tensor, Tensor, Tensor], aux_k: int
+    centred: Tensor,
+    x: Tensor,
+    x_hat: Tensor,
+    dead: Tensor | None,
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    aux_k: int,
 ) -> Tensor:
     """Let the dead latents reconstruct what the living ones miss (AuxK).
 
@@ -25,7 +32,8 @@ def auxiliary_loss(
 
     Args:
         centred: x - b_dec, shape ``[batch, d_in]``; it is detached here, and b_dec gets its gradient all the same.
-        error: x - x_hat, shape ``[batch, d_in]``; it is detached here.
+        x: Activations, shape ``[batch, d_in]``.
+        x_hat: Their reconstruction by the living, shape ``[batch, d_in]``; it is detached here.
         dead: Which latents are to be revived, bool ``[d_sae]``, or None for none.
         parameters: W_enc ``[d_in, d_sae]``, b_enc ``[d_sae]``, W_dec ``[d_sae, d_in]`` and b_dec ``[d_in]``.
         aux_k: How many dead latents reconstruct the error of one activation.
@@ -37,18 +45,18 @@ def auxiliary_loss(
         ValueError: If ``dead`` does not have one entry for each latent.
     """
     if dead is None:
-        return error.new_zeros(())
+        return x.new_zeros(())
     b_enc = parameters[1]
     if dead.shape != b_enc.shape:
         raise ValueError(f"dead has shape {tuple(dead.shape)}; expected one entry for each of {len(b_enc)} latents.")
     candidates = dead.nonzero().squeeze(1)  # [n_dead]
     n_dead = len(candidates)
     if n_dead == 0:
-        return error.new_zeros(())
-    error = error.detach()
-    variance = (error - error.mean(dim=0)).square().sum()
+        return x.new_zeros(())
+    error = x - x_hat.detach()
+    variance = ranks.total_variance(error)
     if variance == 0:
-        return error.new_zeros(())
+        return x.new_zeros(())
     reconstruct: Callable[..., Tensor] = _DeadReconstruction.apply
     missed = error - reconstruct(centred.detach(), *parameters, candidates, min(aux_k, n_dead))
     return min(1.0, n_dead / aux_k) * missed.square().sum() / variance
@@ -96,6 +104,11 @@ class _DeadReconstruction(torch.autograd.Function):
             into_pre = ctx.chosen.keep(rows, grad[rows] @ decoder.T)  # [rows, n_dead]
             into_encoder.addmm_(into_pre.T, centred[rows])
             into_bias.add_(into_pre.sum(dim=0))
+        if ranks.factors_in_use():
+            # every rank has the same dead latents, but activations of its own
+            into = ranks.average(torch.cat([into_encoder, into_decoder, into_bias[:, None]], dim=1))
+            d_in = centred.shape[1]
+            into_encoder, into_decoder, into_bias = into[:, :d_in], into[:, d_in:-1], into[:, -1]
 
         def spread(part: Tensor) -> Tensor:
             """The gradient of all latents: zero for those that are alive."""

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from saetrack.analysis import Analysis, SweepAnalysis
 from saetrack.analysis.plugins import name_analyses
 from saetrack.analysis.sweep import run_analyses
+from saetrack.terminal import shown
 from saetrack.track import Snapshot, Track
 from saetrack.training.module import SAEModule
 from saetrack.training.scheduler import SnapshotCallback, scheduler_of
@@ -61,7 +62,11 @@ class ResumeFile(Checkpoint):
         path = self.path(scheduler_of(trainer).track_dir)
         # Lightning writes into the system's temporary folder, and from another disk a move is no rename
         unfinished = path.with_name(f".{path.name}")
-        trainer.save_checkpoint(unfinished)
+        try:
+            trainer.save_checkpoint(unfinished)
+        except OSError:  # a full disk needs its room
+            unfinished.unlink(missing_ok=True)
+            raise
         if trainer.is_global_zero:
             unfinished.replace(path)
 
@@ -94,7 +99,8 @@ class AnalyzeTrack(SnapshotCallback):
         if not trainer.is_global_zero or not self.analyses or not scheduler_of(trainer).finished:
             return
         for track in scheduler_of(trainer).tracks.values():
-            results = run_analyses(track, self.analyses, device=pl_module.device)
+            with shown("Analysing", "to do") as progress:
+                results = run_analyses(track, self.analyses, device=pl_module.device, progress=progress)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, TrackLogger):
                     callback.log_results(trainer, track, results)

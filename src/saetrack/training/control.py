@@ -28,6 +28,7 @@ from saetrack.training.control_plan import Control, ControlSettings, plan_contro
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.module import SAEModule, refuse_changes
 from saetrack.training.progress import TrackProgressBar
+from saetrack.training.saes import configured
 from saetrack.training.scheduler import CheckpointScheduler
 from saetrack.training.stage import Stage
 
@@ -149,6 +150,8 @@ class ControlScheduler(CheckpointScheduler):
     def _begin_track(self, module: SAEModule, data: ActivationDataModule, hookpoint: str, replica: int) -> None:
         facts = tracks.track_facts(module, data, hookpoint)
         tracks.refuse_another(self.of, facts)
+        if self.control.llm_seed is None:
+            tracks.refuse_other_weights(self.of, self._weight_hashes)
         was = self.of.training_recipe
         refuse_changes(was, {key: self.recipe[key] for key in was}, str(self.of.path / "track.json"))
         path = self._path(replica)
@@ -182,6 +185,8 @@ class _ControlCLI(FitCLI):
         options = {name: saved[name] for name in ("seed_everything", "trainer", "model", "data", "scheduler")}
         options["trainer"] = {**options["trainer"], "logger": False, "callbacks": None}
         options["data"] = {**options["data"], "hookpoints": lanes}
+        own = configured(options["model"]["sae"], track.path.name)  # the folder is named by hookpoint and lane
+        options["model"] = {**options["model"], "sae": own}
         self._control_scheduler = ControlScheduler(track, control, replicas)
         super().__init__({"subcommand": "fit", "fit": options})
 

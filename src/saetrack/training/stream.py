@@ -8,10 +8,11 @@ so resuming needs one number and no buffer is ever saved.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cache, cached_property, partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,9 +25,93 @@ from saetrack.lm.forward import lane_numbers, module_name, read_activations
 from saetrack.lm.outliers import within
 from saetrack.lm.tokens import TokenRows, usable_counts
 
+T = TypeVar("T")
+
 ROWS_PER_FORWARD = 32
 """Token rows in one forward of the LLM. A constant, not an option: another size changes the last bits of the
 activations, and with them the hashes of the snapshots."""
+_NORMS = 4096  # activations whose norms are taken at a time, in float32
+
+
+class Forward(NamedTuple):
+    """One forward of the LLM over some token rows.
+
+    Attributes:
+        number: Which of its harvest, from 0.
+        rows: Indices of the token rows, ``[n]``.
+        tokens: ``[n, context_size]``.
+        activations: By module, only where they count, ``[n_usable, d_in]``, in reading order.
+        finite: By module, whether they all are, one bool on the LLM's device.
+    """
+
+    number: int
+    rows: NDArray[np.int64]
+    tokens: Tensor
+    activations: dict[str, Tensor]
+    finite: dict[str, Tensor]
+
+
+def forwards(
+    llm: PreTrainedModel,
+    rows: TokenRows,
+    modules: list[str],
+    indices: NDArray[np.int64],
+    buffers: Mapping[str, Tensor] | None = None,
+) -> Iterator[Forward]:
+    """Run the LLM over token rows, `ROWS_PER_FORWARD` at a time; on a GPU nothing here waits for it.
+
+    Args:
+        llm: The LLM, on the device where the activations are wanted.
+        rows: The token rows of a split.
+        modules: Dotted names of the modules to read.
+        indices: Which rows, ``[n]``, in the order wanted.
+        buffers: Where the activations of all rows go, by module, ``[n_usable, d_in]`` of any dtype: each forward's are
+            then written there and nowhere else, and what is yielded is a view. None makes new tensors, float32.
+    """
+    filled = 0
+    for number, start in enumerate(range(0, len(indices), ROWS_PER_FORWARD)):
+        chosen = indices[start : start + ROWS_PER_FORWARD]
+        tokens = torch.from_numpy(rows.tokens[chosen].astype(np.int64)).to(llm.device)
+        usable = torch.from_numpy(np.flatnonzero(rows.usable(chosen))).to(llm.device)
+        end = filled + len(usable)
+        parts = {module: buffer[filled:end] for module, buffer in (buffers or {}).items()}
+        take = partial(_take, usable, parts)
+        activations = read_activations(llm, tokens, modules, rows.contexts(chosen), take)
+        # the extremes take one pass, where isfinite writes three tensors of this size
+        finite = {module: torch.stack(x.aminmax()).isfinite().all() for module, x in activations.items()}
+        filled = end
+        yield Forward(number, chosen, tokens, activations, finite)
+
+
+def _take(usable: Tensor, parts: Mapping[str, Tensor], module: str, x: Tensor) -> Tensor:
+    """The usable ones of a module's activations, in its part of a buffer where there is one, else in float32."""
+    x, part = x.flatten(0, 1), parts.get(module)
+    if part is None:
+        return x.index_select(0, usable).float()
+    if x.dtype == part.dtype:
+        return torch.index_select(x, 0, usable, out=part)
+    return part.copy_(x.index_select(0, usable))
+
+
+def refuse_infinite(
+    forward: Forward, dtype: torch.dtype, checkpoint: LLMCheckpoint, finite: Mapping[str, bool]
+) -> None:
+    """Raise ValueError where an LLM checkpoint gave NaN or infinite activations.
+
+    Args:
+        forward: The one that did.
+        dtype: Of the LLM.
+        checkpoint: What it was loaded from.
+        finite: By module, whether all are finite.
+    """
+    for module, is_finite in finite.items():
+        if not is_finite:
+            advice = "Leave" if dtype == torch.float32 else "Try `data.llm_dtype: float32`, or leave"
+            raise ValueError(
+                f"{module} of LLM checkpoint step {checkpoint.step} ({checkpoint.model}, revision "
+                f"{checkpoint.revision}) gave NaN or infinite activations in forward batch {forward.number} (token "
+                f"rows {int(forward.rows[0])} and following). {advice} this checkpoint out of `scheduler.steps`."
+            )
 
 
 def harvest(
@@ -48,24 +133,9 @@ def harvest(
     Raises:
         ValueError: If an activation is NaN or infinite.
     """
-    for start in range(0, len(indices), ROWS_PER_FORWARD):
-        chosen = indices[start : start + ROWS_PER_FORWARD]
-        tokens = torch.from_numpy(rows.tokens[chosen].astype(np.int64)).to(llm.device)
-        usable = torch.from_numpy(rows.usable(chosen)).to(llm.device)
-        modules = list(dict.fromkeys(map(module_name, hookpoints)))
-        activations = {}
-        for hookpoint, x in read_activations(llm, tokens, modules, rows.contexts(chosen)).items():
-            kept = x[usable].float()
-            if not bool(torch.isfinite(kept).all()):
-                advice = "Leave" if x.dtype == torch.float32 else "Try `data.llm_dtype: float32`, or leave"
-                raise ValueError(
-                    f"{hookpoint} of LLM checkpoint step {checkpoint.step} ({checkpoint.model}, revision "
-                    f"{checkpoint.revision}) gave NaN or infinite activations in forward batch "
-                    f"{start // ROWS_PER_FORWARD} (token rows {int(chosen[0])} and following). "
-                    f"{advice} this checkpoint out of `scheduler.steps`."
-                )
-            activations[hookpoint] = kept
-        yield tokens, {hookpoint: activations[module_name(hookpoint)] for hookpoint in hookpoints}
+    for forward in forwards(llm, rows, list(dict.fromkeys(map(module_name, hookpoints))), indices):
+        refuse_infinite(forward, llm.dtype, checkpoint, {m: bool(ok) for m, ok in forward.finite.items()})
+        yield forward.tokens, {h: forward.activations[module_name(h)] for h in hookpoints}
 
 
 @dataclass(frozen=True)
@@ -98,11 +168,6 @@ class StageOrder:
     arm: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.world_size:
-            raise ValueError(
-                f"data.batch_size is {self.batch_size} activations over all processes, which {self.world_size} "
-                f"processes cannot share equally; choose a multiple of {self.world_size}."
-            )
         if self.batches < 1:
             raise ValueError(
                 f"The stage has a budget of {self.tokens} tokens, less than one batch of {self.batch_size}; raise "
@@ -181,9 +246,66 @@ class Batch(NamedTuple):
     now: dict[str, Tensor]
     before: dict[str, Tensor]
 
-    def at(self, positions: Mapping[str, Tensor]) -> Batch:
-        """The activations at some of the positions, by hookpoint."""
-        return Batch(*({name: x[positions[name].to(x.device)] for name, x in part.items()} for part in self))
+
+def serve(x: Tensor, positions: Tensor, scale: float = 1.0) -> Tensor:
+    """The activations at some positions of a chunk, float32 and times their scale."""
+    return x[positions.to(x.device)].float().mul_(scale)  # indexing copies, so the chunk stays as it is
+
+
+def finished(forwards: Generator[float, None, T]) -> T:
+    """What a harvest returns, with nothing done in between."""
+    made: list[T] = []
+
+    def run() -> Iterator[float]:
+        made.append((yield from forwards))
+
+    deque(run(), maxlen=0)
+    return made[0]
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """Always the same: memory that was allocated for one stream of a GPU is not given to another."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+class Filling:
+    """A chunk in the making, one forward of the LLM after another.
+
+    On a GPU the forwards can run on a stream of their own, beside the training steps that are launched between them.
+
+    Args:
+        forwards: Yields after each forward the share of the chunk that is done, and returns its activations.
+        aside: Whether other work is launched in between.
+    """
+
+    def __init__(self, forwards: Generator[float, None, Batch], aside: bool = False) -> None:
+        self._forwards = self._run(forwards)
+        self._done = 0.0
+        self._batch: Batch | None = None
+        self._stream = _side_stream() if aside and torch.cuda.is_available() else None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())  # the LLM's weights may still be on their way
+
+    def _run(self, forwards: Generator[float, None, Batch]) -> Iterator[float]:
+        self._batch = yield from forwards
+
+    def advance(self, share: float) -> None:
+        """Launch forwards until this share of the chunk is under way."""
+        with torch.cuda.stream(self._stream):  # of None it does nothing
+            while self._batch is None and self._done < share:
+                self._done = next(self._forwards, math.inf)
+
+    def finish(self) -> Batch:
+        """The activations, all there."""
+        self.advance(math.inf)
+        assert self._batch is not None
+        if self._stream is not None:
+            current = torch.cuda.current_stream()
+            current.wait_stream(self._stream)
+            for x in (x for part in self._batch for x in part.values()):
+                x.record_stream(current)  # its memory is not given to the next chunk while a step still reads it
+        return self._batch
 
 
 class ActivationStream:
@@ -194,22 +316,31 @@ class ActivationStream:
 
     Args:
         order: Rows, chunks and shuffles of the stage.
-        fill: Given the number of a chunk, returns the activations of its usable positions.
-        norm_limits: Gives, by hookpoint, the norm over which activations are left out; asked at every chunk, for a
-            stage's limits are measured when it begins. What is left out is made up for from the same chunk.
+        fill: Given the number of a chunk, makes the activations of its usable positions, as `Filling` takes it: in the
+            LLM's own units and dtype, which may be half of float32's memory.
+        scales: Gives, by hookpoint, what a batch's activations are multiplied with; 1 where none is named.
+        norm_limits: Gives, by hookpoint, the norm over which activations are left out, in the LLM's own units. Both are
+            asked at every chunk, for they are measured when a stage begins. What is left out is made up for from the
+            same chunk.
+        ahead: Make the next chunk while this one trains, a part of it before each batch, as a GPU can; two chunks are
+            then in memory. The batches are the same.
     """
 
     def __init__(
         self,
         order: StageOrder,
-        fill: Callable[[int], Batch],
+        fill: Callable[[int], Generator[float, None, Batch]],
+        scales: Callable[[], Mapping[str, float]] = dict,
         norm_limits: Callable[[], Mapping[str, float]] = dict,
+        ahead: bool = False,
     ) -> None:
         self.order = order
         self.end = order.batches
         """Batches after which iteration stops; a stage that has converged lowers it, ``len`` stays the budget."""
         self._fill = fill
+        self._scales = scales
         self._norm_limits = norm_limits
+        self._ahead = ahead
         self._position = 0
 
     def __len__(self) -> int:
@@ -222,27 +353,42 @@ class ActivationStream:
 
     def __iter__(self) -> Iterator[Batch]:
         per_chunk, batch = self.order.batches_per_chunk, self.order.local_batch
+        coming: Filling | None = None
         while self._position < self.end:
             chunk, first = divmod(self._position, per_chunk)
-            activations = self._fill(chunk)
+            activations = (coming or Filling(self._fill(chunk), self._ahead)).finish()
+            coming = None
             lanes = lane_numbers(list(activations.now))
             shuffles = {h: self._shuffle(chunk, h, x, lanes[h]) for h, x in activations.now.items()}
+            scales = self._scales()
             for i in range(first, per_chunk):
                 if self._position >= self.end:
                     break
+                if self._ahead and (chunk + 1) * per_chunk < self.end:
+                    coming = coming or Filling(self._fill(chunk + 1), self._ahead)
+                    coming.advance((i + 1 - first) / (per_chunk - first))
+                at = {h: order[i * batch : (i + 1) * batch] for h, order in shuffles.items()}
+                served = Batch(
+                    {h: serve(x, at[h], scales.get(h, 1.0)) for h, x in activations.now.items()},
+                    {h: serve(x, at[h]) for h, x in activations.before.items()},
+                )
                 # counted before the batch is handed out: a resume file is written while the batch is in use
                 self._position += 1
-                yield activations.at({h: order[i * batch : (i + 1) * batch] for h, order in shuffles.items()})
-            del activations
+                if i + 1 == per_chunk or self._position >= self.end:
+                    # before the last batch, not after: Lightning does not ask for another, and the end of the stage
+                    # would be measured with a whole chunk in memory
+                    del activations
+                yield served
         self._position = 0
 
     def _shuffle(self, chunk: int, hookpoint: str, x: Tensor, lane: int) -> Tensor:
         """The order of a chunk's activations without its outliers, with enough of them to fill its batches."""
         order = self.order.shuffle(chunk, len(x), lane)
-        mask = within(x, self._norm_limits().get(hookpoint, math.inf))
-        if mask is None:
+        limit = self._norm_limits().get(hookpoint, math.inf)
+        masks = [m for part in torch.split(x, _NORMS) if (m := within(part.float(), limit)) is not None]
+        if not masks:
             return order
-        order = order[mask.cpu()[order]]
+        order = order[torch.cat(masks).cpu()[order]]
         if not len(order):
             raise ValueError(
                 f"All {len(x)} activations of {hookpoint} in chunk {chunk} have outlier norms, measured by the "

@@ -33,7 +33,7 @@ def a_module(data: ActivationDataModule, settings: OptimizerSettings = Optimizer
     data.widths = dict.fromkeys(data.hookpoints, 16)
     data.stream = Stage100()  # type: ignore[assignment]
     module = SAEModule(lambda d: TopKSAE(d, 2, k=4), settings)
-    module.trainer = SimpleNamespace(datamodule=data)  # type: ignore[assignment]
+    module.trainer = SimpleNamespace(datamodule=data, world_size=1)  # type: ignore[assignment]
     module.setup("fit")
     for seed, hookpoint in enumerate(data.hookpoints):
         generator = torch.Generator().manual_seed(seed)

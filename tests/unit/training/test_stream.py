@@ -1,4 +1,5 @@
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Generator
 from dataclasses import replace
 
 import numpy as np
@@ -7,11 +8,13 @@ import torch
 from transformers import GPTNeoXForCausalLM
 
 from saetrack.lm import LLMCheckpoint, TokenRows, read_activations
-from saetrack.training.stream import ROWS_PER_FORWARD, ActivationStream, Batch, StageOrder, harvest
+from saetrack.training.stream import ROWS_PER_FORWARD, ActivationStream, Batch, StageOrder, forwards, harvest
 
 HOOKPOINT = "gpt_neox.layers.0"
 CONTEXT = 16
 BATCH = 64
+
+Filled = Generator[float, None, Batch]
 
 
 def rows_with_bos(n: int, seed: int = 0) -> TokenRows:
@@ -33,16 +36,18 @@ def positions(indices: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(places[ROWS.usable(indices)])[:, None]
 
 
-def stream(order: StageOrder) -> ActivationStream:
-    def fill(chunk: int) -> Batch:
+def stream(order: StageOrder, ahead: bool = False) -> ActivationStream:
+    def fill(chunk: int) -> Filled:
         x = positions(order.chunk_rows(chunk))
+        yield 0.5
+        yield 1.0
         return Batch({HOOKPOINT: x, "other": -x}, {HOOKPOINT: 2 * x})
 
-    return ActivationStream(order, fill)
+    return ActivationStream(order, fill, ahead=ahead)
 
 
 def batches(order: StageOrder) -> list[torch.Tensor]:
-    return [batch.now[HOOKPOINT].squeeze(1) for batch in stream(order)]
+    return [batch.now[HOOKPOINT].squeeze(1).long() for batch in stream(order)]
 
 
 def rows_used(order: StageOrder) -> np.ndarray:
@@ -115,7 +120,7 @@ def test_a_shorter_stage_sees_a_part_of_the_rows_of_a_longer_one() -> None:
 def test_a_batch_reached_directly_is_the_batch_reached_by_reading(position: int) -> None:
     direct = stream(ORDER)
     direct.load_state_dict({"position": position, "end": 25})
-    rest = [batch.now[HOOKPOINT].squeeze(1) for batch in direct]
+    rest = [batch.now[HOOKPOINT].squeeze(1).long() for batch in direct]
     expected = batches(ORDER)[position:]
     assert len(rest) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(rest, expected, strict=True))
@@ -124,8 +129,9 @@ def test_a_batch_reached_directly_is_the_batch_reached_by_reading(position: int)
 def test_a_resumed_stream_fills_no_chunk_that_is_done() -> None:
     filled: list[int] = []
 
-    def fill(chunk: int) -> Batch:
+    def fill(chunk: int) -> Filled:
         filled.append(chunk)
+        yield 1.0
         return Batch({HOOKPOINT: positions(ORDER.chunk_rows(chunk))}, {})
 
     resumed = ActivationStream(ORDER, fill)
@@ -137,10 +143,94 @@ def test_a_resumed_stream_fills_no_chunk_that_is_done() -> None:
 def test_a_stage_that_ends_early_serves_the_same_batches_up_to_there() -> None:
     short = stream(ORDER)
     short.load_state_dict({"position": 3, "end": 9})
-    rest = [batch.now[HOOKPOINT].squeeze(1) for batch in short]
+    rest = [batch.now[HOOKPOINT].squeeze(1).long() for batch in short]
     assert len(short) == 25
     assert len(rest) == 6
     assert all(torch.equal(a, b) for a, b in zip(rest, batches(ORDER)[3:9], strict=True))
+
+
+@pytest.mark.parametrize("state", [{"position": 0, "end": 25}, {"position": 6, "end": 25}, {"position": 3, "end": 9}])
+def test_a_stream_that_works_ahead_serves_the_same_batches(state: dict[str, int]) -> None:
+    """From the beginning, resumed within a chunk, and where the stage ends early."""
+    usual, ahead = stream(ORDER), stream(ORDER, ahead=True)
+    for reading in (usual, ahead):
+        reading.load_state_dict(state)
+    pairs = list(zip(usual, ahead, strict=True))
+    assert len(pairs) == state["end"] - state["position"]
+    for a, b in pairs:
+        assert all(torch.equal(a.now[h], b.now[h]) for h in a.now)
+        assert all(torch.equal(a.before[h], b.before[h]) for h in a.before)
+
+
+def test_the_next_chunk_is_made_in_equal_parts_between_the_batches_of_this_one() -> None:
+    done: list[tuple[int, float]] = []
+
+    def fill(chunk: int) -> Filled:
+        for i in range(8):
+            done.append((chunk, (i + 1) / 8))
+            yield (i + 1) / 8
+        return Batch({HOOKPOINT: positions(ORDER.chunk_rows(chunk))}, {})
+
+    seen = [done[-1] for _, _ in zip(ActivationStream(ORDER, fill, ahead=True), range(8), strict=False)]
+    # the first chunk is made at once; four batches each, so a quarter of the next before each of them
+    assert seen == [(chunk, share) for chunk in (1, 2) for share in (0.25, 0.5, 0.75, 1.0)]
+    done.clear()
+    short = ActivationStream(ORDER, fill, ahead=True)
+    short.end = 4
+    assert len(list(short)) == 4
+    assert {chunk for chunk, _ in done} == {0}  # a chunk that the stage does not come to is not begun
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_works_ahead_serves_the_same_bits(make_llm: Callable[..., GPTNeoXForCausalLM]) -> None:
+    """The LLM runs on a stream of its own while the main one is kept busy, as by training."""
+    llm = make_llm(0).cuda()
+
+    def fill(chunk: int) -> Filled:
+        indices = ORDER.chunk_rows(chunk)
+        x = torch.empty(int(ROWS.usable(indices).sum()), 16, device="cuda")
+        for forward in forwards(llm, ROWS, [HOOKPOINT], indices, {HOOKPOINT: x}):
+            yield (forward.number + 1) * ROWS_PER_FORWARD / len(indices)
+        return Batch({HOOKPOINT: x}, {})
+
+    usual = [b.now[HOOKPOINT].clone() for b in ActivationStream(ORDER, fill)]
+    busy = torch.randn(2048, 2048, device="cuda")
+    ahead = []
+    for batch in ActivationStream(ORDER, fill, ahead=True):
+        busy = (busy @ busy).sin()
+        ahead.append(batch.now[HOOKPOINT].clone())
+    assert all(torch.equal(a, b) for a, b in zip(usual, ahead, strict=True))
+
+
+def test_activations_are_served_in_float32_times_their_scale() -> None:
+    x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def fill(chunk: int) -> Filled:
+        yield 1.0
+        return Batch({"a": x, "b": x}, {"a": x})
+
+    batch = next(iter(ActivationStream(ORDER, fill, lambda: {"a": 3.0})))
+    at = ORDER.shuffle(0, 400)[:BATCH]
+    assert torch.equal(batch.now["a"], 3 * x[at].float())
+    assert torch.equal(batch.now["b"], x[at].float())
+    assert torch.equal(batch.before["a"], x[at].float())
+
+
+def test_a_chunk_is_freed_with_its_last_batch() -> None:
+    """Lightning asks for no batch after a stage's last one, and measures the stage then."""
+    chunks: list[weakref.ref[torch.Tensor]] = []
+
+    def fill(chunk: int) -> Filled:
+        x = positions(ORDER.chunk_rows(chunk))
+        chunks.append(weakref.ref(x))
+        yield 1.0
+        return Batch({HOOKPOINT: x}, {})
+
+    reading = iter(ActivationStream(ORDER, fill))
+    for i in range(25):
+        next(reading)
+        is_last = i % 4 == 3 or i == 24
+        assert (chunks[-1]() is None) == is_last
 
 
 def test_what_was_before_is_at_the_same_positions() -> None:
@@ -149,8 +239,9 @@ def test_what_was_before_is_at_the_same_positions() -> None:
 
 
 def test_lanes_of_a_module_see_the_same_activations_in_an_order_of_their_own() -> None:
-    def fill(chunk: int) -> Batch:
+    def fill(chunk: int) -> Filled:
         x = positions(ORDER.chunk_rows(chunk))
+        yield 1.0
         return Batch({"module@a": x, "module@b": x}, {"module@b": -x})
 
     got = list(ActivationStream(ORDER, fill))
@@ -206,11 +297,6 @@ def test_a_corpus_shorter_than_the_budget_says_so() -> None:
         assert f"`{key}`" in str(raised.value)
 
 
-def test_a_batch_that_processes_cannot_share_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data.batch_size is 64 .*3 processes.*multiple of 3"):
-        replace(ORDER, world_size=3)
-
-
 def test_a_budget_below_one_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"budget of 63 tokens, less than one batch of 64; raise `scheduler.tokens"):
         replace(ORDER, tokens=63)
@@ -219,12 +305,13 @@ def test_a_budget_below_one_batch_is_refused() -> None:
 def stream_without(order: StageOrder, over: dict[str, float], sinks: np.ndarray) -> ActivationStream:
     """Activations are their place in the corpus; those of ``sinks`` have a norm of their own, 1e6 times theirs."""
 
-    def fill(chunk: int) -> Batch:
+    def fill(chunk: int) -> Filled:
         x = positions(order.chunk_rows(chunk)).double() + 1
         x[torch.isin(x[:, 0].long() - 1, torch.from_numpy(sinks))] *= 1e6
+        yield 1.0
         return Batch({HOOKPOINT: x, "other": -x}, {HOOKPOINT: 2 * x})
 
-    return ActivationStream(order, fill, lambda: over)
+    return ActivationStream(order, fill, norm_limits=lambda: over)
 
 
 SINKS = np.random.default_rng(5).permutation(400 * CONTEXT)[: 400 * CONTEXT // 20]
@@ -269,6 +356,21 @@ def test_harvest_gives_the_usable_activations_in_reading_order(
     x = read_activations(llm, tokens, [HOOKPOINT])[HOOKPOINT]
     by_hand = [x[r, c] for r in range(n) for c in range(CONTEXT) if tokens[r, c] != 0]
     torch.testing.assert_close(torch.cat([a[HOOKPOINT] for _, a in got]), torch.stack(by_hand), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_buffer_is_filled_with_what_a_harvest_gives(
+    make_llm: Callable[..., GPTNeoXForCausalLM], dtype: torch.dtype
+) -> None:
+    llm, indices = make_llm(0).to(dtype), np.arange(2 * ROWS_PER_FORWARD + 3)
+    harvested = harvest(llm, LLMCheckpoint("m", None, 0), ROWS, [HOOKPOINT], indices)
+    expected = torch.cat([x[HOOKPOINT] for _, x in harvested])
+    assert expected.dtype == torch.float32
+    for kept in (dtype, torch.float32):
+        buffer = torch.full_like(expected, torch.nan, dtype=kept)
+        parts = [f.activations[HOOKPOINT] for f in forwards(llm, ROWS, [HOOKPOINT], indices, {HOOKPOINT: buffer})]
+        assert torch.equal(buffer.float(), expected)
+        assert parts[0].data_ptr() == buffer.data_ptr()  # views of it, no copies
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=["NaN", "infinite"])
