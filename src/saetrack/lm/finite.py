@@ -8,8 +8,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from saetrack.lm import files
+from saetrack.lm.weight_files import weight_names
 from saetrack.lm.loading import LLMCheckpoint
-from saetrack.lm.local.torch_files import read_torch_file
+from saetrack.pickles import read_torch_file
 
 
 def not_finite(checkpoint: LLMCheckpoint) -> str | None:
@@ -29,7 +30,7 @@ def _tensors(checkpoint: LLMCheckpoint) -> Iterator[tuple[str, Tensor]]:
         yield from sorted(checkpoint.format.weights(Path(checkpoint.model)).items())
         return
     folder = files.local_folder(checkpoint.model, checkpoint.revision, checkpoint.cache_dir)
-    names = [] if folder is None else [name for name in files.weight_names(folder) if (folder / name).is_file()]
+    names = [] if folder is None else [name for name in weight_names(folder) if (folder / name).is_file()]
     for name in names:
         assert folder is not None
         if name.endswith(".safetensors"):
