@@ -43,7 +43,7 @@ class Lines:
 
 def values(line: Line, name: str, stages: slice = slice(1, None)) -> list[float]:
     """One number for each stage."""
-    return [trained[name] for trained in line["stages"]][stages]
+    return [trained[name] for trained in line["stages"][stages]]
 
 
 def spread(numbers: Iterable[float], form: str = ".2f") -> str:
@@ -176,7 +176,8 @@ def draw_series(lines: Lines, path: Path) -> None:
                 figures.line(ax, steps, values(run, name), color=figures.BLACK, label=None if i else "cold, 5 x tokens")
             figures.log_y(ax)
         figures.step_axis(ax, steps)
-        figures.describe(ax, title=what, ylabel=what)
+        titles = {"fvu": "Variance left out", "r": "To the snapshot before", "above_half": "Features kept in one stage"}
+        figures.describe(ax, title=titles[name], ylabel=what)
         figures.legend(ax, columns=1)
     figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
 
@@ -239,7 +240,8 @@ def main() -> None:
             print(f"\n{name}\n{table}")
     page.write_text(text, encoding="utf-8")
     draw_series(lines, options.docs / "warm-starts.svg")
-    draw_frontier(lines, options.docs / "warm-starts-frontier.svg")
+    if any(lines.of(arm) for arm in FRONTIER):
+        draw_frontier(lines, options.docs / "warm-starts-frontier.svg")
 
 
 if __name__ == "__main__":
