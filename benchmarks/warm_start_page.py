@@ -54,7 +54,9 @@ def spread(numbers: Iterable[float], form: str = ".2f") -> str:
     if not numbers:
         return "-"
     text = f"{np.mean(numbers):{form}}"
-    return text if len(numbers) == 1 else f"{text} ({min(numbers):{form}} to {max(numbers):{form}})"
+    if f"{min(numbers):{form}}" == f"{max(numbers):{form}}":
+        return text
+    return f"{text} ({min(numbers):{form}} to {max(numbers):{form}})"
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
@@ -83,13 +85,13 @@ def starts(lines: Lines, thin: int, llm: str = "4 layers", sae: str = "TopK") ->
 
 
 def by_stage(lines: Lines) -> str:
-    """The dense grid, stage by stage: `prior`, the default, the cold SAE and the ceiling."""
+    """The dense grid, stage by stage: `prior`, the default, the cold SAE and the ceiling; means over seeds."""
     runs = {arm: lines.of(arm) for arm in ("prior", "transported", DEFAULT, HELD)}
     steps = [trained["step"] for trained in runs["prior"][0]["stages"]][1:]
     table: dict[str, list[str]] = {}
 
     def add(name: str, lists: list[list[float]], form: str) -> None:
-        table[name] = [spread(numbers, form) for numbers in zip(*lists, strict=True)]
+        table[name] = [f"{np.mean(numbers):{form}}" for numbers in zip(*lists, strict=True)]
 
     cold = lines.of(COLD)
     add(f"FVU, cold, {FIRST:,} tokens", [values(run, "fvu") for run in cold], ".4f")
@@ -128,12 +130,13 @@ def ladder(lines: Lines, thin: int) -> str:
 def frontier(lines: Lines) -> str:
     """FVU against identity for the forms and weights of continuity, on the dense grid, seed 0."""
     prior = lines.of("prior")[0]
-    names = ["prior", "transported", HELD, *FRONTIER]
+    held = sorted([HELD, *FRONTIER], key=lambda arm: "package, 0.1" if arm == HELD else arm)
+    names = ["prior", "transported", *held]
     rows = []
     for arm in names:
         for run in lines.of(arm)[:1]:
             relative = np.array(values(run, "fvu")) / np.array(values(prior, "fvu"))
-            row = {"form, weight": f"**{arm}**" if arm == DEFAULT else arm}
+            row = {"form, weight": f"**{arm}**" if arm == DEFAULT else "package, 0.1" if arm == HELD else arm}
             row["FVU / prior, mean"] = f"{np.exp(np.log(relative).mean()):.3f}"
             row["worst"] = f"{relative.max():.3f}"
             row["dead, worst"] = f"{max(values(run, 'dead')):.0%}"
