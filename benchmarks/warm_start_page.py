@@ -195,7 +195,7 @@ def draw_frontier(lines: Lines, path: Path) -> None:
     """Every form of continuity as a point, FVU against the share of features that are kept."""
     figure, axes = figures.small_multiples(2, title="FVU against identity, every LLM checkpoint, seed 0")
     prior = lines.of("prior")[0]
-    forms = list(dict.fromkeys(arm.split(",")[0] for arm in FRONTIER))
+    forms = list(dict.fromkeys(arm.split(",")[0] for arm in FRONTIER if lines.of(arm)))
     for ax, what in zip(axes, ("stage", "track"), strict=True):
         for arm in ("prior", "transported", HELD, *FRONTIER):
             for run in lines.of(arm)[:1]:
@@ -243,7 +243,7 @@ def main() -> None:
     page = options.docs / "warm-starts.md"
     text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
-        block = f"<!-- begin {name} -->\n{table}\n<!-- end {name} -->"
+        block = f"<!-- begin {name} -->\n\n{table}\n\n<!-- end {name} -->"
         text, found = re.subn(f"<!-- begin {name} -->.*?<!-- end {name} -->", lambda _, b=block: b, text, flags=re.S)
         if not found:
             print(f"\n{name}\n{table}")
