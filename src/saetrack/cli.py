@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +14,12 @@ from safetensors import SafetensorError
 from saetrack.analysis import Analysis, SweepAnalysis
 from saetrack.analysis.plugins import discover, list_analyses, load_plugins, name_analyses
 from saetrack.analysis.sweep import run_analyses
-from saetrack.errors import OneLineErrors, one_line, said_by_rank_zero
+from saetrack.errors import OneLineErrors, one_line, said_by_rank_zero, wants_traceback
 from saetrack.exchange import EXPORT_FORMATS, ImportedFacts, export_track, import_map, import_sae
 from saetrack.hub import push_folder
 from saetrack.lm import describe_checkpoints, source_from_string
+from saetrack.terminal import quiet_lightning
 from saetrack.track import Track
-
-TRACEBACK_VARIABLE = "SAETRACK_TRACEBACK"
 
 
 class CommandParser(OneLineErrors, ArgumentParser):
@@ -38,6 +36,7 @@ def pretrain(args: list[str]) -> None:
     config = parser.instantiate(parser.parse_args(args)).as_dict()
     config.pop("config")
     folder = config.pop("folder")
+    quiet_lightning()
     pretrain(folder, PretrainConfig(**config))
     _say(describe_checkpoints(source_from_string(str(folder))))
 
@@ -172,11 +171,10 @@ def main(args: list[str] | None = None) -> None:
 
             fit(args, "; ".join(f"{name}: {_first_line(command)}" for name, command in COMMANDS.items()))
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        line = one_line(error)
-        if line is None or os.environ.get(TRACEBACK_VARIABLE):
+        if wants_traceback(error):
             raise
         if not said_by_rank_zero():
-            sys.stderr.write(f"saetrack: error: {line}\n")
+            sys.stderr.write(f"saetrack: error: {one_line(error)}\n")
         sys.exit(1)
 
 

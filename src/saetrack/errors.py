@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 PACKAGE = Path(__file__).parent
+TRACEBACK_VARIABLE = "SAETRACK_TRACEBACK"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _SECONDS_TO_END = 10.0
 """Within which a process that has failed is gone."""
@@ -85,6 +86,11 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}. Give another place, or make this one readable and writable."
     return str(error) if ours else None
+
+
+def wants_traceback(error: BaseException) -> bool:
+    """Whether a line is not enough for an error, or the user asks for more."""
+    return bool(os.environ.get(TRACEBACK_VARIABLE)) or one_line(error) is None
 
 
 def is_ours(error: BaseException) -> bool:

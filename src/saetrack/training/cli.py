@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import sys
 import threading
-import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from saetrack.analysis.sweep import run_analyses
 from saetrack.errors import OneLineErrors, is_ours, one_line
 from saetrack.pickles import reason
 from saetrack.storage import claimed, write_text
+from saetrack.terminal import quiet_lightning
 from saetrack.track import Track, tracks_in
 from saetrack.training.callbacks import AnalyzeTrack, ResumeFile
 from saetrack.training.complete import (
@@ -45,13 +44,6 @@ from saetrack.training.tracks import trained
 ADMISSIBLE_RISE = 0.5
 """Relative rise of FVU after the warm start up to which features kept 90 % of their identity's ceiling where it was
 measured (the density analysis, docs/validation.md)."""
-
-_EXPECTED_WARNINGS = (
-    ".*does not have many workers.*",  # the stream is a forward of the LLM in this process; workers would each load it
-    ".*LeafSpec.*is deprecated.*",  # lightning's own pytree helper with torch 2.13
-    "LightningCLI.s args parameter is intended to run from within Python.*",  # a control does
-    ".*is smaller than the logging interval.*",  # what is logged, and when, is the module's own business
-)
 
 
 def fit(args: list[str] | None, other_commands: str) -> None:
@@ -117,11 +109,7 @@ class FitCLI(LightningCLI):
         held: ExitStack | None = None,
     ) -> None:
         self._held = held or ExitStack()
-        # Lightning's news about hardware, tips, and defaults that are set here would bury what a user must read
-        for name in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        for message in _EXPECTED_WARNINGS:
-            warnings.filterwarnings("ignore", message)
+        quiet_lightning()
         super().__init__(
             SAEModule,
             ActivationDataModule,
