@@ -4,6 +4,7 @@ Published checkpoints do repeat (step 0, 1 and 2 of Pythia are identical, and do
 the final weights), and then a track shows no drift, or a jump, that the LLM's training never had.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -142,6 +143,13 @@ def _loadable(checkpoint: LLMCheckpoint) -> str:
             f"{files.label(checkpoint.model, checkpoint.revision)} has weights but no config.json, which says what LLM "
             f"they are of. Put that of another checkpoint beside them, or leave this one out."
         )
+    folder = files.local_folder(checkpoint.model, checkpoint.revision, checkpoint.cache_dir)
+    config = None if folder is None or checkpoint.format is not None else folder / "config.json"
+    if config is not None and config.is_file():
+        try:
+            json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{config} is damaged ({error}). Put that of another checkpoint in its place.") from error
     return digest
 
 

@@ -228,11 +228,9 @@ class FitCLI(LightningCLI):
             return
         last = options.ckpt_path == "last"
         path = ResumeFile.path(track_dir) if last else Path(options.ckpt_path)
-        begun = not last or any(trained(Track.open(track)) for track in tracks_in(track_dir))
-        if not path.is_file() and begun:
-            raise FileNotFoundError(
-                f"`--ckpt_path {options.ckpt_path}` needs {path}, which is not there. {how_to_go_on_without(track_dir)}"
-            )
+        if not path.is_file() and (not last or any(trained(Track.open(track)) for track in tracks_in(track_dir))):
+            go_on = how_to_go_on_without(track_dir) if last else "Give `--ckpt_path last`, or leave it out to begin."
+            raise FileNotFoundError(f"`--ckpt_path {options.ckpt_path}` needs {path}, which is not there. {go_on}")
         refuse_damage(path, track_dir)
         options.ckpt_path = str(path) if path.is_file() else None
 
