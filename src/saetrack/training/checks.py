@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Timer
@@ -48,7 +49,7 @@ def refuse_what_cuts_stages(trainer: Trainer) -> None:
             "Every stage has its own activations, so the trainer must ask for a new loader in every epoch; "
             "give Trainer(reload_dataloaders_every_n_epochs=1)."
         )
-    options = {
+    options: dict[str, tuple[Any, Any]] = {
         "max_steps": (trainer.max_steps, -1),
         "limit_train_batches": (trainer.limit_train_batches, 1.0),
         "accumulate_grad_batches": (trainer.accumulate_grad_batches, 1),
