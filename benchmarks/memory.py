@@ -45,12 +45,12 @@ class Setting:
 
 SETTINGS = {
     "usual": Setting(),
-    "d_sae": Setting(d_sae=32_768),
+    "d_sae": Setting(d_sae=32_768, chunk_tokens=16_384),
     "chunk": Setting(chunk_tokens=196_608),
-    "d_in": Setting(d_in=1024, d_sae=8192),
-    "hookpoints": Setting(hookpoints=3),
-    "bfloat16": Setting(llm_dtype="bfloat16"),
-    "continuity": Setting(continuity=True),
+    "d_in": Setting(d_in=1024, d_sae=8192, chunk_tokens=16_384),
+    "hookpoints": Setting(hookpoints=3, chunk_tokens=16_384),
+    "bfloat16": Setting(llm_dtype="bfloat16", chunk_tokens=16_384),
+    "continuity": Setting(continuity=True, chunk_tokens=16_384),
 }
 
 
