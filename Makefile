@@ -81,14 +81,16 @@ BENCH := .venv-bench/bin/python benchmarks
 # An allocator that keeps what is freed: without it every large temporary is zeroed anew by the system.
 TUNED := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=16000000000 MALLOC_TOP_PAD_=8000000000
 
+# every benchmark prints lines of JSON (benchmarks/measuring.py), and the table is of all that lie in runs/bench
 bench: .venv-bench/.peers runs/bench-llm/step512
-	$(BENCH)/step.py | tee runs/bench.jsonl
-	$(TUNED) $(BENCH)/step.py | tee -a runs/bench.jsonl
-	$(BENCH)/step_memory.py | tee -a runs/bench.jsonl
-	$(BENCH)/ddp.py | tee -a runs/bench.jsonl
-	$(BENCH)/accuracy.py runs/bench-llm | tee -a runs/bench.jsonl
-	$(BENCH)/architectures.py runs/bench-llm | tee -a runs/bench.jsonl
-	@$(BENCH)/table.py runs/bench.jsonl
+	@mkdir -p runs/bench
+	$(BENCH)/step.py | tee runs/bench/1-step.jsonl
+	$(TUNED) $(BENCH)/step.py --only topk | tee runs/bench/2-step-tuned.jsonl
+	$(BENCH)/step_memory.py | tee runs/bench/3-memory.jsonl
+	$(BENCH)/ddp.py | tee runs/bench/6-ddp.jsonl
+	$(BENCH)/accuracy.py runs/bench-llm | tee runs/bench/4-accuracy.jsonl
+	$(BENCH)/architectures.py runs/bench-llm | tee runs/bench/5-architectures.jsonl
+	@$(BENCH)/table.py runs/bench/*.jsonl | tee runs/bench/table.md
 
 test-peers: .venv-bench/.peers
 	.venv-bench/bin/pytest -q -m peers tests/peers

@@ -20,18 +20,18 @@ from saetrack.lm.forward import read_activations
 from saetrack.lm.loading import load_llm
 from saetrack.lm.tokens import tokenize_corpus
 from saetrack.metrics import fraction_variance_unexplained
-from saetrack.sae import SAE, StandardSAE, TopKSAE
+from saetrack.sae import SAE, Kernels, StandardSAE, TopKSAE, use_kernels
 from saetrack.training.adam import ColumnAdam
 from saetrack.training.module import FeatureState
 
 BATCH, LR, CONTEXT = 2048, 1e-3, 128
-POOL, HELD_OUT = 1_000_000, 50_000
+HELD_OUT = 50_000
 DEAD_AFTER = 100_000
 Loss = Callable[[SAE, Tensor, Tensor], tuple[Tensor, Tensor]]
 """From SAE, activations and the dead to the loss and which latents fired."""
 
 
-def harvest(folder: Path, cache: Path, hookpoint: str) -> tuple[Tensor, Tensor]:
+def harvest(folder: Path, cache: Path, hookpoint: str, tokens: int) -> tuple[Tensor, Tensor]:
     """Activations in training units (mean norm sqrt(d_in)): those to train on, and those of other documents."""
     source = FolderSource(folder)
     llm = load_llm(source.checkpoints()[-1])
@@ -46,7 +46,7 @@ def harvest(folder: Path, cache: Path, hookpoint: str) -> tuple[Tensor, Tensor]:
             parts.append(read_activations(llm, tokens, [hookpoint])[hookpoint][usable])
         return torch.cat(parts)[:n]
 
-    train, held_out = collect(corpus.train, POOL), collect(corpus.evaluation, HELD_OUT)
+    train, held_out = collect(corpus.train, tokens), collect(corpus.evaluation, HELD_OUT)
     scale = train.shape[1] ** 0.5 / train.norm(dim=1).mean()
     return train * scale, held_out * scale
 
@@ -102,19 +102,23 @@ def train(sae: SAE, loss_of: Loss, pool: Tensor, held_out: Tensor, steps: int, s
 
 def compare(name: str, make: Callable[[], SAE], pool: Tensor, held_out: Tensor, steps: int, seeds: list[int]) -> None:
     """Report one architecture: the mean over seeds of FVU relative to the dense step's, and the dead shares."""
-    variants: dict[str, tuple[Loss, torch.dtype]] = {
-        "dense": (dense, torch.float32),
-        "float32": (ours, torch.float32),
-        "bfloat16": (ours, torch.bfloat16),
+    variants: dict[str, tuple[Loss, torch.dtype, Kernels]] = {
+        "dense": (dense, torch.float32, "pytorch"),
+        "float32": (ours, torch.float32, "pytorch"),
+        "bfloat16": (ours, torch.bfloat16, "pytorch"),
     }
+    if name == "topk":
+        variants["native"] = (ours, torch.bfloat16, "native")
     results: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     for seed in seeds:
-        for variant, (loss_of, precision) in variants.items():
+        for variant, (loss_of, precision, kernels) in variants.items():
             sae = make()
             sae.precision = precision
+            use_kernels(kernels)
             results[variant].append(train(sae, loss_of, pool, held_out, steps, seed))
-    reference = results["dense"]
-    for variant in ("float32", "bfloat16"):
+            use_kernels("pytorch")
+    reference = results.pop("dense")
+    for variant in results:
         changes = [mine["fvu"] / r["fvu"] - 1 for mine, r in zip(results[variant], reference, strict=True)]
         report(
             "accuracy",
@@ -122,6 +126,7 @@ def compare(name: str, make: Callable[[], SAE], pool: Tensor, held_out: Tensor, 
             d_in=pool.shape[1],
             d_sae=make().d_sae,
             steps=steps,
+            tokens=len(pool),
             seeds=seeds,
             value=round(abs(statistics.mean(changes)), 5),
             bar=0.005,
@@ -139,11 +144,12 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--cache", type=Path, help="where token rows are kept; FOLDER/tokens by default")
     parser.add_argument("--hookpoint", default="gpt_neox.layers.2")
+    parser.add_argument("--tokens", type=int, default=1_000_000, help="from which the batches are drawn")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--only", choices=["topk", "standard"])
     asked = parser.parse_args()
-    pool, held_out = harvest(asked.folder, asked.cache or asked.folder / "tokens", asked.hookpoint)
+    pool, held_out = harvest(asked.folder, asked.cache or asked.folder / "tokens", asked.hookpoint, asked.tokens)
     width = pool.shape[1]
     if asked.only != "standard":
         compare("topk", lambda: TopKSAE(width, 16, k=24), pool, held_out, asked.steps, asked.seeds)

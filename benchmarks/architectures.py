@@ -16,22 +16,22 @@ Speed: one optimizer step of each in turn, at d_in 512, with equal weights and a
 """
 
 import argparse
-import json
-import statistics
-import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from measuring import installed, interleaved, ratio, report
 from torch import Tensor
 
 from saetrack.lm import FolderSource, StdlibCorpus
 from saetrack.lm.loading import load_llm
 from saetrack.lm.tokens import tokenize_corpus
 from saetrack.metrics import FVU
-from saetrack.sae import SAE, BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE
+from saetrack.sae import SAE, BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, resolve_precision
+from saetrack.training.adam import ColumnAdam
 from saetrack.training.stream import harvest
 
 with warnings.catch_warnings():
@@ -53,7 +53,8 @@ class Ours:
 
     def __init__(self, sae: SAE, lr: float) -> None:
         self.sae = sae
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
+        sae.precision = resolve_precision("auto", sae.b_dec.device)
+        self.optimizer = ColumnAdam(sae.parameters(), lr=lr)
 
     def step(self, x: Tensor, dead: Tensor) -> Tensor:
         """One optimizer step on a batch, given which latents are dead; says which fired."""
@@ -190,14 +191,15 @@ def compare_quality(
         ours, used = at_l0(kind, theirs["l0"], x, evaluation, lr, seed)
         beside = {"coefficient": used, "saelens_coefficient": coefficient}
     return {
-        "benchmark": "architecture_quality",
         "class": kind.__name__,
-        "fvu_ratio": round(ours["fvu"] / theirs["fvu"], 4),
+        "value": round(ours["fvu"] / theirs["fvu"], 4),
         "bar": FVU_BAR,
-        "holds": ours["fvu"] <= FVU_BAR * theirs["fvu"] and abs(ours["l0"] / theirs["l0"] - 1) <= L0_BAR,
+        "at_most": True,
+        "holds": abs(ours["l0"] / theirs["l0"] - 1) <= L0_BAR,  # and the bar
         "ours": rounded(ours),
         "saelens": rounded(theirs),
         **beside,
+        "peer": installed("sae-lens"),
         "tokens": len(x),
         "lr": lr,
         "saelens_lr": lens_lr,
@@ -256,28 +258,21 @@ def compare_speed(kind: type[SAE], d_sae: int, repeats: int) -> dict[str, Any]:
             lens.get_parameter(name).copy_(parameter)
     # steps so small that L0 stays where it is
     runs: list[Ours | Lens] = [Ours(sae, 1e-7), Lens(lens, {"l0": 1e-3, "l1": 1e-3}, 1e-7)]
-    alive, seconds = torch.zeros(d_sae, dtype=torch.bool), [[], []]  # type: ignore[var-annotated]
-    for _ in range(repeats + 2):  # the first two warm up
-        for run, times in zip(runs, seconds, strict=True):
-            start = time.perf_counter()
-            run.step(x, alive)
-            times.append(time.perf_counter() - start)
-    ours, theirs = (statistics.median(times[2:]) for times in seconds)
+    alive = torch.zeros(d_sae, dtype=torch.bool)
+    steps = {type(run).__name__: partial(run.step, x, alive) for run in runs}
+    ours, theirs = interleaved(steps, repeats).values()
     return {
-        "benchmark": "architecture_speed",
         "class": kind.__name__,
-        "speed_ratio": round(theirs / ours, 2),
+        **ratio(theirs, ours),
         "bar": SPEED_BAR,
-        "holds": theirs / ours >= SPEED_BAR,
-        "ours_ms": round(1e3 * ours, 1),
-        "saelens_ms": round(1e3 * theirs, 1),
+        **ours.facts("ours"),
+        **theirs.facts("saelens"),
         "l0": round(float(sae.loss(x).l0), 1),
+        "peer": installed("sae-lens"),
         "d_in": d_in,
         "d_sae": d_sae,
         "batch": batch,
-        "repeats": repeats,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
+        "rounds": repeats,
     }
 
 
@@ -300,13 +295,12 @@ def main() -> None:
     args = parser.parse_args()
     if not args.skip_speed:
         for name in args.only:
-            print(json.dumps(compare_speed(kinds[name], args.d_sae, args.repeats)), flush=True)
+            report("architectures", "speed_against_sae_lens", **compare_speed(kinds[name], args.d_sae, args.repeats))
     if not args.skip_quality:
         x, evaluation = activations(args.series, args.step, args.hookpoint, args.tokens)
         for name in args.only:
-            print(
-                json.dumps(compare_quality(kinds[name], x, evaluation, args.lr, args.saelens_lr, args.seed)), flush=True
-            )
+            found = compare_quality(kinds[name], x, evaluation, args.lr, args.saelens_lr, args.seed)
+            report("architectures", "fvu_against_sae_lens", **found)
 
 
 if __name__ == "__main__":

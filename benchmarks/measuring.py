@@ -80,15 +80,24 @@ def machine() -> dict[str, Any]:
 
 
 def report(benchmark: str, figure: str, **facts: Any) -> None:
-    """Print one figure as one line of JSON.
+    """Print one figure as one line of JSON, which `table.py` reads.
 
-    With ``bar`` and ``ratio`` (or ``value``) among the facts, ``holds`` says whether it is reached; ``at_most`` makes
-    the bar an upper one.
+    Args:
+        benchmark: Name of the script, without its ending.
+        figure: What was measured.
+        facts: ``ratio`` or ``value``, the figure, which becomes ``value``; ``bar``, where there is one, with
+            ``at_most=True`` for an upper one, from which come ``direction`` and ``holds`` (``holds=False`` says that
+            it does not, whatever the figure); and whatever else belongs to it.
     """
+    at_most = facts.pop("at_most", False)
+    line: dict[str, Any] = {"benchmark": benchmark, "figure": figure, "value": facts.pop("ratio", None)}
+    if line["value"] is None:
+        line["value"] = facts.pop("value")
     if "bar" in facts:
-        value = facts.get("ratio", facts.get("value"))
-        facts["holds"] = value <= facts["bar"] if facts.pop("at_most", False) else value >= facts["bar"]
-    print(json.dumps({"benchmark": benchmark, "figure": figure, **facts, **machine()}), flush=True)
+        bar = facts.pop("bar")
+        holds = facts.pop("holds", True) and (line["value"] <= bar if at_most else line["value"] >= bar)
+        line |= {"bar": bar, "direction": "at most" if at_most else "at least", "holds": bool(holds)}
+    print(json.dumps({**line, **facts, **machine()}), flush=True)
 
 
 def installed(package: str) -> str:

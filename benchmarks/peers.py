@@ -73,13 +73,13 @@ def sae_lens(kind: str, d_in: int, d_sae: int, k: int, batch: int, autocast: boo
     return step
 
 
-def dictionary_learning(d_in: int, d_sae: int, k: int) -> Step:
-    """dictionary_learning's TopKTrainer.update, with one of its functions rewritten.
+def patched_top_k() -> Any:
+    """dictionary_learning's TopKTrainer, with one of the functions that it uses rewritten.
 
     Its `remove_gradient_parallel_to_decoder_directions` is an einsum that becomes a strided batched product and takes
     a minute at 4,096 latents. Nobody would wait for that, so it is compared with the same sums written elementwise.
     """
-    # its activation buffer imports this; the buffer is not measured, and nnsight pins old releases of much else
+    # its activation buffer imports this, which pins old releases of much else
     stub = types.ModuleType("nnsight")
     stub.LanguageModel = object  # type: ignore[attr-defined]
     sys.modules.setdefault("nnsight", stub)
@@ -90,7 +90,12 @@ def dictionary_learning(d_in: int, d_sae: int, k: int) -> Step:
         return grad - (grad * normed).sum(dim=0) * normed
 
     top_k.remove_gradient_parallel_to_decoder_directions = without_parallel
-    trainer = top_k.TopKTrainer(
+    return top_k.TopKTrainer
+
+
+def dictionary_learning(d_in: int, d_sae: int, k: int) -> Step:
+    """dictionary_learning's TopKTrainer.update, patched as above."""
+    trainer = patched_top_k()(
         steps=10**6, activation_dim=d_in, dict_size=d_sae, k=k, layer=0, lm_name="none", lr=LR, seed=0, device="cpu"
     )
     count = iter(range(1, 10**6))  # not 0, where it looks for the median of the first batch

@@ -42,17 +42,17 @@ Floats = NDArray[np.floating]
 Integers = NDArray[np.integer]
 
 HOOKPOINT = "transformer.h.0.mlp"
-GROUPS, GROUP_SIZE, CLASSES = 16, 6, 7
+GROUPS, GROUP_SIZE, CLASSES = 40, 6, 7
 WORDS = GROUPS * GROUP_SIZE  # BOS comes before them, with the id 0 and a class of its own
 CONTEXT = 64  # positions of the LLM
 FREQUENT = 4  # every fourth word is four times as frequent as the others, and can have a feature of its own
 TOPICAL = 0.3  # share of a document's words that are of its topic, which is a group of words
-BLOCKS = {"token": 24, "class": 8, "before": 8, "group": 16, "position": 24}
+BLOCKS = {"token": 16, "class": 8, "before": 8, "group": 8, "position": 16}
 D_IN = sum(BLOCKS.values())
 NOISE_UNITS = 256
 SHARPNESS = 200.0  # of attention: the next best position keeps exp(-50) of the weight
 
-COUNTS = {"token": 20, "group": 16, "context": 8, "scattered": 10, "swapped": 10, "never": 8}
+COUNTS = {"token": 60, "group": 40, "context": 20, "scattered": 24, "swapped": 20, "never": 16}
 """Features of each kind. A ``group`` is of words with like embeddings that share documents; a ``context`` feature
 answers to a group after two of the seven classes; ``scattered`` words have nothing in common; a ``swapped`` feature
 keeps its direction, but changes its words with its partner's half-way; ``never`` has a direction and words, but no
@@ -60,6 +60,9 @@ amplitude."""
 ANSWERED = 0.6
 """Share of the pairs of word and class that a feature answers to, but for ``context`` features, which answer to all.
 Were it 1, a word's feature would never be without its group's, and no autoencoder could tell the two apart."""
+TOGETHER = 0.75
+"""Largest share of a feature's firings at which a certain other one fires too. One that fires only with another is
+nested in it: then their sum is as good a direction as its own, and an autoencoder with one active latent fewer."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Truth:
-    """What was planted, for T checkpoints, F features, V = 97 token ids, C = 8 classes of the token before.
+    """What was planted, for T checkpoints, F features, V = 241 token ids, C = 8 classes of the token before.
 
     Args:
         plan: The plan.
@@ -231,8 +234,8 @@ def _draw(plan: Plan) -> Truth:
     kind, last = np.array(kinds), len(plan.steps)
     classes = np.concatenate([[CLASSES], rng.permutation(np.arange(WORDS) % CLASSES)])
     strengths = _answers(kind, rng)
+    strengths *= _answered(strengths, kind, _pair_shares(classes), rng)
     strengths *= rng.uniform(0.7, 1.3, size=strengths.shape)
-    strengths *= (rng.random(strengths.shape) < ANSWERED) | (kind == "context")[:, None, None]
     late = rng.integers(1, max(2, last - 3), size=len(kinds))
     onset = np.where((rng.random(len(kinds)) < plan.formed_at_init) | (kind == "swapped"), 0, late)
     dies = (kind == "token") & (rng.random(len(kinds)) < plan.dying) & (onset < plan.half)
@@ -268,6 +271,51 @@ def _answers(kind: NDArray[np.str_], rng: np.random.Generator) -> Floats:
     return answers
 
 
+def _answered(answers: Floats, kind: NDArray[np.str_], shares: Floats, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """Which pairs of word and class a feature does answer to, ``[F, V, C]``; drawn until no feature is nested."""
+    free = (kind != "context")[:, None, None]
+
+    def draw() -> NDArray[np.bool_]:
+        return (rng.random(answers.shape) < ANSWERED) | ~free
+
+    found = draw()
+    for _ in range(1000):
+        wrong = np.argwhere(fires_with((answers * found).reshape(len(kind), -1) > 0, shares.ravel()) > TOGETHER)
+        if not len(wrong):
+            return found
+        again = np.unique(wrong)  # both of a pair: one may be a context feature, which answers to all
+        found[again] = draw()[again]
+    raise RuntimeError(f"Some features still share more than {TOGETHER} of their firings; choose another seed.")
+
+
+def fires_with(fires: NDArray[np.bool_], shares: Floats) -> Floats:
+    """Share of each feature's firings at which each other one fires too.
+
+    Args:
+        fires: Where each fires, ``[F, P]``.
+        shares: How much each of the P places counts.
+
+    Returns:
+        ``[F, F]``: of row's firings, those with column's; 0 on the diagonal.
+    """
+    both = (fires * shares) @ fires.T
+    together: Floats = both / np.maximum(np.diag(both), np.finfo(np.float64).tiny)[:, None]
+    np.fill_diagonal(together, 0)
+    return together
+
+
+def _frequency() -> Floats:
+    """Share of each word among those that are not of a document's topic, ``[WORDS]``."""
+    frequency = np.where(np.arange(WORDS) % FREQUENT, 1.0, 4.0)
+    return frequency / frequency.sum()
+
+
+def _pair_shares(classes: Integers) -> Floats:
+    """Share of positions with each pair of token and class of the token before, ``[V, C]``, BOS and topics aside."""
+    words = np.concatenate([[0.0], TOPICAL / WORDS + (1 - TOPICAL) * _frequency()])
+    return np.outer(words, np.bincount(classes, weights=words, minlength=CLASSES + 1))
+
+
 def _directions(plan: Plan, count: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
     """Unit directions ``[T, F, d_in]`` and the common rotation into each checkpoint ``[T, d_in, d_in]``."""
     basis = scipy.linalg.qr(rng.normal(size=(D_IN, D_IN)))[0]
@@ -301,8 +349,7 @@ def _detectors(classes: Integers, plan: Plan) -> GPT2LMHeadModel:
     tokens = _balanced_codes(WORDS + 1, BLOCKS["token"], rng)
     hadamard = scipy.linalg.hadamard(BLOCKS["class"])[1:]
     class_codes = np.concatenate([hadamard, -hadamard[:1]])  # the last is BOS's
-    groups = scipy.linalg.hadamard(BLOCKS["group"])[1:]
-    group_codes = np.concatenate([groups, -groups])
+    group_codes = _balanced_codes(GROUPS + 1, BLOCKS["group"], rng)
     positions = _position_codes()
     embedding = np.zeros((WORDS + 1, D_IN))
     embedding[:, at["token"]], embedding[:, at["class"]] = tokens, class_codes[classes]
@@ -368,7 +415,7 @@ def _balanced_codes(count: int, width: int, rng: np.random.Generator) -> Floats:
 
 def _position_codes() -> Floats:
     """Cosines and sines with their negatives, so that a code has mean 0; a turn moves all of them by one place."""
-    angles = 2 * np.pi * np.outer(np.arange(CONTEXT), [1, 3, 7, 13, 20, 29]) / CONTEXT
+    angles = 2 * np.pi * np.outer(np.arange(CONTEXT), [1, 7, 20, 29]) / CONTEXT
     codes = np.stack([np.cos(angles), -np.cos(angles), np.sin(angles), -np.sin(angles)], axis=2)
     return codes.reshape(CONTEXT, -1)
 
@@ -385,8 +432,7 @@ def _words(rng: np.random.Generator) -> list[str]:
 def _corpus(words: Sequence[str], plan: Plan) -> str:
     """Documents of random words, one a line; some words of each are of its topic."""
     rng = np.random.default_rng([plan.seed, 4])
-    frequency = np.where(np.arange(WORDS) % FREQUENT, 1.0, 4.0)
-    frequency /= frequency.sum()
+    frequency = _frequency()
     lines = []
     for _ in range(plan.documents):
         length = rng.integers(30, 71)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from planted import HOOKPOINT, Truth
+from planted import HOOKPOINT, Truth, fires_with
 from transformers import AutoTokenizer
 
 from saetrack.lm import FolderSource
@@ -22,7 +22,7 @@ from saetrack.lm.checkpoints import load_llm
 from saetrack.lm.forward import read_activations
 from saetrack.sae import BatchTopKSAE
 
-ROW, BATCH, WARMUP, DEAD_AFTER, DECAY = 64, 256, 5000, 20_000, 0.2
+ROW, BATCH, EXPANSION, WARMUP, DEAD_AFTER, DECAY = 64, 256, 4, 5000, 20_000, 0.2
 RUNS = (  # start, seed, learning rate, tokens
     ("truth", 0, 3e-3, 300_000),
     *(("random", seed, 3e-3, 300_000) for seed in (0, 1)),
@@ -59,7 +59,7 @@ def train(
 ) -> tuple[float, BatchTopKSAE]:
     """Loss over the last tenth of the budget, and the SAE; it begins with ``directions`` where they are given."""
     generator = torch.Generator().manual_seed(seed)
-    sae = BatchTopKSAE(x.shape[1], 1, k=2)
+    sae = BatchTopKSAE(x.shape[1], EXPANSION, k=2)
     with torch.no_grad():
         sae.initialise(x[:8192], generator)
         if directions is not None:
@@ -94,8 +94,7 @@ def main() -> None:
     truth = Truth.load(series)
     there = np.flatnonzero(truth.amplitudes[-1] > 0)
     x, fires = activations(series, truth)
-    together = fires.T.astype(np.float64) @ fires / np.maximum(fires.sum(axis=0), 1)[:, None]
-    np.fill_diagonal(together, 0)
+    together = fires_with(fires.T, np.ones(len(fires)))
     directions = torch.from_numpy(truth.directions[-1, there]).float()
     for start, seed, lr, tokens in RUNS:
         loss, sae = train(x, directions if start == "truth" else None, seed, lr, tokens)

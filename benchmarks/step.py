@@ -27,8 +27,11 @@ def on(step: Step, batches: list[torch.Tensor]) -> Callable[[], None]:
     return lambda: step(next(turns))
 
 
-def with_native(step: Step) -> Step:
-    """The step on the native kernels, which are put away after it."""
+def with_native(make: Callable[[], Step]) -> Step:
+    """A step on the native kernels, which are put away after it."""
+    use_kernels("native")
+    step = make()
+    use_kernels("pytorch")
 
     def run(x: torch.Tensor) -> None:
         use_kernels("native")
@@ -38,44 +41,46 @@ def with_native(step: Step) -> Step:
     return run
 
 
-def topk(d_sae: int, rounds: int) -> None:
+def topk(d_sae: int, rounds: int, only_sparsify: bool = TUNED) -> None:
     """TopK: sparsify, SAELens, dictionary_learning and the floor."""
     batches = activations(BATCH, D_IN)
-    steps: dict[str, Step] = {
-        "ours": step_of(TopKSAE(D_IN, d_sae // D_IN, K)),
-        "native": with_native(step_of(TopKSAE(D_IN, d_sae // D_IN, K))),
-        "floor": floor_of(D_IN, d_sae),
-        "sparsify": sparsify(D_IN, d_sae, K),
-        "sae_lens": sae_lens("topk", D_IN, d_sae, K, BATCH, autocast=False),
-        "dictionary_learning": dictionary_learning(D_IN, d_sae, K),
-    }
-    if d_sae == 16384:
-        steps["ours_2_percent_dead"] = step_of(TopKSAE(D_IN, d_sae // D_IN, K), dead_share=0.02)
+
+    def ours(dead_share: float = 0.0) -> Step:
+        return step_of(TopKSAE(D_IN, d_sae // D_IN, K), dead_share=dead_share)
+
+    steps: dict[str, Step] = {"ours": ours(), "native": with_native(ours), "sparsify": sparsify(D_IN, d_sae, K)}
+    if not only_sparsify:
+        steps |= {
+            "floor": floor_of(D_IN, d_sae),
+            "sae_lens": sae_lens("topk", D_IN, d_sae, K, BATCH, autocast=False),
+            "dictionary_learning": dictionary_learning(D_IN, d_sae, K),
+        }
+    if d_sae == 16384 and not only_sparsify:
+        steps["2_percent_dead"] = ours(dead_share=0.02)
     times = interleaved({name: on(step, batches) for name, step in steps.items()}, rounds)
-    shape = {"d_in": D_IN, "d_sae": d_sae, "batch": BATCH, "k": K, "rounds": rounds}
-    peers = {
-        "sparsify": (installed("eai-sparsify"), 2.8 if TUNED else {4096: 3.5}.get(d_sae, 4.0)),
-        "sae_lens": (installed("sae-lens"), 7.0),
-        "dictionary_learning": (f"{installed('dictionary-learning')}, its slow einsum rewritten", 5.5),
-    }
-    for name, (peer, bar) in peers.items():
-        facts = {**times["ours"].facts("ours"), **times[name].facts("peer")}
-        report(
-            "step", f"topk_against_{name}", **shape, peer=peer, **ratio(times[name], times["ours"]), bar=bar, **facts
-        )
-    facts = {**ratio(times["sparsify"], times["native"]), **times["native"].facts("ours")}
-    bar_native = 5.0 if TUNED else {4096: 5.5, 16384: 7.0}.get(d_sae, 8.0)
-    report("step", "topk_native_against_sparsify", **shape, peer=peers["sparsify"][0], bar=bar_native, **facts)
-    facts = {**ratio(times["native"], times["floor"]), **times["native"].facts("ours")}
-    bar = {"bar": 1.8, "at_most": True} if d_sae == 16384 else {}
-    report("step", "topk_native_over_floor", **shape, **bar, **facts)
-    facts = {**times["ours"].facts("ours"), **times["floor"].facts("floor")}
-    bar = {"bar": 2.8, "at_most": True} if d_sae == 16384 else {}
-    report("step", "topk_over_floor", **shape, **ratio(times["ours"], times["floor"]), **bar, **facts)
-    if "ours_2_percent_dead" in times:
-        dead = times["ours_2_percent_dead"]
-        facts = {**times["ours"].facts("none_dead"), **dead.facts("dead")}
-        report("step", "topk_with_2_percent_dead", **shape, **ratio(dead, times["ours"]), **facts)
+
+    def tell(
+        figure: str, slow: str, fast: str, bar: float | None, at_most: bool = False, peer: str | None = None
+    ) -> None:
+        facts = {**ratio(times[slow], times[fast]), **times[slow].facts(slow), **times[fast].facts(fast)}
+        facts |= {"d_in": D_IN, "d_sae": d_sae, "batch": BATCH, "k": K, "rounds": rounds}
+        facts |= ({} if bar is None else {"bar": bar, "at_most": at_most}) | ({} if peer is None else {"peer": peer})
+        report("step", figure, **facts)
+
+    version = installed("eai-sparsify")
+    tell("topk_against_sparsify", "sparsify", "ours", 2.8 if TUNED else {4096: 3.5}.get(d_sae, 4.0), peer=version)
+    native_bar = 5.0 if TUNED else {4096: 5.5, 16384: 7.0}.get(d_sae, 8.0)
+    tell("topk_native_against_sparsify", "sparsify", "native", native_bar, peer=version)
+    if only_sparsify:
+        return
+    tell("topk_against_sae_lens", "sae_lens", "ours", 7.0, peer=installed("sae-lens"))
+    patched = f"{installed('dictionary-learning')}, its slow einsum rewritten"
+    tell("topk_against_dictionary_learning", "dictionary_learning", "ours", 5.5, peer=patched)
+    at_16384 = d_sae == 16384
+    tell("topk_over_floor", "ours", "floor", 2.8 if at_16384 else None, at_most=True)
+    tell("topk_native_over_floor", "native", "floor", 1.8 if at_16384 else None, at_most=True)
+    if at_16384:
+        tell("topk_with_2_percent_dead", "2_percent_dead", "ours", None)
 
 
 def relu(d_sae: int, rounds: int) -> None:
@@ -95,12 +100,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--d_sae", type=int, nargs="+", default=[4096, 16384, 32768])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", choices=["topk", "relu"])
+    parser.add_argument("--only", choices=["topk", "sparsify", "relu"], help="sparsify: TopK beside it alone")
     asked = parser.parse_args()
     for size in asked.d_sae:
         if asked.only != "relu":
-            topk(size, asked.rounds)
+            topk(size, asked.rounds, TUNED or asked.only == "sparsify")
         gc.collect()
-        if asked.only != "topk" and size == 16384:
+        if asked.only in (None, "relu") and size == 16384 and not TUNED:
             relu(size, asked.rounds)
         gc.collect()

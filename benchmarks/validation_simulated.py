@@ -110,7 +110,9 @@ def dictionary_rows(folder: Path, repeats: int = 150, shape: tuple[int, int] = (
         yield Row(f"{what}, {name}", ">= 0.9", right, repeats)
 
 
-def phases_found(folder: Path, law: Rates, chain: Rates | None, repeats: int) -> list[tuple[int, list[int]]]:
+def phases_found(
+    folder: Path, law: Rates, chain: Rates | None, repeats: int, null_steps: bool = False
+) -> list[tuple[int, list[int]]]:
     """How many phases of the drift on the log-step axis, and at which LLM steps they change, in each repeat.
 
     Args:
@@ -118,12 +120,13 @@ def phases_found(folder: Path, law: Rates, chain: Rates | None, repeats: int) ->
         law: Of the track.
         chain: Of its null chain, if it has one.
         repeats: Number of series.
+        null_steps: Whether it has null steps at four stages.
     """
     track = track_with_chain(folder, law.steps, chain is not None)
     analysis = Phases(replicates=20, permutations=200)
     found = []
     for seed in range(repeats):
-        plant_rates(track, law, np.random.default_rng([seed, 0]))
+        plant_rates(track, law, np.random.default_rng([seed, 0]), null_steps)
         if chain is not None:
             plant_rates(track.controls("null")[0], chain, np.random.default_rng([seed, 1]))
         tables = analysis.run(track).tables
@@ -139,11 +142,13 @@ def one_phase(folder: Path, name: str, law: Rates, chain: Rates | None, repeats:
     return Row(f"phases on a null chain: 1, {name}", ">= 0.95", right, repeats)
 
 
-def three_phases(folder: Path, name: str, law: Rates, chain: Rates | None, repeats: int) -> Row:
+def three_phases(
+    folder: Path, name: str, law: Rates, chain: Rates | None, repeats: int, null_steps: bool = False
+) -> Row:
     """How many series of three regimes are found to have three, with both boundaries within one checkpoint."""
     planted = np.flatnonzero(np.diff(law.llm)) + 1
     right = 0
-    for phases, steps in phases_found(folder, law, chain, repeats):
+    for phases, steps in phases_found(folder, law, chain, repeats, null_steps):
         right += phases == 3 and bool((np.abs(np.searchsorted(law.steps, steps) - planted) <= 1).all())
     return Row(f"phases on three planted regimes: 3, boundaries within 1, {name}", ">= 0.90", right, repeats)
 
@@ -160,6 +165,8 @@ def phase_rows(folder: Path, repeats: int = 100) -> Iterator[Row]:
     for null in (0.002, 0.01):
         name = f"noise 10 %, null steps of {null}"
         yield three_phases(folder / name, name, Rates.three(0.1, null), Rates.still(null), repeats)
+        name += ", at four stages and no chain"
+        yield three_phases(folder / name, name, Rates.three(0.1, null), None, repeats, null_steps=True)
 
 
 def formation_series(seed: int, documents: int, amplitude: float, width: float) -> PlantedSeries:

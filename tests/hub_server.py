@@ -11,12 +11,15 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+Fault = int | str | dict[str, str]
+
 
 class HubServer(ThreadingHTTPServer):
     """Repositories with branches of files.
 
     ``faults`` maps a request, written as ``"GET branch/file"`` or ``"INFO branch"``, to what goes wrong the next times:
-    a number is an HTTP status, ``"cut"`` closes the connection in the middle of the file, ``"flip"`` sends other bytes.
+    a number is an HTTP status, ``"cut"`` closes the connection in the middle of the answer, ``"flip"`` sends other
+    bytes, and headers are sent with status 429.
     ``asked`` lists the requests in the same words, those for a part of a file with `` from N``.
     """
 
@@ -25,7 +28,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.branches: dict[str, dict[str, bytes]] = {}
-        self.faults: dict[str, list[int | str]] = {}
+        self.faults: dict[str, list[Fault]] = {}
         self.asked: list[str] = []
         self.stopped = False
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -75,15 +78,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _info(self, revision: str) -> None:
         branch = self.server.branch(revision)
-        if (fault := self._fault(f"INFO {branch or revision}")) is not None:
-            return self._answer({}, int(fault), {"Retry-After": "0"})
+        fault = self._fault(f"INFO {branch or revision}")
+        if isinstance(fault, int | dict):
+            return self._refuse(fault)
         if branch is None:
             return self._answer({"error": "no"}, 404, {"X-Error-Code": "RevisionNotFound"})
         siblings: list[dict[str, Any]] = []
         for name, content in self.branches[branch].items():
             large = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 100}
             siblings.append({"rfilename": name, "size": len(content), **({"lfs": large} if _is_large(name) else {})})
-        return self._answer({"id": "me/llm", "sha": self.server.commit(branch), "siblings": siblings})
+        said = {"id": "me/llm", "sha": self.server.commit(branch), "siblings": siblings}
+        return self._answer(said, cut=20 if fault == "cut" else None)
 
     def _file(self, revision: str, name: str) -> None:
         branch = self.server.branch(revision)
@@ -99,14 +104,19 @@ class _Handler(BaseHTTPRequestHandler):
         part = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         begin = int(part[1]) if part else 0
         fault = self._fault(f"GET {branch}/{name}", f" from {begin}" if part else "")
-        if isinstance(fault, int):
-            return self._answer({}, fault, {"Retry-After": "0"})
+        if isinstance(fault, int | dict):
+            return self._refuse(fault)
         if part:
             headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
         sent = bytes(255 - byte for byte in content) if fault == "flip" else content
         return self._answer(sent[begin:], 206 if part else 200, headers, len(content) // 2 if fault == "cut" else None)
 
-    def _fault(self, request: str, detail: str = "") -> int | str | None:
+    def _refuse(self, fault: int | dict[str, str]) -> None:
+        if isinstance(fault, dict):
+            return self._answer({}, 429, fault)
+        return self._answer({}, fault, {"Retry-After": "0"})
+
+    def _fault(self, request: str, detail: str = "") -> Fault | None:
         self.server.asked.append(request + detail)
         waiting = self.server.faults.get(request, [])
         return waiting.pop(0) if waiting else None

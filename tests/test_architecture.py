@@ -13,8 +13,8 @@ import saetrack
 PACKAGE = Path(saetrack.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYER = {
+    "errors": -2,
     "storage": -1,
-    "errors": -1,
     "hub": -1,
     "pickles": -1,
     "terminal": -1,

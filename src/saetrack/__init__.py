@@ -41,6 +41,7 @@ _HOME = {
     "ActivationDataModule": "saetrack.training",
     "CheckpointScheduler": "saetrack.training",
     "SAEModule": "saetrack.training",
+    "SAEsByHookpoint": "saetrack.training",
     "SnapshotCallback": "saetrack.training",
 }
 

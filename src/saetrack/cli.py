@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,18 +10,15 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-import saetrack
 from saetrack.analysis import Analysis, SweepAnalysis
 from saetrack.analysis.plugins import discover, list_analyses, load_plugins, name_analyses
 from saetrack.analysis.sweep import run_analyses
-from saetrack.errors import OneLineErrors
+from saetrack.errors import OneLineErrors, wants_traceback
 from saetrack.exchange import EXPORT_FORMATS, ImportedFacts, export_track, import_map, import_sae
 from saetrack.hub import push_folder
 from saetrack.lm import describe_checkpoints, source_from_string
+from saetrack.terminal import shown
 from saetrack.track import Track
-
-PACKAGE = Path(saetrack.__file__).parent
-TRACEBACK_VARIABLE = "SAETRACK_TRACEBACK"
 
 
 class CommandParser(OneLineErrors, ArgumentParser):
@@ -69,13 +64,23 @@ def analyze(args: list[str]) -> None:
         help="Class names; give the first as `--analyses+=Drift` too. All built-in ones by default.",
     )
     parser.add_argument("--device", default="cpu", help="Where the LLM and the SAE run, e.g. cuda.")
+    parser.add_argument(
+        "--only_kept",
+        type=bool,
+        default=False,
+        help="Count features only while they kept their identity, by the result of Identity; written to NAME-kept.",
+    )
     config = parser.instantiate(parser.parse_args(args))
     if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device is {config.device}, but this machine has no GPU that PyTorch can use; use cpu.")
     track = Track.open(config.track)
-    chosen = name_analyses(config.analyses) if config.analyses else _built_in_analyses(len(track))
-    for name, result in run_analyses(track, chosen, device=config.device).items():
-        _say(f"{name}: {result.summary}\n  {track.analyses_dir / name}")
+    chosen = name_analyses(config.analyses) if config.analyses else _built_in_analyses(len(track.distinct()))
+    if config.only_kept and not config.analyses:
+        chosen = {name: analysis for name, analysis in chosen.items() if analysis.restrictable}
+    with shown("Analysing", "pieces of work") as progress:
+        results = run_analyses(track, chosen, device=config.device, only_kept=config.only_kept, progress=progress)
+    for name, result in results.items():
+        _say(f"{name}: {result.summary}\n  {track.analyses_dir / name}{'-kept' if config.only_kept else ''}")
 
 
 def control(args: list[str]) -> None:
@@ -175,18 +180,10 @@ def main(args: list[str] | None = None) -> None:
 
             fit(args, "; ".join(f"{name}: {_first_line(command)}" for name, command in COMMANDS.items()))
     except (ValueError, OSError, RuntimeError) as error:
-        if not _raised_by_us(error) or os.environ.get(TRACEBACK_VARIABLE):
+        if wants_traceback(error):
             raise
         sys.stderr.write(f"saetrack: error: {error}\n")
         sys.exit(1)
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    """Whether the error's message is enough: it comes from a check of ours, or it is the file system's own."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return True
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).is_relative_to(PACKAGE)
 
 
 def _parser(name: str, command: Callable[..., Any]) -> ArgumentParser:
@@ -198,11 +195,7 @@ def _parser(name: str, command: Callable[..., Any]) -> ArgumentParser:
 def _built_in_analyses(snapshots: int) -> dict[str, Analysis | SweepAnalysis]:
     """Those that a track of so many snapshots is long enough for."""
     built_in = {name: p.cls for name, p in discover().items() if p.cls and p.cls.__module__.startswith("saetrack.")}
-    return {
-        name: cls()
-        for name, cls in built_in.items()
-        if issubclass(cls, SweepAnalysis) or snapshots >= cls.min_snapshots
-    }
+    return {name: cls() for name, cls in built_in.items() if snapshots >= cls.min_snapshots}
 
 
 def _first_line(command: Callable[..., Any]) -> str:

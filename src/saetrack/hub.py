@@ -10,10 +10,15 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from saetrack.errors import first_line
+
 SCHEME = "hf://"
+REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")
+"""The name of a repository, ``owner/name``."""
 _ADDRESS = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(?:/[\w.+=-]+)*)(?:@(?P<revision>[\w./-]+))?")
 # The HTTP library is requests, httpx or httpx2 by the version of huggingface_hub; HfHubHTTPError has its base class.
-_HUB_ERRORS: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
+NETWORK_ERRORS: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
+"""What huggingface_hub raises when the Hub refuses or cannot be reached."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class HubFolder:
         wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
         try:
             root = snapshot_download(match["repo"], revision=match["revision"], allow_patterns=wanted)
-        except _HUB_ERRORS as error:
+        except NETWORK_ERRORS as error:
             raise _absent(address, error) from error
         return cls(match["repo"], folder, Path(root) / folder)
 
@@ -70,7 +75,7 @@ class HubFolder:
         inside = f"{self.folder}/{name}" if self.folder else name
         try:
             return Path(hf_hub_download(self.repo, inside, revision=self.commit))
-        except _HUB_ERRORS as error:
+        except NETWORK_ERRORS as error:
             raise _absent(f"{self.repo}/{inside}", error) from error
 
 
@@ -92,15 +97,15 @@ def push_folder(folder: Path, repo: str) -> str:
     Raises:
         OSError: If the Hub cannot be reached or refuses.
     """
-    if _ADDRESS.fullmatch(repo) is None or repo.count("/") != 1:
+    if REPOSITORY.fullmatch(repo) is None:
         raise ValueError(f"--push is {repo!r}; expected a repository's name, owner/name.")
     api = HfApi()
     try:
         url = api.create_repo(repo, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload a track of saetrack")
-    except _HUB_ERRORS as error:
+    except NETWORK_ERRORS as error:
         raise OSError(
-            f"{folder} was written, but could not be pushed to {repo}: {_first_line(error)}. `hf auth login`, then "
+            f"{folder} was written, but could not be pushed to {repo}: {first_line(error)}. `hf auth login`, then "
             f"push it with `hf upload {repo} {folder}`."
         ) from error
     return str(url)
@@ -108,10 +113,6 @@ def push_folder(folder: Path, repo: str) -> str:
 
 def _absent(where: str, error: BaseException) -> FileNotFoundError:
     return FileNotFoundError(
-        f"{where} is neither in the Hub's cache nor on a Hub that can be reached ({_first_line(error)}). Check the "
+        f"{where} is neither in the Hub's cache nor on a Hub that can be reached ({first_line(error)}). Check the "
         "spelling and the network; for a private repository, `hf auth login` first."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

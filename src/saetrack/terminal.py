@@ -1,6 +1,8 @@
 """What long work says on the terminal: a bar where a person looks on, plain lines in a log file."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -87,6 +89,30 @@ def plain_console() -> Console:
 def show_on(console: Console, every_seconds: float) -> Display:
     """A bar on a terminal; elsewhere a line at the start of each piece of work, and one every so many seconds."""
     return _Bar(console) if console.is_terminal else _Lines(console, every_seconds)
+
+
+@contextmanager
+def shown(heading: str, unit: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show work that consists of pieces: what is yielded is told how many are done, of how many, and what comes next.
+
+    Args:
+        heading: What the work is.
+        unit: What the pieces are.
+    """
+    display = show_on(plain_console(), 0.0)
+    begun = False
+
+    def show(done: int, total: int, text: str) -> None:
+        nonlocal begun
+        if not begun:
+            display.begin(heading, total, unit)
+            begun = True
+        display.show(done, text)
+
+    try:
+        yield show
+    finally:
+        display.stop()
 
 
 def duration(seconds: float) -> str:

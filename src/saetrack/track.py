@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +59,7 @@ class Track(Sequence[Snapshot]):
         self.path = path
         self._hub = hub
         self.facts = facts
+        self.whole = self
         self.refresh()
 
     @classmethod
@@ -116,7 +118,7 @@ class Track(Sequence[Snapshot]):
         return cls.open(path)
 
     def refresh(self) -> None:
-        """List the snapshots again, as after one was written.
+        """List all snapshots again, as after one was written.
 
         Raises:
             ValueError: If the weights of a snapshot are truncated or are no safetensors file.
@@ -126,6 +128,8 @@ class Track(Sequence[Snapshot]):
         by_step = "control" not in self.facts  # a null control has one LLM step all through
         listed = (Snapshot(path, self._hub) for path in paths)
         self._snapshots = sorted(listed, key=lambda s: (s.step if by_step else 0, s.number))
+        self._stands_for: dict[int, Snapshot] = {}  # by number of those that are left out
+        self._left_out: list[Snapshot] = []
         for position, snapshot in enumerate(self._snapshots):
             snapshot.position = position
         if self._hub is None:
@@ -213,17 +217,51 @@ class Track(Sequence[Snapshot]):
         In a track that was trained forward in one go this is the neighbour of the next lower LLM step. None for the
         first that was trained, and where that snapshot is not here.
         """
+        there = [*self, *self._left_out]
         if "compared_with" in snapshot.metadata:  # the tracks of 0.1.0 are chains, and do not say so
             of = snapshot.metadata["compared_with"]
-            found = (s for s in self if s.path.name == of and s.number < snapshot.number)
+            found = (s for s in there if s.path.name == of and s.number < snapshot.number)
         else:
-            found = (s for s in self if s.number == snapshot.number - 1)
-        return next(found, None)
+            found = (s for s in there if s.number == snapshot.number - 1)
+        before = next(found, None)
+        before = before if before is None else self._stands_for.get(before.number, before)
+        return None if before is snapshot else before
+
+    def distinct(self) -> Track:
+        """The same track with neighbouring LLM checkpoints of equal weights as one, and all of it as ``whole``.
+
+        Of those that the series begins with, the snapshot that was trained last stands for all, for the next stage
+        began from it; of later ones the one that was trained first. A control is as it is: it repeats LLM checkpoints.
+        """
+        groups = self.equal_weights
+        if not groups:
+            return self
+        track = Track(self.path, self.facts, self._hub)
+        track.whole = self
+        for steps in groups:
+            group = sorted((s for s in track if s.step in steps), key=lambda s: s.number)
+            stands = group[-1] if group[0].number == 0 else group[0]
+            rest = [s for s in group if s is not stands]
+            track._stands_for |= {s.number: stands for s in rest}
+            track._left_out += rest
+        track._snapshots = [s for s in track if s not in track._left_out]
+        for position, snapshot in enumerate(track):
+            snapshot.position = position
+        return track
+
+    @property
+    def equal_weights(self) -> list[list[int]]:
+        """LLM steps of neighbouring LLM checkpoints with equal weights, as far as hashes are known."""
+        if "control" in self.facts:
+            return []
+        by_hash = groupby(self, key=lambda s: s.metadata["llm"].get("weight_hash") or s.path)
+        found = ([s.step for s in group] for _, group in by_hash)
+        return [steps for steps in found if len(steps) > 1]
 
     @property
     def is_forward_chain(self) -> bool:
         """Whether every stage began from the snapshot of the next lower LLM step, in that order."""
-        return all(s.number == s.position and (not i or self.before(s) is self[i - 1]) for i, s in enumerate(self))
+        return all(a.number < b.number and self.before(b) is a for a, b in pairwise(self))
 
     def metrics(self) -> pd.DataFrame:
         """One row per snapshot: its place, LLM step and tokens, and every number of its metadata.

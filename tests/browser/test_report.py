@@ -1,6 +1,8 @@
 """The report as a person uses it."""
 
+import csv
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from playwright.sync_api import Page
 
 from saetrack.report import write_report
 from saetrack.track import Track
+from tests.unit.report.test_page import add_plugin
 
 from .conftest import NASTY
 
@@ -54,7 +57,22 @@ def test_a_token_is_searched_and_features_sorted_by_the_step_they_formed_at(repo
     assert "7" in shown(page, 1)
     assert len(shown(page, 1)) < 64
     page.fill("#search", "no such token")
-    assert page.locator("#count").inner_text() == "0 of 64 features"
+    assert page.locator("#count").inner_text().startswith("0 of 64 features")
+
+
+def test_the_table_is_saved_with_what_its_filters_leave(report: Path, open_page: Open) -> None:
+    page = open_page(report, "#features")
+    page.fill("#search", "12")
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="Save the features shown as CSV").click()
+    head, *rows = csv.reader(Path(waiting.value.path()).read_text(encoding="utf-8").splitlines())
+    assert head[:2] == ["feature", "tokens"]
+    assert {"class", "formed", "firing", "drift", "identity"} <= set(head)
+    assert [row[0] for row in rows] == shown(page, 1)
+    frequency = Track.open(report.parent)[-1].features["firing_frequency"][12]
+    assert float(next(row for row in rows if row[0] == "12")[head.index("firing")]) == pytest.approx(
+        frequency, rel=1e-6
+    )
 
 
 def test_a_feature_opens_by_keyboard_and_its_link_leads_back(report: Path, open_page: Open) -> None:
@@ -114,6 +132,20 @@ def test_a_report_in_a_folder_loads_details_when_asked(analysed: Path, tmp_path:
     assert page.locator(".columns .column").count() == 3
 
 
+def test_the_picture_of_a_plugin_is_an_image_and_its_table_can_be_saved(
+    analysed: Path, tmp_path: Path, open_page: Open
+) -> None:
+    track = Track.open(shutil.copytree(analysed, tmp_path / "track"))
+    add_plugin(track)
+    page = open_page(write_report([track], tmp_path / "report.html").path, "#overview&section=my_plugin")
+    picture = page.locator("#my_plugin-picture-curve img")
+    assert picture.evaluate("(image) => image.decode().then(() => image.naturalWidth)") > 100
+    assert page.locator("#section-my_plugin").evaluate("(e) => Math.abs(e.getBoundingClientRect().top)") < 300
+    with page.expect_download() as waiting:
+        page.get_by_role("button", name="few", exact=False).click()
+    assert Path(waiting.value.path()).read_text() == "step,name,value\n0,'=a,0.5\n10,,\n"
+
+
 def test_two_tracks_stand_beside_each_other(analysed: Path, tmp_path: Path, open_page: Open) -> None:
     track = Track.open(analysed)
     page = open_page(write_report([track, track], tmp_path / "both.html").path)
@@ -126,6 +158,9 @@ def test_two_tracks_stand_beside_each_other(analysed: Path, tmp_path: Path, open
     page.locator("tr[data-feature]").first.click()
     page.wait_for_selector("#slider")
     assert page.url.endswith("&track=B")
+    feature = page.url.partition("feature=")[2].partition("&")[0]
+    page.locator("dt:has-text('Nearest in A') + dd a").click()
+    page.wait_for_selector(f"h1:has-text('Feature {feature} of A')")  # the two are the same track
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

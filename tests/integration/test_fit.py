@@ -63,7 +63,7 @@ def test_fit_writes_the_documented_track_and_a_second_run_changes_nothing(
     assert track[0].metadata["fvu_shift"] is None
     assert track[1].metadata["fvu_shift"] is not None
     assert {p.name for p in track.analyses_dir.iterdir()} == {"quality", "semantics", "formation", "drift"}
-    for words in ("LLM step", "FVU before", "CE recovered", "analyses/drift", "tensorboard --logdir"):
+    for words in ("LLM step", "FVU before", "CE recovered", "drift: ", "saetrack report", "tensorboard --logdir"):
         assert words in done.stdout
     assert yaml.safe_load((folder / "config.yaml").read_text())["scheduler"]["tokens_first"] == 6_000
 
@@ -114,6 +114,36 @@ def test_a_dry_run_writes_nothing(config: dict[str, Any], fit_here: Run) -> None
     before = tree(folder)
     assert fit_here(config, "--trainer.fast_dev_run", "true").returncode == 0
     assert tree(folder) == before
+
+
+def test_several_saes_on_one_hookpoint_each_of_its_own_class_and_size(config: dict[str, Any], fit_here: Run) -> None:
+    small, large = "gpt_neox.layers.0@small", "gpt_neox.layers.0@large"
+    saes = {
+        small: {"class_path": "TopKSAE", "init_args": {"expansion_factor": 2, "k": 3}},
+        large: {"class_path": "BatchTopKSAE", "init_args": {"expansion_factor": 4, "k": 5}},
+    }
+    config["data"]["hookpoints"] = [small, large]
+    config["model"]["sae"] = {"class_path": "SAEsByHookpoint", "init_args": {"saes": {small: saes[small]}}}
+    config["scheduler"]["steps"] = [0, 10]
+    refused = fit_here(config)
+    assert refused.returncode == 1
+    assert "an SAE for gpt_neox.layers.0@small, but none for gpt_neox.layers.0@large" in refused.stderr
+    config["model"]["sae"]["init_args"]["saes"] = saes
+    done = fit_here(config)
+    assert done.returncode == 0, done.stderr
+    folder = Path(config["scheduler"]["track_dir"])
+    for name, d_sae in ((small, 32), (large, 64)):
+        track = Track.open(folder / name)
+        sae = track[-1].sae()
+        assert track.steps == [0, 10]
+        assert (sae.d_sae, type(sae).__name__) == (d_sae, saes[name]["class_path"])
+        assert sae.arguments["k"] == saes[name]["init_args"]["k"]
+    assert "complete; nothing was changed" in fit_here(config).stdout
+    saes[large]["init_args"]["k"] = 4
+    assert "Choose another `scheduler.track_dir`" in fit_here(config).stderr
+    main(["control", str(folder / large), "--kind", "null", "--positions", "[1]", "--replicas", "1"])
+    (control,) = Track.open(folder / large).controls("null")
+    assert control[-1].sae().d_sae == 64
 
 
 def test_two_hookpoints_give_two_tracks_from_one_forward(config: dict[str, Any], fit_here: Run) -> None:

@@ -23,7 +23,7 @@ os.environ.update(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HOME=str(home))
 for folder in series.iterdir():
     hub.branches[folder.name] = {file.name: file.read_bytes() for file in folder.iterdir()}
 from saetrack.cli import main
-from saetrack.lm import files
+from saetrack.lm import files, hub_listing
 from saetrack.track import Track
 
 said = []
@@ -31,7 +31,7 @@ run = Path(json.loads(config.with_suffix(".json").read_text())["run"])
 
 def fit(*options):
     hub.asked.clear()
-    files.forget_hub()
+    hub_listing.forget_hub()
     error = io.StringIO()
     with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
         try:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from saetrack.lm.tokens import TokenRows
     from saetrack.track import Snapshot, Track
 
+    from .identity_stretches import Kept
+
 RESULT_FILE = "result.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -133,6 +135,10 @@ class Analysis(ABC):
     """Whether it reads the results of other analyses; it then runs after them."""
     min_snapshots: ClassVar[int] = 1
     """On shorter tracks `saetrack analyze` leaves it out, unless it is asked for by name."""
+    restrictable: ClassVar[bool] = False
+    """Whether it heeds ``kept``."""
+    kept: Kept | None = None
+    """Set by ``saetrack analyze --only_kept true``: only features count where they kept their identity."""
 
     @abstractmethod
     def run(self, track: Track) -> AnalysisResult:
@@ -229,6 +235,13 @@ class SweepAnalysis(ABC):
     finished model and follow them from the beginning. All analyses of a sweep share each LLM load and forward.
     Arguments and docstring are as for `Analysis`.
     """
+
+    min_snapshots: ClassVar[int] = 1
+    """As for `Analysis`."""
+    restrictable: ClassVar[bool] = False
+    """Whether it heeds ``kept``."""
+    kept: Kept | None = None
+    """As for `Analysis`."""
 
     @abstractmethod
     def begin(self, track: Track) -> Probe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.floating]
     Integers = NDArray[np.integer]
+    Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Causal(SweepAnalysis):
     Raises:
         ValueError: If an argument is out of range, or ``features`` names one that the track does not have.
     """
+
+    restrictable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -149,7 +152,7 @@ class Causal(SweepAnalysis):
             estimates = estimate([s.ablations for s in seen], measure, self.settings["min_documents"], replicates, seed)
             table = effect_table(steps, self._features, self._sampled, frequency, estimates)
             effects.append(table.assign(measure=measure))
-            table = causal_population(steps, estimates, self._sampled, replicates, seed)
+            table = causal_population(steps, estimates, self._counted(), replicates, seed)
             populations.append(table.assign(measure=measure))
         causal, population = pd.concat(effects, ignore_index=True), pd.concat(populations, ignore_index=True)
         return AnalysisResult(
@@ -173,6 +176,12 @@ class Causal(SweepAnalysis):
             summary=causal_summary(population),
             captions=CAPTIONS,
         )
+
+    def _counted(self) -> Bools:
+        """Which are in the means ``[T, F]``: those sampled, and if restricted only while they keep their identity."""
+        assert self._features is not None
+        counted = np.broadcast_to(self._sampled, (len(self._seen), len(self._sampled)))
+        return counted if self.kept is None else counted & self.kept.to_last[:, self._features]
 
 
 def _frequency(split: SplitObservation) -> Floats:

@@ -130,9 +130,16 @@ def effect_table(
 
 
 def causal_population(
-    steps: list[int], estimates: Estimates, sampled: Bools, replicates: int, seed: int
+    steps: list[int], estimates: Estimates, counted: Bools, replicates: int, seed: int
 ) -> pd.DataFrame:
-    """Mean effect, null and excess over the sampled features by step, with intervals from a bootstrap over features.
+    """Mean effect, null and excess over features by step, with intervals from a bootstrap over features.
+
+    Args:
+        steps: LLM steps, ``[T]``.
+        estimates: Of one measure.
+        counted: ``[T, F]``, which features are in the means.
+        replicates: Bootstrap replicates.
+        seed: Of the bootstrap.
 
     Returns:
         Long in ``quantity``: those three, and ``significant``, the share of the estimated features whose excess is
@@ -140,12 +147,12 @@ def causal_population(
     """
     parts = []
     for name in QUANTITIES:
-        for step, row in zip(steps, estimates.values[name][0][:, sampled], strict=True):
+        for step, row in zip(steps, np.where(counted, estimates.values[name][0], np.nan), strict=True):
             # a generator for each, so that the three have the same draws
             table = population_table([step], row[np.isfinite(row)][None], np.random.default_rng(seed), replicates)
             parts.append(table.assign(quantity=name))
-    of = np.isfinite(estimates.p[:, sampled]).sum(axis=1)
-    share, low, high = share_interval(estimates.significant[:, sampled].sum(axis=1), of)
+    of = (np.isfinite(estimates.p) & counted).sum(axis=1)
+    share, low, high = share_interval((estimates.significant & counted).sum(axis=1), of)
     shares = pd.DataFrame({"step": steps, "mean": share, "low": low, "high": high, "n_features": of})
     return pd.concat([*parts, shares.assign(quantity="significant")], ignore_index=True)
 

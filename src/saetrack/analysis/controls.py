@@ -26,8 +26,11 @@ def one_step_controls(track: Track, kind: str) -> dict[int, list[Track]]:
         number = control.facts["control"]["position"]  # in the order of training, which no extension changes
         if number is None:
             continue
+        snapshot = next((s for s in track if s.number == number), None)
+        if snapshot is None and any(s.number == number for s in track.whole):
+            continue  # a stage between LLM checkpoints of equal weights, which is none
         snapshot = track.numbered(number)
-        _refuse_foreign(track, control, track.before(snapshot))
+        _refuse_foreign(track, control, track.whole.before(track.whole.numbered(number)))
         found.setdefault(snapshot.position, []).append(control)
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -51,6 +51,8 @@ class Density(Analysis):
       ``delta_fvu`` is there to compare: a warm start that turns the dictionary with the LLM undoes most of it, and it
       then says little about identity (rank correlations with ``retained`` are in ``admissible``).
 
+    Restricted (``--only_kept``), survival is of the features that the track kept from its first snapshot to its last.
+
     Args:
         replicates: Bootstrap replicates.
         seed: Seed of the bootstrap.
@@ -58,6 +60,8 @@ class Density(Analysis):
     Raises:
         ValueError: If there are fewer than 2 replicates.
     """
+
+    restrictable: ClassVar[bool] = True
 
     def __init__(self, replicates: int = 500, seed: int = 0) -> None:
         if replicates < 2:
@@ -94,6 +98,8 @@ class Density(Analysis):
     def _survival(self, track: Track, control: Track) -> dict[str, Any]:
         last, reference = control[-1], track.at(control[-1].step)
         both = alive(last) & alive(reference)
+        if self.kept is not None:
+            both &= self.kept.throughout
         cosines = np.einsum("fd,fd->f", decoder_rows(last), decoder_rows(reference), dtype=np.float64)[both]
         survives = (cosines >= SURVIVES).astype(float)[None]
         mean, low, high = bootstrap_means(survives, np.random.default_rng(self.seed), self.replicates)

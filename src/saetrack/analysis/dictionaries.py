@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -42,7 +42,7 @@ class Dictionaries(Analysis):
     one to one so that it is largest (arXiv 2505.20254), and the share that is shared, which have the same partner by
     decoder and by encoder and a cosine of at least 0.7 with it in both (arXiv 2501.16615). Any two dictionaries match
     to some degree, so beside them stands ``null``, the PW-MCC of two random dictionaries spread over directions as
-    these are, with its standard deviation.
+    these are, with its standard deviation, and ``null_shared_share``.
 
     * ``neighbours``: with the snapshot before, the rotation of a `transported` stage taken out. ``same_index`` is the
       mean cosine of equal indices and ``renaming_gap`` what the matching gains over it; ``kept_index`` is the share
@@ -52,6 +52,8 @@ class Dictionaries(Analysis):
       the seed-to-seed ceiling. ``agreement`` is (track to seeds - null) / (seeds - null) of METHOD's section 7e: 1
       where the series finds what an SAE of its own finds; NaN where the seeds are not at least 0.05 above their null.
 
+    Restricted (``--only_kept``), over the features that kept their identity in the stage, or to the last snapshot.
+
     Args:
         random_pairs: Pairs of random dictionaries for each null.
         seed: Seed of their draw.
@@ -59,6 +61,9 @@ class Dictionaries(Analysis):
     Raises:
         ValueError: If there are fewer than 2 pairs.
     """
+
+    min_snapshots: ClassVar[int] = 2
+    restrictable: ClassVar[bool] = True
 
     def __init__(self, random_pairs: int = 2, seed: int = 0) -> None:
         if random_pairs < 2:
@@ -103,9 +108,11 @@ class Dictionaries(Analysis):
         rotation = rotation_between(track, before, after)
         turn = np.eye(decoder_rows(after).shape[1], dtype=np.float32) if rotation is None else rotation
         a, b = alive(before), alive(after)
+        if self.kept is not None:
+            a, b = (living & self.kept.into[after.position] for living in (a, b))
         both = np.flatnonzero(a & b)
         decoders = decoder_rows(before) @ turn, decoder_rows(after)
-        row = self._compare((decoders[0][a], (encoder_rows(before) @ turn)[a]), _directions(after))
+        row = self._compare((decoders[0][a], (encoder_rows(before) @ turn)[a]), _directions(after, b))
         matched = match(CosineSimilarity(decoders[0][both], decoders[1][both]))
         same = float(np.einsum("fd,fd->f", decoders[0][both], decoders[1][both]).mean())
         nearest = relate(CosineSimilarity(decoders[0][a], decoders[1][b]))
@@ -126,8 +133,10 @@ class Dictionaries(Analysis):
         for first_budget in (False, True):
             controls = [c for c in track.controls("scratch") if c.facts["control"]["first_budget"] is first_budget]
             for step in sorted({step for control in controls for step in control.steps} & set(track.steps)):
-                found = [_directions(c.at(step)) for c in controls if step in c.steps]
-                own = [self._compare(_directions(track.at(step)), other) for other in found]
+                found = [_directions(c.at(step), alive(c.at(step))) for c in controls if step in c.steps]
+                snapshot = track.at(step)
+                use = alive(snapshot) if self.kept is None else alive(snapshot) & self.kept.to_last[snapshot.position]
+                own = [self._compare(_directions(snapshot, use), other) for other in found]
                 seeds = [self._compare(*pair) for pair in combinations(found, 2)]
                 rows.append({"step": step, "budget": "first" if first_budget else "next", **_agreement(own, seeds)})
         return pd.DataFrame(rows)
@@ -140,17 +149,21 @@ class Dictionaries(Analysis):
             similarity >= SHARED and partner.get(left, (-1, 0.0))[0] == right and partner[left][1] >= SHARED
             for left, right, similarity in zip(decoder.left.tolist(), decoder.right, decoder.similarity, strict=True)
         ]
-        null = self._null(a[0], b[0])
+        null, null_shared = self._null(a[0], b[0])
         return {
             "features": len(decoder.left),
             "pw_mcc": float(decoder.similarity.mean()),
+            "pw_mcc_encoder": float(encoder.similarity.mean()),
             "null": float(np.mean(null)),
             "null_sd": float(np.std(null, ddof=1)),
             "shared_share": float(np.mean(shared)),
+            "null_shared_share": null_shared,
         }
 
-    def _null(self, a: Floats, b: Floats) -> Floats:
+    def _null(self, a: Floats, b: Floats) -> tuple[Floats, float]:
         """PW-MCC of random pairs ``[random_pairs]``, corrected for the spread being fitted to each of the two alone.
+
+        Beside it the share of their rows with a partner of at least 0.7: what is shared by chance, at most.
 
         The errors of the two fits have nothing in common, so draws from them match less well than draws from the true
         spreads: by about one standard deviation. Draws from fits to the draws match less well once more, and show how
@@ -159,13 +172,16 @@ class Dictionaries(Analysis):
         rng = np.random.default_rng(self.seed)
         found: list[float] = []
         again: list[float] = []
+        shared: list[float] = []
         for _ in range(self.random_pairs):
             drawn = a, b
             for values in (found, again):
                 drawn = _random_like(drawn, rng)
-                values.append(float(match(CosineSimilarity(*drawn)).similarity.mean()))
+                similarity = match(CosineSimilarity(*drawn)).similarity
+                values.append(float(similarity.mean()))
+                shared.append(float((similarity >= SHARED).mean()))
         corrected: Floats = np.asarray(found) + float(np.mean(found) - np.mean(again))
-        return corrected
+        return corrected, float(np.mean(shared))
 
 
 def _random_like(pair: tuple[Floats, Floats], rng: np.random.Generator) -> tuple[Floats, Floats]:
@@ -174,8 +190,7 @@ def _random_like(pair: tuple[Floats, Floats], rng: np.random.Generator) -> tuple
     return a, b
 
 
-def _directions(snapshot: Snapshot) -> tuple[Floats, Floats]:
-    use = alive(snapshot)
+def _directions(snapshot: Snapshot, use: NDArray[np.bool_]) -> tuple[Floats, Floats]:
     return decoder_rows(snapshot)[use], encoder_rows(snapshot)[use]
 
 
@@ -190,6 +205,9 @@ def _agreement(own: list[dict[str, Any]], seeds: list[dict[str, Any]]) -> dict[s
         "seeds_null": mean(seeds, "null"),
         "track_shared_share": mean(own, "shared_share"),
         "seeds_shared_share": mean(seeds, "shared_share"),
+        "null_shared_share": mean(own, "null_shared_share"),
+        "track_encoder": mean(own, "pw_mcc_encoder"),
+        "seeds_encoder": mean(seeds, "pw_mcc_encoder"),
     }
     above = found["seeds"] - found["seeds_null"]
     agreement = (found["track_to_seeds"] - found["track_null"]) / above if above > MARGIN else float("nan")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
 
 from .base import Analysis, AnalysisResult
-from .drift_controls import COVERAGE, Calibration, calibrate
+from .controls import null_chains
+from .drift_controls import COVERAGE, calibrate, free_null
 from .drift_figures import (
     CAPTIONS,
     adjacent_figure,
@@ -20,11 +21,22 @@ from .drift_figures import (
     to_last_figure,
     trajectory_figure,
 )
-from .drift_geometry import Plane, principal_plane, row_cosines, unit_rows
+from .drift_geometry import principal_plane, row_cosines, unit_rows
 from .drift_rows import FROZEN, alive, decoder_rows, encoder_rows, fitted_rotation, flags, frozen
-from .figures import label_places, step_position
+from .drift_tables import (
+    LAST,
+    PREVIOUS,
+    WALKS,
+    calibrated_scalars,
+    drift_population,
+    drift_scalars,
+    drift_summary,
+    length_table,
+    path_table,
+    trajectory_table,
+)
+from .figures import label_places
 from .lineage import correlation_between, revived_between, rotation_between
-from .resampling import bootstrap_means
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,16 +44,6 @@ if TYPE_CHECKING:
     from saetrack.track import Snapshot, Track
 
     Floats = NDArray[np.floating]
-
-PREVIOUS = (
-    "decoder_to_previous",
-    "decoder_to_previous_without_rotation",
-    "encoder_to_previous",
-    "encoder_to_previous_without_rotation",
-)
-LAST = tuple(name.replace("previous", "last") for name in PREVIOUS)
-WALKS = tuple(f"{name}_if_random_walk" for name in LAST)
-MEASURES = (*PREVIOUS, "functional_correlation", *LAST, *WALKS)
 
 NULLS = (
     "A random direction has cosine 0 with sd 1/sqrt(d_in). If the stages' movements were independent, the cosine to "
@@ -72,12 +74,11 @@ class Drift(Analysis):
     """How far each feature's decoder and encoder direction turns, with and without the rotation all have in common.
 
     For every feature and snapshot: the cosine to the previous and to the last snapshot (same index), in the order of
-    LLM steps, of the decoder
-    row and of the encoder column, signs kept. ``..._without_rotation`` first applies the rotation that the two
-    dictionaries have in common to the earlier one. Where every later snapshot has a ``transport`` map (warm start
-    `transported`), that is the rotation; otherwise it is the orthogonal Procrustes map between the two decoders'
-    compared rows. Either map also takes away part of what features move on their own: ``d_in / (2 F)`` of movements
-    that have nothing in common, for F features of like weight (in the activations, or F rows), and
+    LLM steps, of the decoder row and of the encoder column, signs kept. ``..._without_rotation`` first applies the
+    rotation that the two dictionaries have in common to the earlier one. Where every later snapshot has a ``transport``
+    map (warm start `transported`), that is the rotation; otherwise it is the orthogonal Procrustes map between the two
+    decoders' compared rows. Either map also takes away part of what features move on their own: ``d_in / (2 F)`` of
+    movements that have nothing in common, for F features of like weight (in the activations, or F rows), and
     ``1 - F / (2 d_in)``, more than half, where F is below d_in (docs/validation.md). The second is left out (NaN)
     when F is below 2 d_in; of the first F is not known, so it is not. The same map is used for the encoder.
 
@@ -89,6 +90,9 @@ class Drift(Analysis):
 
     ``functional_correlation`` stands beside the decoder cosine because the two disagree: a decoder row may stay
     while the latent comes to mean something else.
+
+    The tables ``paths`` and ``lengths`` hold how far features went over the series and how far they came, of the track
+    and of its null chains; ``free_null`` the stages between LLM checkpoints of equal weights, which count as one.
 
     On a null chain, whose snapshots share one LLM step, curves are over the place in the chain (``position``).
 
@@ -104,6 +108,9 @@ class Drift(Analysis):
     Raises:
         ValueError: If a number is out of range.
     """
+
+    min_snapshots: ClassVar[int] = 2
+    restrictable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -139,12 +146,14 @@ class Drift(Analysis):
         rng = np.random.default_rng(self.seed)
         cosines, rotation = _compare(track)
         table = _feature_table(track, cosines, steps)
-        population = _population(table, steps, rng, self.replicates)
+        population = drift_population(table, steps, rng, self.replicates, self.kept)
+        paths = self._paths(track, table)
         chosen = self._choose(table, steps, rng)
         plane = principal_plane(np.stack([unit_rows(s) for s in track.decoder(chosen).numpy()]))
         counts = table.groupby(["step", "status"]).size().unstack(fill_value=0).reindex(steps, fill_value=0)
-        calibration = calibrate(track)
-        scalars = _scalars(population, counts) | _calibrated_scalars(calibration)
+        lengths = length_table(paths, rng, self.replicates)
+        calibration = calibrate(track, self.kept)
+        scalars = drift_scalars(population, counts) | calibrated_scalars(calibration)
         random_sd = 1 / np.sqrt(track.facts["d_in"])
         figures = {
             "adjacent": adjacent_figure(population, steps),
@@ -157,13 +166,17 @@ class Drift(Analysis):
             "drift": table,
             "population": population,
             "status": counts.reset_index().rename_axis(columns=None),
-            "trajectories": _trajectory_table(plane, chosen, steps),
+            "trajectories": trajectory_table(plane, chosen, steps),
+            "paths": paths,
+            "lengths": lengths,
         }
         if len(calibration.stages):
             figures["controls"] = controls_figure(calibration.stages, calibration.chain, steps)
             tables |= {"calibration": calibration.stages, "excess": calibration.features}
         if len(calibration.chain):
             tables["null_chain"] = calibration.chain
+        if len(free := free_null(track.whole)):
+            tables["free_null"] = free
         settings = {
             "seed": self.seed,
             "replicates": self.replicates,
@@ -179,8 +192,19 @@ class Drift(Analysis):
             "trajectory_axes": TRAJECTORIES,
             "trajectory_explained": plane.explained.tolist(),
         }
-        result = AnalysisResult(tables, figures, scalars, settings, _summary(scalars, steps), CAPTIONS)
+        result = AnalysisResult(tables, figures, scalars, settings, drift_summary(scalars, steps, lengths), CAPTIONS)
         return result if steps == track.steps else _by_place(result, track.steps)
+
+    def _paths(self, track: Track, table: pd.DataFrame) -> pd.DataFrame:
+        """Lengths of the track's features' paths, and of those of its null chains."""
+        paths = path_table(table, len(track))
+        if self.kept is not None:
+            paths = paths[self.kept.throughout[paths["feature"]]]
+        found = {"track": paths}
+        for chain in null_chains(track):
+            places = list(range(len(chain)))
+            found[chain.path.name] = path_table(_feature_table(chain, _compare(chain)[0], places), len(chain))
+        return pd.concat([part.assign(series=name) for name, part in found.items()], ignore_index=True)
 
     def _choose(self, table: pd.DataFrame, steps: list[int], rng: np.random.Generator) -> list[int]:
         """The features to draw: those asked for, else a seeded draw among those that can be followed throughout."""
@@ -193,6 +217,8 @@ class Drift(Analysis):
         first, last = table[table["step"] == steps[0]], table[table["step"] == steps[-1]]
         followed = first.loc[~first["revived_later"], "feature"]
         candidates = np.intersect1d(followed, last.loc[last["status"] != "dead", "feature"])
+        if self.kept is not None:
+            candidates = np.intersect1d(candidates, np.flatnonzero(self.kept.throughout))
         candidates = candidates if len(candidates) else np.arange(count)
         drawn = rng.choice(candidates, size=min(self.trajectories, len(candidates)), replace=False)
         return sorted(int(i) for i in drawn)
@@ -260,6 +286,9 @@ def _by_place(result: AnalysisResult, steps: list[int]) -> AnalysisResult:
     """A result of snapshots that share LLM steps, made by their place: with both, and with no scalars over steps."""
     tables = {}
     for name, table in result.tables.items():
+        if "step" not in table:  # of whole paths
+            tables[name] = table
+            continue
         place = table["step"].to_numpy()
         tables[name] = table.assign(step=np.asarray(steps)[place], position=place)
     tables["population"]["gap_decades"] = tables["population"]["gap_decades"] * 0.0
@@ -299,99 +328,3 @@ def _feature_table(track: Track, cosines: list[dict[str, Floats]], steps: list[i
         walks = {name: walk * found.get(name, missing) for name, walk in walks.items()}
         tables.append(pd.DataFrame(columns))
     return pd.concat(tables[::-1], ignore_index=True)
-
-
-def _population(table: pd.DataFrame, steps: list[int], rng: np.random.Generator, replicates: int) -> pd.DataFrame:
-    """Mean over features with its interval, and quartiles, by step and measure, over the features that count."""
-    count = len(table) // len(steps)
-    moved = ((table["status"] == "alive") & table["alive_before"]).to_numpy().reshape(len(steps), count)
-    followed = table["followed_to_last"].to_numpy().reshape(len(steps), count)
-    values = []
-    for name in MEASURES:
-        use = followed if "last" in name else moved
-        values.append(np.where(use, table[name].to_numpy().reshape(len(steps), count), np.nan))
-    mean, low, high = bootstrap_means(np.concatenate(values), rng, replicates)
-    gaps = np.diff(step_position(steps), prepend=np.nan)
-    rows = []
-    for m, name in enumerate(MEASURES):
-        for t, step in enumerate(steps):
-            known = values[m][t][np.isfinite(values[m][t])]
-            q25, median, q75 = np.quantile(known, [0.25, 0.5, 0.75]) if len(known) else [np.nan] * 3
-            row = m * len(steps) + t
-            rows.append(
-                {
-                    "step": step,
-                    "measure": name,
-                    "mean": mean[row],
-                    "low": low[row],
-                    "high": high[row],
-                    "q25": q25,
-                    "median": median,
-                    "q75": q75,
-                    "n_features": len(known),
-                    "gap_decades": gaps[t],
-                }
-            )
-    return pd.DataFrame(rows)
-
-
-def _scalars(population: pd.DataFrame, counts: pd.DataFrame) -> dict[str, dict[int, float]]:
-    def curve(measure: str, column: str = "mean", drift: bool = False) -> dict[int, float]:
-        rows = population[(population["measure"] == measure) & population[column].notna()]
-        values = 1 - rows[column] if drift else rows[column]
-        return {int(step): float(value) for step, value in zip(rows["step"], values, strict=True)}
-
-    scalars = {
-        "drift": curve("decoder_to_previous", drift=True),
-        "drift_without_rotation": curve("decoder_to_previous_without_rotation", drift=True),
-        "drift_encoder": curve("encoder_to_previous", drift=True),
-        "cosine_to_last": curve("decoder_to_last"),
-        "functional_correlation_median": curve("functional_correlation", "median"),
-    }
-    total = counts.sum(axis=1)
-    for status in ("frozen", "revived"):
-        share = counts[status] / total if status in counts else 0 * total
-        scalars[f"share_{status}"] = dict(zip(share.index.tolist(), share.tolist(), strict=True))
-    return scalars
-
-
-def _calibrated_scalars(calibration: Calibration) -> dict[str, dict[int, float]]:
-    """The curves that need controls, at the stages that have them."""
-    stages = calibration.stages
-    names = ("null_share", "excess", "energy", "correlation_null")
-    return {
-        name: {int(step): float(v) for step, v in zip(stages["step"], stages[name], strict=True) if np.isfinite(v)}
-        for name in names
-        if len(stages)
-    }
-
-
-def _trajectory_table(plane: Plane, chosen: list[int], steps: list[int]) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "feature": np.tile(chosen, len(steps)),
-            "step": np.repeat(steps, len(chosen)),
-            "x": plane.coordinates[:, :, 0].ravel(),
-            "y": plane.coordinates[:, :, 1].ravel(),
-        }
-    )
-
-
-def _summary(scalars: dict[str, dict[int, float]], steps: list[int]) -> str:
-    drift, correlation = scalars["drift"], scalars["functional_correlation_median"]
-    if not drift:
-        return "No feature is alive in two neighbouring snapshots without having been revived, so there is no drift."
-    largest = max(drift, key=lambda step: drift[step])
-    text = (
-        "Between neighbouring snapshots decoder rows turn by a mean 1 - cosine of "
-        f"{np.mean(list(drift.values())):.3g}, "
-        f"most on entering LLM step {largest} ({drift[largest]:.3g}); "
-        f"the first snapshot's cosine to the last is {scalars['cosine_to_last'].get(steps[0], np.nan):.2f} on average."
-    )
-    if correlation:
-        lowest = min(correlation, key=lambda step: correlation[step])
-        text += f" The median functional correlation is lowest at step {lowest} ({correlation[lowest]:.2f})."
-    if shares := scalars.get("null_share"):
-        found = ", ".join(f"{share:.0%} at step {step}" for step, share in shares.items())
-        text += f" Training once more without a change of the LLM makes this share of the drift: {found}."
-    return text

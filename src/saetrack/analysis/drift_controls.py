@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from saetrack.track import Snapshot, Track
 
+    from .identity_stretches import Kept
+
     Floats = NDArray[np.floating]
 
 COVERAGE = 0.95
@@ -49,7 +51,7 @@ class Calibration:
     chain: pd.DataFrame
 
 
-def calibrate(track: Track) -> Calibration:
+def calibrate(track: Track, kept: Kept | None = None) -> Calibration:
     """Compare a track with its null and replica controls; holds one dictionary for each arm of a stage.
 
     The columns of ``stages``, by ``step``:
@@ -72,6 +74,7 @@ def calibrate(track: Track) -> Calibration:
 
     Args:
         track: The track.
+        kept: If given, only features count that kept their identity in the stage, and for the chain to the last.
 
     Raises:
         ValueError: If a control begins with another snapshot than the track's, or was made by another recipe.
@@ -79,24 +82,29 @@ def calibrate(track: Track) -> Calibration:
     nulls, replicas = one_step_controls(track, "null"), one_step_controls(track, "replica")
     stages, features = [], []
     for position in sorted(nulls):
-        stage, table = _calibrate_stage(track, position, replicas.get(position, []), nulls[position])
-        stages.append(stage)
-        features.append(table)
+        counts = None if kept is None else kept.into[position]
+        found = _calibrate_stage(track, position, replicas.get(position, []), nulls[position], counts)
+        if found is not None:  # else no feature counts in it
+            stages.append(found[0])
+            features.append(found[1])
     chains = null_chains(track)
     return Calibration(
         pd.DataFrame(stages),
         pd.concat(features, ignore_index=True) if features else pd.DataFrame(),
-        _chain_table(track, chains) if chains else pd.DataFrame(),
+        _chain_table(track, chains, kept) if chains else pd.DataFrame(),
     )
 
 
 def _calibrate_stage(
-    track: Track, position: int, replicas: list[Track], nulls: list[Track]
-) -> tuple[dict[str, float], pd.DataFrame]:
+    track: Track, position: int, replicas: list[Track], nulls: list[Track], counts: NDArray[np.bool_] | None
+) -> tuple[dict[str, float], pd.DataFrame] | None:
     before, ends = _began_from(track, position), [track[position], *(c[1] for c in replicas), *(c[1] for c in nulls)]
     start = decoder_rows(before)
     n_real = 1 + len(replicas)
     moved, use = _displacements(before, start, ends)
+    use = use if counts is None else use & counts
+    if not use.any():
+        return None
     gram = _gram(moved, use)  # [F, A, A]
     real, null = slice(0, n_real), slice(n_real, None)
     drift = 0.5 * np.einsum("faa->fa", gram)
@@ -131,7 +139,8 @@ def _calibrate_stage(
 
 
 def _began_from(track: Track, position: int) -> Snapshot:
-    before = track.before(track[position])
+    whole = track.whole
+    before = whole.before(whole.numbered(track[position].number))
     assert before is not None  # one_step_controls has compared it with the control's first
     return before
 
@@ -237,9 +246,9 @@ def _contrast(cosines: Floats, chosen: range | tuple[int, ...]) -> float:
     return float(cosines[same].mean() - cosines[between].mean()) if same.any() and between.any() else np.nan
 
 
-def _chain_table(track: Track, chains: list[Track]) -> pd.DataFrame:
+def _chain_table(track: Track, chains: list[Track], kept: Kept | None) -> pd.DataFrame:
     """Cosine to the last snapshot of null chains and of the track, by the number of stages that remain."""
-    own = _cosines_to_last(track)
+    own = _cosines_to_last(track, kept)
     made = [_cosines_to_last(chain) for chain in chains]
     drifts = np.mean([_adjacent(chain) for chain in chains], axis=0)
     rows = []
@@ -261,14 +270,35 @@ def _chain_table(track: Track, chains: list[Track]) -> pd.DataFrame:
     return pd.DataFrame(rows[::-1])
 
 
-def _cosines_to_last(track: Track) -> list[Floats]:
+def free_null(track: Track) -> pd.DataFrame:
+    """What stages between LLM checkpoints of equal weights make: null steps that the series holds by itself.
+
+    Returns:
+        Columns ``from_step``, ``step``, ``features``, ``drift`` (mean of 1 - cosine, as in :func:`calibrate`),
+        ``correlation`` (median functional correlation), ``fvu_before`` and ``fvu``; empty without such checkpoints.
+    """
+    rows = []
+    for steps in track.equal_weights:
+        for after in (track.at(step) for step in steps):
+            before = track.before(after)
+            if before is None or before.step not in steps:
+                continue
+            moved, use = _displacements(before, decoder_rows(before), [after])
+            facts = {"from_step": before.step, "step": after.step, "features": int(use.sum())}
+            facts |= {"drift": 0.5 * float(np.mean(_gram(moved, use)))}
+            facts |= {"correlation": float(after.features["functional_correlation"].median())}
+            rows.append({**facts, "fvu_before": before.metadata["fvu"], "fvu": after.metadata["fvu"]})
+    return pd.DataFrame(rows)
+
+
+def _cosines_to_last(track: Track, kept: Kept | None = None) -> list[Floats]:
     """For every snapshot, the cosines to the last of the features alive in both and not revived in between."""
     last, found = decoder_rows(track[-1]), []
     follow = alive(track[-1])
     to_last: Floats = np.eye(last.shape[1], dtype=last.dtype)
     for t in reversed(range(len(track))):
         cosines = np.einsum("fd,fd->f", decoder_rows(track[t]) @ to_last, last, dtype=np.float64)
-        found.append(cosines[follow & alive(track[t])])
+        found.append(cosines[follow & alive(track[t]) & (True if kept is None else kept.to_last[t])])
         follow = follow & ~flags(track[t], "revived")
         transport = transport_into(track[t]) if t else None
         to_last = to_last if transport is None else transport @ to_last

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -53,6 +53,9 @@ class Formation(SweepAnalysis):
     them that is called formed is given beside every result. The paper's own measures, on its positions, are in the
     tables ``paper`` and ``paper_population``.
 
+    Restricted (``--only_kept``), the features are computed whose index kept its identity in every stage: of the others
+    the curve is that of positions at which another feature fired before.
+
     Args:
         selection_rows: Token rows that thresholds are taken from.
         evaluation_rows: Token rows that positions are chosen from and measured on.
@@ -66,6 +69,8 @@ class Formation(SweepAnalysis):
     Raises:
         ValueError: If a number is out of range or ``baseline`` is none.
     """
+
+    restrictable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -133,7 +138,8 @@ class Formation(SweepAnalysis):
         if self._meter is None:
             settings = self.settings
             chosen = {name: settings[name] for name in ("n_positions", "n_min", "draws", "false_features", "seed")}
-            sets = FormationSets.choose(selection, evaluation, **chosen)
+            counts = None if self.kept is None else self.kept.throughout
+            sets = FormationSets.choose(selection, evaluation, **chosen, counts=counts)
             self._meter = FormationMeter(sets, settings["baseline"], settings["replicates"], settings["seed"])
             self._paper_sets = PaperSets.choose(evaluation, settings["seed"])
             self._positions = positions_table(evaluation, sets)
@@ -193,6 +199,8 @@ class Formation(SweepAnalysis):
         assert self._meter is not None
         sets, settings = self._meter.sets, self.settings
         computed = int((~sets.false).sum())
+        if not computed and not sets.counts.all():
+            return f"None of the {int(sets.counts.sum())} features that kept their identity has positions enough."
         if not computed:
             return (
                 f"No feature has {settings['n_min']} positions in as many documents of the evaluation rows "
@@ -202,7 +210,7 @@ class Formation(SweepAnalysis):
         alike = int(findings.significant[:, ~sets.false].any(axis=0).sum())
         text = (
             f"{alike} of {computed} features have positions more alike than random ones matched by "
-            f"{settings['baseline']} at some checkpoint; {len(features) - computed} have too few positions."
+            f"{settings['baseline']} at some checkpoint; {int(sets.counts.sum()) - computed} have too few positions."
         )
         if not findings.available:
             return (

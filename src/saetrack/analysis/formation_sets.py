@@ -31,6 +31,7 @@ class FormationSets:
         members: ``[F, n]``, -1 for unused places.
         sizes: ``[F]``, places in use.
         available: ``[d_sae]``, positions that each feature of the SAE has, also where they are too few.
+        counts: ``[d_sae]``, the features that are asked for.
         random: ``[B, n]``, uniform random sets, at most one position of a document.
         matched: Baseline to ``[F, B, n]``, for token and for position in the row.
         keys: Baseline to ``[P]``, what its random sets match.
@@ -42,6 +43,7 @@ class FormationSets:
     members: Integers
     sizes: Integers
     available: Integers
+    counts: Bools
     random: Integers
     matched: dict[str, Integers]
     keys: dict[str, Integers]
@@ -58,6 +60,7 @@ class FormationSets:
         draws: int,
         false_features: int,
         seed: int,
+        counts: Bools | None = None,
     ) -> FormationSets:
         """Choose on the last snapshot: thresholds on the selection rows, positions on the evaluation rows.
 
@@ -72,6 +75,7 @@ class FormationSets:
             draws: Random sets of each kind.
             false_features: Number of false features.
             seed: Of all draws.
+            counts: ``[d_sae]``, the features to compute; all, if not given.
         """
         rng = np.random.default_rng([seed, 0])
         keys = {"token": evaluation.tokens, "position": evaluation.positions[:, 1]}
@@ -81,7 +85,8 @@ class FormationSets:
         median, top = firing_quantiles(selection.latents, (0.5, 1 - TOP_SHARE))
         chosen = spread_positions(evaluation, usable, median, top, n_positions, rng)
         available = (chosen >= 0).sum(axis=1)
-        features = np.flatnonzero(available >= n_min)
+        counts = np.ones(len(available), dtype=bool) if counts is None else counts
+        features = np.flatnonzero((available >= n_min) & counts)
         members = chosen[features]
         made_from, false_members = _false_features(members, evaluation, n_min, false_features, rng)
         members = np.concatenate([members, false_members])
@@ -91,6 +96,7 @@ class FormationSets:
             members=members,
             sizes=(members >= 0).sum(axis=1),
             available=available,
+            counts=counts,
             random=random_sets(evaluation.documents, n_positions, draws, rng),
             matched={
                 name: matched_sets(members, key, draws, (seed, 1, number))

@@ -17,6 +17,7 @@ from .formation_times import (
     INSUFFICIENT,
     MIN_CHECKPOINTS,
     NOT_AVAILABLE,
+    NOT_KEPT,
     NOT_PLATEAUED,
     Times,
     measure_times,
@@ -118,7 +119,7 @@ def feature_table(sets: FormationSets, findings: Findings) -> pd.DataFrame:
     """
     real = ~sets.false
     table = pd.DataFrame({"feature": np.arange(len(sets.available)), "n_positions": sets.available})
-    table["status"] = INSUFFICIENT
+    table["status"] = np.where(sets.counts, INSUFFICIENT, NOT_KEPT)
     rows = sets.features[real]
     table.loc[rows, "status"] = findings.status[real]
     steps = np.asarray(findings.steps, dtype=np.float64)

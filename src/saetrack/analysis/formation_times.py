@@ -29,6 +29,7 @@ _BLOCK = 100_000
 AT_INIT, FORMED, TRANSIENT, NEVER = "at-init", "formed", "transient", "never"
 NOT_PLATEAUED, UNRESOLVED, INSUFFICIENT = "not plateaued", "unresolved", "insufficient"
 NOT_AVAILABLE = "not available"
+NOT_KEPT = "not kept"  # of an analysis that is restricted to features that kept their identity throughout
 STATUSES = (AT_INIT, FORMED, NOT_PLATEAUED, TRANSIENT, UNRESOLVED, NEVER, INSUFFICIENT)
 
 

@@ -7,7 +7,7 @@ positions, and ``4 * T * d_sae * 8`` bytes of correlations.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -19,6 +19,7 @@ from .base import AnalysisResult, Observation, Probe, SweepAnalysis
 from .controls import one_step_controls
 from .drift_rows import flags
 from .identity_figures import CAPTIONS, correlation_figure, survival_figure
+from .identity_matching import match_latents, match_with_scratch
 from .identity_stretches import stretch_table
 from .lineage import revived_between
 from .resampling import bootstrap_means
@@ -51,6 +52,10 @@ class Identity(SweepAnalysis):
     stages. It compares neighbours only: a feature may change its meaning little by little within a stretch, which
     ``like_first`` in the table ``survival`` shows.
 
+    The table ``matching`` has the latents of neighbouring snapshots matched one to one by their correlation, and those
+    of the track with ``scratch`` controls on the same LLM checkpoint, beside those with each other and beside latents
+    whose positions were permuted. `Dictionaries` does it by directions.
+
     Args:
         evaluation_rows: Token rows of the evaluation split; all there are, if fewer.
         threshold: Correlation that is always enough.
@@ -61,6 +66,8 @@ class Identity(SweepAnalysis):
     Raises:
         ValueError: If a number is out of range.
     """
+
+    min_snapshots: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -93,6 +100,7 @@ class Identity(SweepAnalysis):
         self._found = {name: np.full(shape, np.nan) for name in COMPARISONS}
         self._alive, self._revived = np.zeros(shape, dtype=bool), _revivals(track)
         self._latents: dict[int, scipy.sparse.csr_array] = {}
+        self._matched: list[dict[str, Any]] = []
         return Probe(evaluation_rows=self.evaluation_rows)
 
     def observe(self, snapshot: Snapshot, observation: Observation) -> None:
@@ -112,7 +120,18 @@ class Identity(SweepAnalysis):
                 self._found["to_previous"][now] = _correlate(before, after)
                 others = np.random.default_rng(self.seed).permutation(after.shape[1])
                 self._found["other_feature"][now] = _correlate(before, after[:, others])
+                self._match(now, [{"comparison": "previous", **self._match_latents(before, after)}])
+        rng = np.random.default_rng([self.seed, 1])
+        split = observation.evaluation
+        self._match(t, match_with_scratch(self._track, snapshot, split, self.min_firing_frequency, rng))
         self._latents = {i: kept for i, kept in self._latents.items() if i in (0, t, last)}
+
+    def _match_latents(self, before: scipy.sparse.csr_array, after: scipy.sparse.csr_array) -> dict[str, Any]:
+        rng = np.random.default_rng([self.seed, 1])
+        return {"pairs": 1, **match_latents(before, after, self.min_firing_frequency, rng)}
+
+    def _match(self, t: int, rows: list[dict[str, Any]]) -> None:
+        self._matched += [{"step": self._track.steps[t], **row} for row in rows]
 
     def finish(self) -> AnalysisResult:
         """Tables of features, curves, stretches and survival, and two figures."""
@@ -135,6 +154,7 @@ class Identity(SweepAnalysis):
                 "stretches": stretches,
                 "survival": survival,
                 "limits": limits,
+                "matching": pd.DataFrame(self._matched).sort_values(["comparison", "step"], ignore_index=True),
             },
             figures={"correlation": correlation_figure(curves, steps), "survival": survival_figure(survival)},
             scalars=scalars,

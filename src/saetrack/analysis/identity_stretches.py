@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -72,10 +74,67 @@ def read_stretches(track: Track) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: If it has not been run.
+        ValueError: If it was run on other snapshots than the track has now.
     """
     folder = track.analyses_dir / "identity"
+    command = f"`saetrack analyze {track.path} --analyses+=Identity`"
     if not (folder / "result.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no stretches. Run `saetrack analyze {track.path} --analyses Identity` first."
+        raise FileNotFoundError(f"{folder} holds no stretches. Run {command} first.")
+    result = AnalysisResult.load(folder)
+    of, steps = result.settings.get("steps"), track.whole.steps
+    if of != steps:
+        raise ValueError(f"{folder} is of LLM steps {of}, but the track has {steps}. Run {command} again.")
+    return result.tables["stretches"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where features kept their identity: what a restricted analysis counts.
+
+    Args:
+        steps: LLM steps, ``[T]``.
+        into: Whether a feature kept it on entering a snapshot from the one before, ``[T, F]``; the first row is all
+            true.
+        to_last: Whether one stretch holds a snapshot and the last, ``[T, F]``.
+    """
+
+    steps: list[int]
+    into: NDArray[np.bool_]
+    to_last: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, track: Track) -> Kept:
+        """That of a track, from the identity analysis.
+
+        Raises:
+            FileNotFoundError: If the identity analysis has not been run.
+            ValueError: If it was run on other snapshots.
+        """
+        stretches, steps, d_sae = read_stretches(track), track.steps, int(track.facts["d_sae"])
+        into = [np.ones(d_sae, dtype=bool)]
+        into += [kept_between(stretches, *pair, d_sae) for pair in pairwise(steps)]
+        to_last = [kept_between(stretches, step, steps[-1], d_sae) for step in steps]
+        return cls(steps, np.stack(into), np.stack(to_last))
+
+    @property
+    def throughout(self) -> NDArray[np.bool_]:
+        """Whether one stretch holds all snapshots, ``[F]``."""
+        return self.to_last[0]
+
+    def facts(self) -> dict[str, Any]:
+        """For how many features a restricted result holds, by LLM step: for the settings of the result."""
+        return {
+            "into": dict(zip(self.steps[1:], self.into[1:].sum(axis=1).tolist(), strict=True)),
+            "to_last": dict(zip(self.steps, self.to_last.sum(axis=1).tolist(), strict=True)),
+            "throughout": int(self.throughout.sum()),
+            "of": self.into.shape[1],
+        }
+
+    def summary(self) -> str:
+        """The same in a sentence."""
+        counts = self.into[1:].sum(axis=1)
+        return (
+            f" Restricted to stretches in which a feature kept its identity: {counts.min()} to {counts.max()} of "
+            f"{self.into.shape[1]} features in a stage, {int(self.throughout.sum())} from the first snapshot to the "
+            "last."
         )
-    return AnalysisResult.load(folder).tables["stretches"]

@@ -15,7 +15,7 @@ from .phases_agreement import adjusted_rand, boundary_distance, covering, order_
 from .phases_cut import Cut, Resampling, cut
 from .phases_figures import CAPTIONS, phases_figure
 from .phases_segment import MIN_LENGTH
-from .phases_series import AMOUNTS, TIMES, Amounts, NotAvailable, Tables
+from .phases_series import AMOUNTS, TIMES, Amounts, NotAvailable, Tables, drift_above_null
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,6 +39,9 @@ class Phases(Analysis):
     for when more than one phase is accepted, and for the intervals. One phase is an answer too; the table ``scores``
     holds every number of phases.
 
+    Of the drift it cuts what is left above null steps or, without these, above the null chain; without either the drift
+    as it is, which ``settings["drift_above"]`` says.
+
     A boundary is ``robust`` if on both other axes one lies within one interval of it. The intervals do not cover
     another seed of the SAE or of the LLM.
 
@@ -52,6 +55,7 @@ class Phases(Analysis):
     """
 
     reads_results: ClassVar[bool] = True
+    restrictable: ClassVar[bool] = True
     min_snapshots: ClassVar[int] = 6
 
     def __init__(self, replicates: int = 500, permutations: int = 200, seed: int = 0) -> None:
@@ -73,12 +77,15 @@ class Phases(Analysis):
                 f"{track.path} has {len(track)} snapshots; phases needs at least {self.min_snapshots}. Follow more "
                 "LLM checkpoints with `saetrack fit`."
             )
-        tables, steps = Tables.of(track), track.steps
+        tables, steps = Tables.of(track, self.kept), track.steps
         amounts, missing = _available(tables)
         if not amounts:
             raise ValueError(f"phases has nothing to cut: {'; '.join(missing.values())}.")
         axes = {LOG_STEP: step_position(steps), "step": np.asarray(steps, dtype=float), "index": np.arange(len(steps))}
         chains = _drift_chains(track, missing)
+        less = None
+        if "drift" in amounts:
+            amounts["drift"], less = drift_above_null(amounts["drift"], tables, chains)
         cuts: Cuts = {
             name: {
                 axis: cut(found.values, np.diff(place), chains if name == "drift" else [], self.draws)
@@ -109,6 +116,7 @@ class Phases(Analysis):
                 "min_length": MIN_LENGTH,
                 "not_available": missing,
                 "null": {name: c.null for name, c in on_log.items()},
+                "drift_above": less or f"nothing: run `saetrack control {track.path} --kind null`, then drift again",
             },
             summary=_summary(on_log, scores, boundaries, missing),
             captions=CAPTIONS,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from saetrack.track import Track
 
+    from .identity_stretches import Kept
+
     Floats = NDArray[np.floating]
 
 
@@ -44,16 +46,19 @@ class Tables:
         folder: The track's ``analyses``.
         steps: LLM steps of its snapshots.
         d_sae: Features of its SAEs.
+        kept: If given, amounts are of features that kept their identity in the stage, and what is of whole curves is
+            of those that kept it throughout.
     """
 
     folder: Path
     steps: list[int]
     d_sae: int
+    kept: Kept | None = None
 
     @classmethod
-    def of(cls, track: Track) -> Tables:
+    def of(cls, track: Track, kept: Kept | None = None) -> Tables:
         """Those of a track."""
-        return cls(track.analyses_dir, track.steps, int(track.facts["d_sae"]))
+        return cls(track.analyses_dir, track.steps, int(track.facts["d_sae"]), kept)
 
     def read(self, analysis: str, name: str, columns: Sequence[str], optional: Sequence[str] = ()) -> pd.DataFrame:
         """Some columns of a table, and those of the optional ones that are there.
@@ -84,6 +89,14 @@ class Tables:
         values[np.searchsorted(self.steps, table["step"]), table["feature"]] = table[column]
         return values
 
+    def restrict(self, values: Floats) -> Floats:
+        """Amounts ``[T - 1, d_sae]`` with NaN where a feature did not keep its identity."""
+        return values if self.kept is None else np.where(self.kept.into[1:], values, np.nan)
+
+    def restrict_whole(self, values: Floats) -> Floats:
+        """Times ``[d_sae]``, or amounts of whole curves ``[T - 1, d_sae]``, likewise."""
+        return values if self.kept is None else np.where(self.kept.throughout, values, np.nan)
+
     def stale(self, analysis: str) -> NotAvailable:
         """The answer when a table is not what the track needs."""
         return NotAvailable(
@@ -98,7 +111,7 @@ class Tables:
 def semantic_amounts(tables: Tables) -> Amounts:
     """Turnover of a feature's top contexts, 1 - Jaccard."""
     table = tables.read_by_step("semantics", "features", ["feature", "turnover"])
-    return Amounts(tables.pivot(table, "turnover")[1:], "turnover of top contexts")
+    return Amounts(tables.restrict(tables.pivot(table, "turnover")[1:]), "turnover of top contexts")
 
 
 def formation_amounts(tables: Tables) -> Amounts:
@@ -106,7 +119,7 @@ def formation_amounts(tables: Tables) -> Amounts:
     formed, status = _formation(tables)
     values = (formed[None, :] == np.arange(1, len(tables.steps))[:, None]).astype(np.float64)
     values[:, np.isin(status, _NO_FORMATION)] = np.nan
-    return Amounts(values, "share of features formed")
+    return Amounts(tables.restrict_whole(values), "share of features formed")
 
 
 def drift_amounts(tables: Tables) -> Amounts:
@@ -125,7 +138,33 @@ def drift_amounts(tables: Tables) -> Amounts:
         turned = np.where(counts, 1 - table[measure].to_numpy(dtype=np.float64).reshape(shape), np.nan)[1:]
         if np.isfinite(turned).any(axis=1).all():
             break
-    return Amounts(turned, "1 - cosine to the previous")
+    return Amounts(tables.restrict(turned), "1 - cosine to the previous")
+
+
+def drift_above_null(found: Amounts, tables: Tables, chains: Sequence[Floats]) -> tuple[Amounts, str | None]:
+    """The drift that is left above what training once more makes, and by what that was measured; None if by nothing.
+
+    By the null steps of the drift analysis, interpolated between the stages that have some; without two such stages by
+    the null chains, stage by stage. The mean null is taken off every feature.
+
+    Args:
+        found: The drift.
+        tables: Of the track.
+        chains: Drift of its null chains, each of the same shape.
+    """
+    try:
+        null = tables.read("drift", "calibration", ["step", "drift_null"])
+    except NotAvailable:
+        null = pd.DataFrame(columns=["step", "drift_null"])
+    null = null[null["step"].isin(tables.steps[1:]) & null["drift_null"].notna()].sort_values("step")
+    if len(null) > 1:
+        at = np.searchsorted(tables.steps, null["step"])
+        level, by = np.interp(np.arange(1, len(tables.steps)), at, null["drift_null"]), "null steps"
+    elif chains:
+        level, by = np.mean([np.nanmean(chain, axis=1) for chain in chains], axis=0), "null chain"
+    else:
+        return found, None
+    return Amounts(found.values - level[:, None], "1 - cosine to the previous, above the null"), by
 
 
 def loss_amounts(tables: Tables) -> Amounts:
@@ -162,12 +201,12 @@ def semantic_times(tables: Tables) -> Floats:
     meaning = table["class" if "class" in table else "top_token_id"]
     codes = tables.pivot(table.assign(code=pd.factorize(meaning)[0]), "code")
     kept = np.logical_and.accumulate((codes == codes[-1])[::-1])[::-1]
-    return np.where(np.isfinite(codes[-1]), kept.argmax(axis=0), np.nan)
+    return tables.restrict_whole(np.where(np.isfinite(codes[-1]), kept.argmax(axis=0), np.nan))
 
 
 def formation_times(tables: Tables) -> Floats:
     """Index of the checkpoint by which a feature has formed ``[d_sae]``; NaN for those that have not."""
-    return _formation(tables)[0]
+    return tables.restrict_whole(_formation(tables)[0])
 
 
 def drift_times(tables: Tables) -> Floats:

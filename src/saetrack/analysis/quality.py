@@ -78,7 +78,8 @@ class Quality(Analysis):
     controls, the FVU on LLMs that were never trained is beside the curve, after as many tokens as the first snapshot.
 
     Where the track has null or scratch controls, the table ``controls`` has what they reach at the LLM checkpoint that
-    they were trained on: the mean over the runs of a kind, and ``_low`` and ``_high``, their range.
+    they were trained on: the mean over the runs of a kind, and ``_low`` and ``_high``, their range. With scratch
+    controls ``tokens_to_reach`` has the tokens after which a fresh SAE has the held-out FVU of the track's.
 
     Args:
         min_firing_frequency: Features that fire on no larger a share of the evaluation positions, in this snapshot or
@@ -105,11 +106,13 @@ class Quality(Analysis):
         table[numbers] = table[numbers].apply(pd.to_numeric)
         identity = [self._identity(track.before(snapshot), snapshot) for snapshot in track]
         table = pd.concat([table, pd.DataFrame(identity)], axis=1)
-        controls = _control_table(track)
+        controls, reached = _control_table(track), _tokens_to_reach(track)
         title = f"{str(track.facts['model']).rstrip('/').split('/')[-1]}, {track.facts['hookpoint']}"
         untrained = [control[-1].metadata["fvu"] for control in random_controls(track)]
         return AnalysisResult(
-            tables={"quality": table} | ({} if controls.empty else {"controls": controls}),
+            tables={"quality": table}
+            | ({} if controls.empty else {"controls": controls})
+            | ({} if reached.empty else {"tokens_to_reach": reached}),
             figures={"quality": _figure(table, controls, untrained, title)},
             scalars={name: _by_step(table, name) for name in _SCALARS},
             settings={
@@ -151,6 +154,40 @@ def _control_table(track: Track) -> pd.DataFrame:
     for name in _CONTROLLED:
         table[name], table[f"{name}_low"], table[f"{name}_high"] = runs[name].mean(), runs[name].min(), runs[name].max()
     return table.reset_index()
+
+
+def _tokens_to_reach(track: Track) -> pd.DataFrame:
+    """How many tokens an SAE from scratch needs to reach the held-out FVU of the track's at the same LLM checkpoint.
+
+    From the held-out curves of both, the logarithm of the FVU interpolated over that of the tokens; NaN where it does
+    not get there with its budget. ``spent`` is what the track's series had been given by then.
+    """
+    rows = []
+    for snapshot in track:
+        spent = sum(int(s.metadata["tokens_trained"]) for s in track if s.number <= snapshot.number)
+        curve = snapshot.metadata.get("held_out_curve")
+        for budget, controls in scratch_controls(track).items() if curve else ():
+            for control in controls:
+                fresh = (
+                    control.at(snapshot.step).metadata.get("held_out_curve") if snapshot.step in control.steps else None
+                )
+                if fresh:
+                    row = {"step": snapshot.step, "budget": budget, "control": control.path.name, "fvu": curve[-1][1]}
+                    row |= {"tokens_warm": curve[-1][0], "tokens": _crossing(np.array(fresh), curve[-1][1])}
+                    rows.append({**row, "tokens_given": fresh[-1][0], "fvu_scratch": fresh[-1][1], "spent": spent})
+    return pd.DataFrame(rows)
+
+
+def _crossing(curve: np.ndarray, fvu: float) -> float:
+    """Tokens at which a curve ``[n, 2]`` of tokens and FVU first falls to a value; NaN where it does not."""
+    below = curve[:, 1] <= fvu
+    if not below.any():
+        return float("nan")
+    at = int(below.argmax())
+    if not at:
+        return float(curve[0, 0])
+    (tokens, before), (later, after) = np.log(curve[at - 1 : at + 1])
+    return float(np.exp(tokens + (later - tokens) * (before - np.log(fvu)) / (before - after)))
 
 
 def _by_step(table: pd.DataFrame, name: str) -> dict[int, float]:

@@ -8,7 +8,7 @@ bytes more while it is written.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from .columns import TokenStatistics, token_share, token_statistics, top_positio
 from .resampling import bootstrap_means
 from .semantics_classes import SemanticThresholds
 from .semantics_meaning import Meaning
-from .semantics_patterns import null_patterns, random_classes
+from .semantics_patterns import NullChain, random_classes
 from .semantics_scores import Vocabulary
 from .semantics_turnover import NULL_DRAWS, turnover_series
 from .token_text import token_strings
@@ -64,7 +64,7 @@ class Semantics(SweepAnalysis):
 
     * its scores and its class: token, token-in-context, word-family, concept, positional, unresolved or insufficient
       (``semantics_classes``), and how it comes to the end: maintaining, shifting, grouping, splitting, death or other
-      (``semantics_patterns``). The null chain's patterns stand beside, where semantics was run on it
+      (``semantics_patterns``). The null chain's transitions and patterns stand beside, where semantics was run on it
       (``saetrack analyze TRACK/controls/null-chain-0``), and the classes of the random controls, an LLM never trained.
 
     Turnover between a checkpoint and the one before it in LLM steps is ``1 - Jaccard`` of a feature's two sets of top
@@ -84,6 +84,8 @@ class Semantics(SweepAnalysis):
         seed: Of the nulls, the random sets, the bootstrap and the draw of examples.
         thresholds: Of the classes.
     """
+
+    restrictable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -170,10 +172,11 @@ class Semantics(SweepAnalysis):
         contexts = pd.concat([self._context_table(place) for place in places], ignore_index=True)
         tops = [self._seen[place].top for place in places]
         tokens = rows.tokens[positions[:, 0], positions[:, 1]]
-        turnover = turnover_series(tops, tokens, np.random.default_rng([self.seed, 1]), REPLICATES)
+        into = None if self.kept is None else self.kept.into
+        turnover = turnover_series(tops, tokens, np.random.default_rng([self.seed, 1]), REPLICATES, into)
         where = _index(features, places)
         features["turnover"] = turnover.pop("by_feature")[where]
-        meaning = self._meaning.tables(steps, null_patterns(self._track.path))
+        meaning = self._meaning.tables(steps, NullChain.of(self._track.path), self.kept)
         scores = meaning.pop("meaning").drop(columns=["step", "feature"])
         scores = scores.iloc[np.ravel_multi_index(where, (len(places), len(tops[0])))]
         features = pd.concat([features.drop(columns="place"), scores.reset_index(drop=True)], axis=1)

@@ -23,13 +23,14 @@ from .semantics_classes import (
     classify,
     sensitivity,
 )
-from .semantics_patterns import overlap, pattern_table, patterns, splits, transition_table
+from .semantics_patterns import NullChain, overlap, pattern_table, patterns, splits, transition_table
 from .semantics_scores import POSITIONS, Scorer, Scores, Vocabulary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .base import SplitObservation
+    from .identity_stretches import Kept
 
     Floats = NDArray[np.floating]
     Integers = NDArray[np.integer]
@@ -96,12 +97,14 @@ class Meaning:
         enough = scores.firing_positions >= self.thresholds.min_firings
         return float((classes[enough] == CONCEPT).mean()) if enough.any() else np.nan
 
-    def tables(self, steps: list[int], null: pd.DataFrame | None) -> dict[str, pd.DataFrame]:
+    def tables(self, steps: list[int], null: NullChain, kept: Kept | None = None) -> dict[str, pd.DataFrame]:
         """Tables over all checkpoints.
 
         Args:
             steps: LLM steps in the order of the track.
-            null: The table ``patterns`` of a null chain, where there is one.
+            null: The tables of the null chains, where there are some.
+            kept: If given, transitions are of the features that kept their identity in the stage, and patterns of
+                those that kept it to the last checkpoint.
 
         Returns:
             ``meaning``, one row by step and feature; ``classes``, shares by step with their interval; ``transitions``
@@ -115,6 +118,8 @@ class Meaning:
             patterns(before, classes[-1], overlap(s.families, s.shares, last.families, last.shares), split)
             for before, s, split in zip(classes[:-1], scores[:-1], found[:-1], strict=True)
         ]
+        if kept is not None:
+            names = [np.where(counts, name, "") for counts, name in zip(kept.to_last, names, strict=False)]
         columns: dict[str, Any] = {
             "step": np.repeat(steps, classes.shape[1]),
             "feature": np.tile(np.arange(classes.shape[1]), len(steps)),
@@ -126,8 +131,8 @@ class Meaning:
         return {
             "meaning": pd.DataFrame(columns),
             "classes": _class_table(steps, classes),
-            "transitions": transition_table(steps, classes),
-            "patterns": pattern_table(steps, names, null),
+            "transitions": transition_table(steps, classes, null.transitions, None if kept is None else kept.into),
+            "patterns": pattern_table(steps, names, null.patterns),
             "sensitivity": sensitivity(last, self.thresholds),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -123,27 +124,39 @@ def patterns(before: NDArray[np.str_], after: NDArray[np.str_], kept: Floats, sp
     return np.select([condition for condition, _ in rules], [name for _, name in rules], "other")
 
 
-def transition_table(steps: list[int], classes: NDArray[np.str_]) -> pd.DataFrame:
+def transition_table(
+    steps: list[int], classes: NDArray[np.str_], null: pd.DataFrame | None = None, counts: Bools | None = None
+) -> pd.DataFrame:
     """Features of each class that have each class at the next LLM checkpoint, with Wilson's 95 % interval of the share.
 
     Args:
         steps: LLM steps.
         classes: ``[T, F]``.
+        null: The same tables of null chains, where there are some.
+        counts: ``[T, F]``, which features count on entering a checkpoint; all, if not given.
 
     Returns:
-        Columns ``step``, ``next_step``, ``from``, ``to``, ``features``, ``of``, ``share``, ``low``, ``high``.
+        Columns ``step``, ``next_step``, ``from``, ``to``, ``features``, ``of``, ``share``, ``low``, ``high``, and
+        ``null_share``: of the null chains in the stage of the same place, from the same class; NaN where not known.
     """
     tables = []
     for t in range(len(steps) - 1):
-        counts = pd.crosstab(classes[t], classes[t + 1]).reindex(index=CLASSES, columns=CLASSES, fill_value=0)
-        matrix = counts.to_numpy()
+        use = np.ones(classes.shape[1], dtype=bool) if counts is None else counts[t + 1]
+        table = pd.crosstab(classes[t, use], classes[t + 1, use])
+        matrix = table.reindex(index=CLASSES, columns=CLASSES, fill_value=0).to_numpy()
         of = np.broadcast_to(matrix.sum(axis=1, keepdims=True), matrix.shape)
         share, low, high = share_interval(matrix.ravel(), of.ravel())
         names = {"from": np.repeat(CLASSES, len(CLASSES)), "to": np.tile(CLASSES, len(CLASSES))}
-        table = pd.DataFrame({"step": steps[t], "next_step": steps[t + 1], **names, "features": matrix.ravel()})
-        tables.append(table.assign(of=of.ravel(), share=share, low=low, high=high))
-    columns = ["step", "next_step", "from", "to", "features", "of", "share", "low", "high"]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+        columns = {"step": steps[t], "next_step": steps[t + 1], "place": t, **names, "features": matrix.ravel()}
+        tables.append(pd.DataFrame(columns).assign(of=of.ravel(), share=share, low=low, high=high))
+    columns = ["step", "next_step", "place", "from", "to", "features", "of", "share", "low", "high"]
+    found = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+    if null is None or found.empty:
+        return found.drop(columns="place").assign(null_share=np.nan)
+    by = ["place", "from", "to"]
+    sums = null.groupby(by)[["features", "of"]].sum()
+    shares = (sums["features"] / sums["of"].where(sums["of"] > 0)).rename("null_share").reset_index()
+    return found.merge(shares, on=by, how="left").drop(columns="place")
 
 
 def pattern_table(steps: list[int], found: list[NDArray[np.str_]], null: pd.DataFrame | None) -> pd.DataFrame:
@@ -179,7 +192,21 @@ def random_classes(track: Path) -> pd.Series | None:
     return pd.concat([pd.read_parquet(path) for path in found]).groupby("class")["share"].mean()
 
 
-def null_patterns(track: Path) -> pd.DataFrame | None:
-    """The patterns of a track's null chains, those that semantics was run on; None where there is none."""
-    found = sorted(track.glob("controls/null-chain-*/analyses/semantics/patterns.parquet"))
-    return pd.concat([pd.read_parquet(path) for path in found]) if found else None
+@dataclass(frozen=True)
+class NullChain:
+    """The tables of a track's null chains, those that semantics was run on; None where there is none."""
+
+    patterns: pd.DataFrame | None
+    transitions: pd.DataFrame | None
+
+    @classmethod
+    def of(cls, track: Path) -> NullChain:
+        """Those of the track in a folder."""
+        folders = sorted(path.parent for path in track.glob("controls/null-chain-*/analyses/semantics/result.json"))
+        if not folders:
+            return cls(None, None)
+        transitions = [pd.read_parquet(folder / "transitions.parquet") for folder in folders]
+        for table in transitions:  # all of one LLM step: the stages are told apart by their place
+            table["place"] = np.arange(len(table)) // len(CLASSES) ** 2
+        patterns = [pd.read_parquet(folder / "patterns.parquet") for folder in folders]
+        return cls(pd.concat(patterns), pd.concat(transitions))

@@ -18,7 +18,11 @@ NULL_DRAWS = 10
 
 
 def turnover_series(
-    tops: list[Integers], tokens: Integers, rng: np.random.Generator, replicates: int
+    tops: list[Integers],
+    tokens: Integers,
+    rng: np.random.Generator,
+    replicates: int,
+    counts: NDArray[np.bool_] | None = None,
 ) -> dict[str, Any]:
     """Turnover into each checkpoint with its interval and nulls, arrays ``[T]``, and by feature ``[T, F]``.
 
@@ -27,11 +31,14 @@ def turnover_series(
         tokens: Token at every position, ``[P]``.
         rng: Of the nulls and the bootstrap.
         replicates: Bootstrap replicates.
+        counts: ``[T, F]``, which features count on entering a checkpoint; all, if not given.
     """
     by_feature = np.full((len(tops), len(tops[0])), np.nan)
     nulls = {name: np.full((len(tops), NULL_DRAWS), np.nan) for name in ("other_feature", "same_tokens")}
     for t in range(1, len(tops)):
         by_feature[t] = turnover(tops[t - 1], tops[t])
+        if counts is not None:
+            by_feature[t, ~counts[t]] = np.nan
         both = np.flatnonzero(np.isfinite(by_feature[t]))
         if len(both) < 2:
             continue

@@ -23,6 +23,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
+from saetrack.errors import wants_traceback
 from saetrack.lm.checkpoints import load_llm
 from saetrack.lm.forward import EditableLLM, read_activations
 from saetrack.lm.outliers import spread, take, within
@@ -32,8 +33,12 @@ from saetrack.sae import SAE
 from saetrack.track import Snapshot, Track
 
 from .base import Analysis, AnalysisResult, Observation, Probe, SplitObservation, SweepAnalysis
+from .identity_stretches import Kept
 
 logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, str], None]
+"""Told how many pieces of work are done, of how many, and what the next one is."""
 
 
 def run_analyses(
@@ -42,33 +47,41 @@ def run_analyses(
     *,
     device: torch.device | str = "cpu",
     rows_per_batch: int = 32,
+    only_kept: bool = False,
+    progress: Progress = lambda done, total, text: None,
 ) -> dict[str, AnalysisResult]:
     """Run analyses on a track and save each result under ``analyses/NAME`` of the track as soon as it is there.
 
     Those that need only the track run first. The others share one sweep over the LLM checkpoints, the last snapshot
     first and the others in the order of the track. Those that read the results of others run last. An
-    analysis that raises is left out from there on; the others go on.
+    analysis that raises is left out from there on; the others go on. LLM checkpoints of equal weights count as one.
 
     Args:
         track: The track, with at least one snapshot.
         analyses: Name to analysis. The name is the folder's.
         device: Where the LLM and the SAE run.
         rows_per_batch: Token rows in one forward of the LLM.
+        only_kept: Count features only over stretches in which they kept their identity, which the identity analysis
+            must have found; the results go to ``analyses/NAME-kept``.
+        progress: Called before each analysis and each LLM checkpoint.
 
     Returns:
         Name to result, in the order of ``analyses``.
 
     Raises:
-        ValueError: If the track is empty, or ``rows_per_batch`` is not positive, or something in ``analyses`` is none.
+        ValueError: If the track is empty, or ``rows_per_batch`` is not positive, or something in ``analyses`` is none
+            or cannot be restricted.
         RuntimeError: If an analysis raised; it is named, and its own error is the cause. The results of those that
             finished are saved.
     """
     _check(track, analyses, rows_per_batch)
-    runs = _Runs(track)
+    track = track.distinct()
+    kept = _restrict(track, analyses) if only_kept else None
+    sweeping = {name: a for name, a in analyses.items() if isinstance(a, SweepAnalysis)}
+    runs = _Runs(track, kept, len(analyses) + (len(track) if sweeping else 0), progress)
     for name, analysis in analyses.items():
         if isinstance(analysis, Analysis) and not analysis.reads_results:
             runs.finish(name, partial(analysis.run, track))
-    sweeping = {name: a for name, a in analyses.items() if isinstance(a, SweepAnalysis)}
     probes: dict[str, Probe] = {}
     for name, analysis in sweeping.items():
         probe = runs.attempt(name, partial(analysis.begin, track))
@@ -96,20 +109,48 @@ def _check(track: Track, analyses: Mapping[str, object], rows_per_batch: int) ->
             )
 
 
+def _as_one(track: Track) -> str:
+    """What of the track counts as one LLM checkpoint, as a sentence."""
+    groups = [" = ".join(map(str, steps)) for steps in track.equal_weights]
+    return f" LLM steps {', '.join(groups)} have equal weights and count as one." if groups else ""
+
+
+def _restrict(track: Track, analyses: Mapping[str, Analysis | SweepAnalysis]) -> Kept:
+    """Tell the analyses where features kept their identity."""
+    for name, analysis in analyses.items():
+        if not analysis.restrictable:
+            raise ValueError(
+                f"{name!r} follows no feature from snapshot to snapshot, so it cannot be restricted to those that kept "
+                "their identity. Leave it out, or leave out --only_kept."
+            )
+    kept = Kept.of(track)
+    for analysis in analyses.values():
+        analysis.kept = kept
+    return kept
+
+
 class _Runs:
     """Results so far, and who failed: one broken analysis must not cost the others their hour of forwards."""
 
-    def __init__(self, track: Track) -> None:
+    def __init__(self, track: Track, kept: Kept | None, pieces: int, progress: Progress) -> None:
         self.track = track
+        self.kept = kept
+        self._begun, self._pieces, self._progress = 0, pieces, progress
         self.results: dict[str, AnalysisResult] = {}
         self.failures: dict[str, Exception] = {}
+
+    def say(self, text: str) -> None:
+        """Name the next piece of work."""
+        self._progress(self._begun, self._pieces, text)
+        self._begun += 1
 
     def attempt(self, name: str, action: Callable[[], Any]) -> Any:
         """What ``action`` returns, or None when it raised."""
         try:
             return action()
         except Exception as error:
-            logger.exception("Analysis %r failed.", name)
+            ours = isinstance(error, ValueError | OSError | RuntimeError) and not wants_traceback(error)
+            logger.error("Analysis %r failed: %s", name, error, exc_info=not ours)
             self.failures[name] = error
             return None
 
@@ -117,11 +158,18 @@ class _Runs:
         """Get a result and save it, with the LLM steps that it is of: a track may grow."""
 
         def save() -> AnalysisResult:
-            result = action()
-            result = replace(result, settings={**result.settings, "steps": self.track.steps})
-            result.save(self.track.analyses_dir / name)
+            result, folder = action(), name
+            whole = self.track.whole
+            settings = {**result.settings, "steps": whole.steps, "equal_weights": whole.equal_weights}
+            result = replace(result, settings=settings, summary=result.summary + _as_one(whole))
+            if self.kept is not None:
+                settings = {**result.settings, "kept": self.kept.facts()}
+                result = replace(result, settings=settings, summary=result.summary + self.kept.summary())
+                folder = f"{name}-kept"
+            result.save(self.track.analyses_dir / folder)
             return result
 
+        self.say(name)
         result = self.attempt(name, save)
         if result is not None:
             self.results[name] = result
@@ -162,7 +210,7 @@ def _sweep(
     order = [len(track) - 1, *range(len(track) - 1)]
     for number, index in enumerate(order, start=1):
         snapshot = track[index]
-        logger.info("LLM checkpoint %d of %d (step %d)", number, len(order), snapshot.step)
+        runs.say(f"LLM checkpoint {number} of {len(order)} (step {snapshot.step})")
         whole = reader.read(snapshot, rows)
         for name, analysis in analyses.items():
             if name not in runs.failures:

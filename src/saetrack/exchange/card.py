@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from saetrack.hub import REPOSITORY
 from saetrack.track import Snapshot, Track
 
 _COLUMNS = {
@@ -19,7 +19,6 @@ _COLUMNS = {
     "ce_recovered_zero": "CE recovered (zero)",
     "ce_recovered_mean": "CE recovered (mean)",
 }
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(track: Track, snapshots: Sequence[Snapshot], repo: str | None) -> str:
@@ -83,7 +82,7 @@ saetrack export hf://{name} --format sparsify --step {last.step} --to exported
 
 
 def _base_model(model: str) -> str:
-    return f"\nbase_model: {model}" if _HUB_NAME.fullmatch(model) and not Path(model).exists() else ""
+    return f"\nbase_model: {model}" if REPOSITORY.fullmatch(model) and not Path(model).exists() else ""
 
 
 def _quality(track: Track, snapshots: Sequence[Snapshot]) -> str:

@@ -4,13 +4,16 @@ Published checkpoints do repeat (step 0, 1 and 2 of Pythia are identical, and do
 the final weights), and then a track shows no drift, or a jump, that the LLM's training never had.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from saetrack.lm import files
-from saetrack.lm.checkpoints import CheckpointSource, LLMCheckpoint, commit_sha, weight_hash
-from saetrack.lm.loading import fingerprint
+from saetrack.lm.loading import LLMCheckpoint, commit_sha, fingerprints
+from saetrack.lm.names import parse_name
 from saetrack.lm.selection import Selection
+from saetrack.lm.source import CheckpointSource
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class AuditRow:
         weight_hash: As ``weight_hash``; None when ``fault`` is set.
         equal_to: Step of the first checkpoint of the series with the same weights; None when there is no earlier one.
         fault: Why it cannot be loaded: weights or config.json missing, incomplete or truncated; None when it can.
+        doubt: What contradicts its place in the series: another step in its ``trainer_state.json``, or fewer tokens
+            than an earlier one; None when nothing does.
         is_main: Whether it serves the weights of its repository's ``main`` although a later checkpoint follows.
     """
 
@@ -31,6 +36,7 @@ class AuditRow:
     weight_hash: str | None
     equal_to: int | None
     fault: str | None
+    doubt: str | None = None
     is_main: bool = False
 
 
@@ -50,7 +56,7 @@ def audit(checkpoints: Sequence[LLMCheckpoint], known: Mapping[str, int] | None 
 
 
 def problems(rows: Sequence[AuditRow]) -> list[str]:
-    """One line for each thing that is wrong: faults, which stop a run, then repeated weights, which may be meant."""
+    """One line for each thing that is wrong: faults, which stop a run, then what may be meant."""
     faults = [f"The LLM checkpoint of {row.checkpoint} cannot be used. {row.fault}" for row in rows if row.fault]
     of_main = [
         f"The LLM checkpoint of {row.checkpoint} has the weights of main, the finished LLM, so it is not what its name "
@@ -64,7 +70,10 @@ def problems(rows: Sequence[AuditRow]) -> list[str]:
         for row in rows
         if row.equal_to is not None and not row.is_main
     ]
-    return faults + of_main + repeated
+    doubts = [
+        f"The LLM checkpoint of {row.checkpoint} {row.doubt}. Leave out the wrong one." for row in rows if row.doubt
+    ]
+    return faults + of_main + doubts + repeated
 
 
 def format_audit(rows: Sequence[AuditRow]) -> str:
@@ -98,31 +107,47 @@ def describe_checkpoints(source: CheckpointSource, audit: bool = False, select: 
     """
     series = Selection(select).of(source.checkpoints())
     if audit:
-        return f"{format_audit(_audited(series, {}))}\n\n{_describe_tokenizer(source, series)}"
-    return _table(["step", "tokens", "LLM checkpoint"], [_columns(checkpoint) for checkpoint in series])
+        parts = [format_audit(_audited(series, {})), _describe_tokenizer(source, series)]
+    else:
+        parts = [_table(["step", "tokens", "LLM checkpoint"], [_columns(checkpoint) for checkpoint in series])]
+    return "\n\n".join([*parts, *_describe_left_out(source.left_out())])
 
 
 def _audited(checkpoints: Sequence[LLMCheckpoint], known: Mapping[str, int]) -> list[AuditRow]:
     first = dict(known)
     rows: list[AuditRow] = []
-    main = _main_hashes(checkpoints)
+    mains = _main_fingerprints(checkpoints)
     # the last one may well be the finished LLM
     last = max((checkpoint.step for checkpoint in checkpoints), default=0)
+    most: LLMCheckpoint | None = None
     for checkpoint in checkpoints:
         try:
-            commit, digest = commit_sha(checkpoint), _loadable(checkpoint)
+            commit, found = commit_sha(checkpoint), _loadable(checkpoint)
         except (FileNotFoundError, ValueError) as error:
             rows.append(AuditRow(checkpoint, None, None, None, str(error)))
             continue
-        is_main = checkpoint.step < last and digest == main.get(checkpoint.model)
-        rows.append(AuditRow(checkpoint, commit, digest, first.get(digest), None, is_main))
-        first.setdefault(digest, checkpoint.step)
+        equal_to = next((first[digest] for digest in found if digest in first), None)
+        is_main = checkpoint.step < last and not mains.get(checkpoint.model, set()).isdisjoint(found)
+        rows.append(AuditRow(checkpoint, commit, found[0], equal_to, None, _doubt(checkpoint, most), is_main))
+        first = {**dict.fromkeys(found, checkpoint.step), **first}
+        if checkpoint.tokens is not None and (most is None or checkpoint.tokens > (most.tokens or 0)):
+            most = checkpoint
     return rows
 
 
-def _loadable(checkpoint: LLMCheckpoint) -> str:
-    """The fingerprint of the weights, once there is a configuration to load them with."""
-    digest = fingerprint(checkpoint)
+def _doubt(checkpoint: LLMCheckpoint, most: LLMCheckpoint | None) -> str | None:
+    """What contradicts its place, in words that follow its name; ``most`` is the earlier one of the most tokens."""
+    said = files.trainer_state(Path(checkpoint.model)).get("global_step") if files.is_folder(checkpoint.model) else None
+    if said is not None and said != (parse_name(Path(checkpoint.model).name) or checkpoint).step:
+        return f"has a trainer_state.json of step {said}, so it is not what its name says"
+    if checkpoint.tokens is None or most is None or most.tokens is None or checkpoint.tokens >= most.tokens:
+        return None
+    return f"has seen {checkpoint.tokens:,} tokens, fewer than the {most.tokens:,} of the earlier step {most.step}"
+
+
+def _loadable(checkpoint: LLMCheckpoint) -> list[str]:
+    """The fingerprints of the weights, once there is a configuration to load them with."""
+    found = fingerprints(checkpoint)
     if checkpoint.format is None and "config.json" not in files.file_names(
         checkpoint.model, checkpoint.revision, checkpoint.cache_dir
     ):
@@ -130,13 +155,16 @@ def _loadable(checkpoint: LLMCheckpoint) -> str:
             f"{files.label(checkpoint.model, checkpoint.revision)} has weights but no config.json, which says what LLM "
             f"they are of. Put that of another checkpoint beside them, or leave this one out."
         )
-    return digest
+    return found
 
 
-def _main_hashes(checkpoints: Sequence[LLMCheckpoint]) -> dict[str, str | None]:
-    """Fingerprint of ``main`` by repository; None where main has no weights, or they cannot be reached."""
-    repos = {c.model: c.cache_dir for c in checkpoints if c.revision not in (None, "main")}
-    return {repo: weight_hash(LLMCheckpoint(repo, "main", 0, cache_dir=cache)) for repo, cache in repos.items()}
+def _main_fingerprints(checkpoints: Sequence[LLMCheckpoint]) -> dict[str, set[str]]:
+    """Fingerprints of ``main`` by repository, in each format that it has; none where it has no weights."""
+    mains: dict[str, set[str]] = {}
+    for repo, cache in {c.model: c.cache_dir for c in checkpoints if c.revision not in (None, "main")}.items():
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            mains[repo] = set(fingerprints(LLMCheckpoint(repo, "main", 0, cache_dir=cache)))
+    return mains
 
 
 def _describe_tokenizer(source: CheckpointSource, series: Sequence[LLMCheckpoint]) -> str:
@@ -149,6 +177,13 @@ def _describe_tokenizer(source: CheckpointSource, series: Sequence[LLMCheckpoint
         return f"There is no tokenizer in {files.label(name, revision)}. Name one as `tokenizer` of the source."
     absent = f"; {without} of {len(series)} LLM checkpoints have none of their own" if without else ""
     return f"The tokenizer of the whole series is that of {files.label(name, revision)}{absent}."
+
+
+def _describe_left_out(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - 20} more" if names[20:] else ""
+    return [f"Left out, for their names say no step: {', '.join(names[:20])}{more}."]
 
 
 def _columns(checkpoint: LLMCheckpoint) -> list[str]:

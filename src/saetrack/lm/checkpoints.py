@@ -4,17 +4,25 @@ A source lists its checkpoints with strictly increasing steps, numerically sorte
 them: the vocabulary does not change while an LLM is trained, but what is published beside a step can.
 """
 
-import json
-import re
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from saetrack.lm import files
+from saetrack.hub import REPOSITORY
+from saetrack.lm import files, hub_listing
 from saetrack.lm.loading import LLMCheckpoint, commit_sha, load_llm, release_memory, save_random_llm, weight_hash
-from saetrack.lm.names import Family, NamedStep, family_of, parse_name, parse_repo_id, series_of_names, tokens_of
+from saetrack.lm.names import (
+    Family,
+    NamedStep,
+    family_of,
+    parse_name,
+    parse_repo_id,
+    series_of_names,
+    tokens_of,
+    without_step,
+)
+from saetrack.lm.source import CheckpointSource, pinned_tokenizer
 from saetrack.lm.trust import trust
 from saetrack.lm.watching import DONE, Watch, Watcher
 
@@ -41,47 +49,6 @@ __all__ = [
     "weight_hash",
 ]
 
-_HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
-
-
-class CheckpointSource(ABC):
-    """Where a series of LLM checkpoints comes from."""
-
-    watcher: Watcher | None = None
-    """Looks at a series that is still being written; None where all of it is there."""
-
-    def prepare(self) -> None:
-        """Make the checkpoints exist, or wait for the first of a series that is watched. Called by one process."""
-        if self.watcher is not None:
-            self.watcher.wait()
-
-    @abstractmethod
-    def checkpoints(self) -> list[LLMCheckpoint]:
-        """The series, with strictly increasing steps. Reads names only, no weights."""
-
-    @property
-    @abstractmethod
-    def tokenizer_name(self) -> tuple[str, str | None]:
-        """Folder or repository, and revision, of the one tokenizer of the whole series."""
-
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The tokenizer that ``tokenizer_name`` pins."""
-        return self._load_tokenizer(None)
-
-    def _load_tokenizer(self, cache_dir: str | None) -> "PreTrainedTokenizerBase":
-        from transformers import AutoTokenizer
-
-        name, revision = self.tokenizer_name
-        try:
-            return AutoTokenizer.from_pretrained(
-                files.fetch_tokenizer(name, revision, cache_dir), trust_remote_code=False
-            )
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f"There is no tokenizer in {files.label(name, revision)}. Name a folder or a repository that has one "
-                f"as `tokenizer` (or `tokenizer_revision`) of the checkpoint source."
-            ) from error
-
 
 class FolderSource(CheckpointSource):
     """A folder of Hugging Face checkpoints: ``step*``, as ``saetrack pretrain`` writes them, or ``checkpoint-*``.
@@ -94,11 +61,21 @@ class FolderSource(CheckpointSource):
             one in ``path`` itself.
         watch: True, or how, for a series that is still being written: what is complete of it is the series so far,
             and ``fit`` waits for more until its end.
+        trust_remote_code: Let the code that lies in the checkpoints' folders run, where transformers does not know
+            their LLM.
     """
 
-    def __init__(self, path: str | Path, tokenizer: str | None = None, watch: bool | Watch = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        tokenizer: str | None = None,
+        watch: bool | Watch = False,
+        trust_remote_code: bool = False,
+    ) -> None:
         self.path = Path(path)
         self._tokenizer = tokenizer
+        if trust_remote_code:
+            trust(str(self.path))
         if watch:
             self.watcher = Watcher(
                 str(self.path), Watch() if watch is True else watch, self._listed, (self.path / DONE).is_file
@@ -130,9 +107,13 @@ class FolderSource(CheckpointSource):
         """All that have a name, complete or not; none where there is no folder."""
         folders = self._folders()
         series = _named_steps(folders, str(self.path), "Move one of them elsewhere.")
-        return [
-            LLMCheckpoint(str(folders[n.name]), None, n.step, _tokens_seen(folders[n.name]) or n.tokens) for n in series
-        ]
+        # HF Trainer writes 0 tokens unless it is told to count them, which says nothing
+        seen = {n.name: files.trainer_state(folders[n.name]).get("num_input_tokens_seen") or n.tokens for n in series}
+        return [LLMCheckpoint(str(folders[n.name]), None, n.step, seen[n.name]) for n in series]
+
+    def left_out(self) -> list[str]:
+        """The other folders that say no step; hidden ones are nobody's checkpoints."""
+        return [name for name in without_step(self._folders()) if not name.startswith(".")]
 
     def _folders(self) -> dict[str, Path]:
         return {path.name: path for path in sorted(self.path.glob("*")) if path.is_dir()}
@@ -142,7 +123,7 @@ class FolderSource(CheckpointSource):
         """The tokenizer that was given, or that of the last checkpoint that has one."""
         if self._tokenizer:
             return self._tokenizer, None
-        if (pinned := _pinned_tokenizer(self.checkpoints())) is not None:
+        if (pinned := pinned_tokenizer(self.checkpoints())) is not None:
             return pinned
         if files.has_tokenizer(str(self.path), None):
             return str(self.path), None
@@ -198,7 +179,7 @@ class HubSource(CheckpointSource):
 
     def _is_done(self) -> bool:
         try:
-            return DONE in files.ask_for_files(self.repo, None).sha256
+            return DONE in hub_listing.ask_for_files(self.repo, None).sha256
         except OSError:  # out of reach, or no main
             return False
 
@@ -219,10 +200,11 @@ class HubSource(CheckpointSource):
                 f"`revisions`. Name it with its step in a ListSource instead."
             )
         if not series:
-            names = self._names()
+            one = " Its own name says one: name it with its sisters in a RepositoriesSource."
             raise ValueError(
-                f"{self.repo} has no revision named step{{N}} or checkpoint-{{N}}, only {', '.join(names[:6])}. "
-                f"Name its checkpoints with their steps in a ListSource instead."
+                f"{self.repo} has no revision named step{{N}} or checkpoint-{{N}}, only "
+                f"{', '.join(self._names()[:6])}."
+                + (one if parse_repo_id(self.repo) else " Name its checkpoints with their steps in a ListSource.")
             )
         if self._chosen is not None:
             missing = sorted(set(self._chosen) - {checkpoint.step for checkpoint in series})
@@ -235,21 +217,26 @@ class HubSource(CheckpointSource):
         return series
 
     def _names(self) -> list[str]:
-        return self._revisions if self._revisions is not None else files.hub_branches(self.repo, self._cache_dir)
+        return self._revisions if self._revisions is not None else hub_listing.hub_branches(self.repo, self._cache_dir)
 
     def _listed(self) -> list[LLMCheckpoint]:
         """All that have a name, complete or not."""
         family = family_of(self.repo, self._tokens_per_step)
-        advice = "Name the ones to take as `revisions`."
-        series = _named_steps(self._names(), self.repo, advice, family, self._ingredient)
+        advice, names = "Name the ones to take as `revisions`.", self._names()
+        whole = self._revisions is None and not hub_listing.is_out_of_reach(self.repo)
+        series = _named_steps(names, self.repo, advice, family, self._ingredient, whole)
         return [LLMCheckpoint(self.repo, named.name, named.step, named.tokens, self._cache_dir) for named in series]
+
+    def left_out(self) -> list[str]:
+        """The branches that say no step, such as ``main``."""
+        return without_step(self._names())
 
     @property
     def tokenizer_name(self) -> tuple[str, str | None]:
         """The repository, and the one revision whose tokenizer serves the whole series."""
         if self._tokenizer_revision:
             return self.repo, self._tokenizer_revision
-        return _pinned_tokenizer(self.checkpoints()) or (self.repo, "main")
+        return pinned_tokenizer(self.checkpoints()) or (self.repo, "main")
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The tokenizer that ``tokenizer_name`` pins."""
@@ -264,7 +251,7 @@ class ListSource(CheckpointSource):
         tokenizer: Folder or repository of the tokenizer. By default that of the last checkpoint that has one.
         tokenizer_revision: Revision of the tokenizer, where ``tokenizer`` is a repository.
         trust_remote_code: Let the code that lies in the checkpoints' folders run, where transformers does not know
-            their LLM. For folders on this disk alone.
+            their LLM. For folders on this disk alone: download a repository, and read its code, first.
     """
 
     def __init__(
@@ -297,7 +284,7 @@ class ListSource(CheckpointSource):
         """The tokenizer that was given, or that of the last checkpoint that has one."""
         if self._tokenizer:
             return self._tokenizer, self._tokenizer_revision
-        if (pinned := _pinned_tokenizer(self._checkpoints)) is not None:
+        if (pinned := pinned_tokenizer(self._checkpoints)) is not None:
             return pinned
         raise FileNotFoundError(
             f"None of the {len(self._checkpoints)} LLM checkpoints of the list has a tokenizer, the last is "
@@ -375,7 +362,7 @@ def source_from_string(text: str, ingredient: int | None = None) -> CheckpointSo
         from saetrack.lm.local.recognise import local_source
 
         return local_source(Path(text)) or FolderSource(text)
-    if _HUB_NAME.fullmatch(text):
+    if REPOSITORY.fullmatch(text):
         return HubSource(text, ingredient=ingredient)
     raise ValueError(
         f"{text!r} is neither a folder nor a repository on the Hub. Type an existing folder that holds step0, step1, "
@@ -384,27 +371,14 @@ def source_from_string(text: str, ingredient: int | None = None) -> CheckpointSo
 
 
 def _named_steps(
-    names: Iterable[str], where: str, advice: str, family: Family | None = None, ingredient: int | None = None
+    names: Iterable[str],
+    where: str,
+    advice: str,
+    family: Family | None = None,
+    ingredient: int | None = None,
+    whole: bool = True,
 ) -> list[NamedStep]:
     try:
-        return series_of_names(names, family, ingredient)
+        return series_of_names(names, family, ingredient, whole)
     except ValueError as error:
         raise ValueError(f"{where}: {error} {advice}") from error
-
-
-def _tokens_seen(folder: Path) -> int | None:
-    """Tokens by HF Trainer's own account; it writes 0 unless told to count, which says nothing."""
-    state = folder / "trainer_state.json"
-    if not state.is_file():
-        return None
-    try:
-        return int(json.loads(state.read_text()).get("num_input_tokens_seen") or 0) or None
-    except json.JSONDecodeError:  # it is being written
-        return None
-
-
-def _pinned_tokenizer(series: Sequence[LLMCheckpoint]) -> tuple[str, str | None] | None:
-    for checkpoint in reversed(series):
-        if files.has_tokenizer(checkpoint.model, checkpoint.revision, checkpoint.cache_dir):
-            return checkpoint.model, checkpoint.revision
-    return None

@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from saetrack.errors import first_line
 from saetrack.lm.corpus import content_facts, find_files
-from saetrack.lm.tables import TableCorpus, TokenColumns, arrow_rows, first_line, require_columns
+from saetrack.lm.tables import TableCorpus, TokenColumns, arrow_rows, require_columns
 
 _READ_ROWS = 1024
 _SHUFFLED_ROWS = 10_000
@@ -137,7 +138,7 @@ class DatasetCorpus(TableCorpus):
         try:
             yield
         except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
-            said = first_line(error.__cause__ or error)  # of a failed conversion only the cause says what it was
+            said = first_line(error.__cause__ or error) + "."  # of a failed conversion only the cause says what it was
             raise ValueError(
                 f"corpus.path {self.path!r} cannot be read as a data set: {said} Check `corpus.path`, `corpus.name`, "
                 "`corpus.split` and `corpus.data_files`."

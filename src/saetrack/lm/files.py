@@ -6,57 +6,38 @@ hashed and loaded is the same commit.
 """
 
 import json
-import logging
-import zipfile
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.file_download import repo_folder_name
-from safetensors import SafetensorError, safe_open
 
+from saetrack.errors import first_line
+from saetrack.hub import NETWORK_ERRORS
 from saetrack.lm import hub_cache
+from saetrack.lm.hub_listing import HubFiles, hub_files, label
+from saetrack.lm.weight_files import (
+    file_digest,
+    fingerprint_of,
+    names_of_weights,
+    preferred_format,
+    weight_names,
+    whole_formats,
+)
 
-logger = logging.getLogger(__name__)
-
-# In the order in which transformers prefers them.
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 # tokenizer_config.json is not here: alone it holds no vocabulary.
 TOKENIZER_FILES = frozenset({"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt"})
 _BESIDE_A_VOCABULARY = (".json", ".model", ".txt", ".jinja")
-
-# The HTTP library is requests, httpx or httpx2 by the version of huggingface_hub; HfHubHTTPError has its base class.
-_NETWORK_ERRORS: tuple[type[BaseException], ...] = (OSError, *HfHubHTTPError.__bases__)
 
 downloads_for: str | None = None
 """The run that what this process downloads belongs to, and that may evict it; None for what shall stay."""
 
 _GO_ON = "run the same command again (`fit` with `--ckpt_path last`)"
-
-_out_of_reach: set[str] = set()
-"""Repositories that the Hub was last asked for in vain, so that a long series does not wait for each revision."""
-
-
-@dataclass(frozen=True)
-class HubFiles:
-    """What the Hub says about one revision.
-
-    Args:
-        commit: The commit that the revision points to.
-        sha256: File name -> SHA-256 of its content; None for a small file that is not in large-file storage.
-    """
-
-    commit: str
-    sha256: dict[str, str | None]
 
 
 def is_folder(model: str) -> bool:
@@ -64,107 +45,9 @@ def is_folder(model: str) -> bool:
     return Path(model).is_dir()
 
 
-def label(model: str, revision: str | None) -> str:
-    """How messages name a checkpoint: ``folder`` or ``org/name@revision``."""
-    return model if revision is None else f"{model}@{revision}"
-
-
-def hub_files(repo: str, revision: str | None) -> HubFiles | None:
-    """Commit and file hashes of a revision, from the Hub; nothing is downloaded.
-
-    Returns:
-        None when offline or when the Hub cannot be reached. What the Hub said is kept for the life of the process.
-
-    Raises:
-        FileNotFoundError: If the Hub has no such repository or revision.
-    """
-    if repo.startswith((".", "/", "~")) or repo.count("/") > 1:
-        raise FileNotFoundError(
-            f"There is no folder {repo} (from {Path.cwd()}), and it cannot be a repository's name. Run from the folder "
-            "that the path starts in, or put the LLM checkpoints back."
-        )
-    if constants.HF_HUB_OFFLINE or repo in _out_of_reach:
-        return None
-    try:
-        return _ask_for_files(repo, revision)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        _say_out_of_reach(repo, error)
-        return None
-
-
-@lru_cache(maxsize=4096)
-def _ask_for_files(repo: str, revision: str | None) -> HubFiles:
-    return ask_for_files(repo, revision)
-
-
-def ask_for_files(repo: str, revision: str | None) -> HubFiles:
-    """As ``hub_files``, asked anew: a branch that is still written to has other files an hour later.
-
-    Raises:
-        FileNotFoundError: If the Hub has no such repository or revision.
-        OSError: If the Hub cannot be reached.
-    """
-    try:
-        info = hub_cache.patiently(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise FileNotFoundError(f"The Hub has no {label(repo, revision)}. {_not_found_advice(repo)}") from error
-    except _NETWORK_ERRORS as error:
-        raise ConnectionError(first_line(error)) from error
-    files = {file.rfilename: file.lfs.sha256 if file.lfs else None for file in info.siblings or []}
-    return HubFiles(commit=info.sha or "", sha256=files)
-
-
-def forget_hub() -> None:
-    """Ask the Hub anew for everything."""
-    _ask_for_files.cache_clear()
-    _out_of_reach.clear()
-
-
-def hub_branches(repo: str, cache_dir: str | Path | None = None) -> list[str]:
-    """Names of a repository's branches; offline, of the revisions that the Hub's cache holds.
-
-    Raises:
-        FileNotFoundError: If neither the Hub nor its cache has the repository.
-    """
-    offline = bool(constants.HF_HUB_OFFLINE)
-    if not offline:
-        try:
-            branches = hub_cache.patiently(lambda: HfApi().list_repo_refs(repo).branches)
-        except RepositoryNotFoundError as error:
-            raise FileNotFoundError(f"The Hub has no model {repo}. {_not_found_advice(repo)}") from error
-        except _NETWORK_ERRORS as error:
-            _say_out_of_reach(repo, error)
-        else:
-            _out_of_reach.discard(repo)
-            return [branch.name for branch in branches]
-    refs = _cache(repo, cache_dir) / "refs"
-    names = sorted(path.relative_to(refs).as_posix() for path in refs.rglob("*") if path.is_file())
-    if not names:
-        why = "HF_HUB_OFFLINE is set" if offline else "the Hub cannot be reached"
-        raise FileNotFoundError(
-            f"{repo} is no folder here, {why}, and the Hub's cache {refs.parent.parent} holds no revision of it. "
-            f"Download some first, on a machine with a network: `hf download {repo} --revision step1000`."
-        )
-    return names
-
-
-def _say_out_of_reach(repo: str, error: BaseException) -> None:
-    if repo not in _out_of_reach:
-        _out_of_reach.add(repo)
-        reason = first_line(error)
-        logger.warning("The Hub cannot be reached (%s); going on with what its cache holds of %s.", reason, repo)
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, without the lines that follow."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-
-
 def cached_commit(repo: str, revision: str | None, cache_dir: str | Path | None = None) -> str | None:
     """Commit that a revision points to in the Hub's cache on this disk; None when it is not there."""
-    cache, name = _cache(repo, cache_dir), revision or "main"
+    cache, name = hub_cache.repository_folder(repo, cache_dir), revision or "main"
     reference = cache / "refs" / name
     if reference.is_file():
         return reference.read_text().strip()
@@ -176,7 +59,7 @@ def local_folder(model: str, revision: str | None, cache_dir: str | Path | None 
     if is_folder(model):
         return Path(model)
     commit = cached_commit(model, revision, cache_dir)
-    folder = _cache(model, cache_dir) / "snapshots" / (commit or "none")
+    folder = hub_cache.repository_folder(model, cache_dir) / "snapshots" / (commit or "none")
     return folder if commit and folder.is_dir() else None
 
 
@@ -203,6 +86,15 @@ def file_names(model: str, revision: str | None, cache_dir: str | Path | None = 
     return set(remote.sha256) if remote else {path.name for path in folder.iterdir()} if folder else set()
 
 
+def trainer_state(folder: Path) -> dict[str, Any]:
+    """What Hugging Face's Trainer wrote about its progress; empty where there is none, or where it is being written."""
+    try:
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
 def weight_digests(model: str, revision: str | None, cache_dir: str | Path | None = None) -> dict[str, str]:
     """SHA-256 of each weight file of a checkpoint, by file name in sorted order.
 
@@ -217,38 +109,52 @@ def weight_digests(model: str, revision: str | None, cache_dir: str | Path | Non
         folder = local_folder(model, revision, cache_dir)
         if folder is None:
             raise FileNotFoundError(_absent(model, revision, cache_dir))
-        return {name: _file_digest(folder / name) for name in weight_names(folder)}
+        return {name: file_digest(folder / name) for name in weight_names(folder)}
 
     names = weights_on_hub(model, revision, remote, cache_dir)
     return {
-        name: remote.sha256[name] or _file_digest(_download(model, revision, remote, [name], cache_dir) / name)
+        name: remote.sha256[name] or file_digest(_download(model, revision, remote, [name], cache_dir) / name)
         for name in names
     }
+
+
+def fingerprints(model: str, revision: str | None, cache_dir: str | Path | None = None) -> list[str]:
+    """What tells the weights of a checkpoint from others, for each format that they are there in.
+
+    The first is of those that are loaded. A branch may hold them as safetensors and as ``.bin``, and another only as
+    ``.bin``; of a folder only the first are read.
+
+    Raises:
+        FileNotFoundError: As for ``weight_digests``.
+        ValueError: As for ``weight_digests``.
+    """
+    loaded = weight_digests(model, revision, cache_dir)
+    found = [fingerprint_of(loaded)]
+    remote = None if is_folder(model) else hub_files(model, revision)
+    listed = {} if remote is None else remote.sha256
+    for names in whole_formats(listed).values():
+        digests = {name: sha for name in names if (sha := listed[name]) is not None}
+        if set(names) == set(digests) != set(loaded):
+            found.append(fingerprint_of(digests))
+    return found
 
 
 def weights_on_hub(
     model: str, revision: str | None, remote: HubFiles, cache_dir: str | Path | None = None
 ) -> list[str]:
-    """Names of a revision's weight files; an index of shards is downloaded, no weights are.
+    """Names of a revision's weight files. No weights are downloaded, and an index of shards only for odd names.
 
     Raises:
         FileNotFoundError: If there are none, or a shard is missing.
+        ValueError: If an index is damaged or names no shards.
     """
+    if (preferred := preferred_format(remote.sha256)) in (whole := whole_formats(remote.sha256)):
+        return whole[preferred]
 
     def read(name: str) -> str:
-        return (_download(model, revision, remote, [name], cache_dir) / name).read_text()
+        return (_download(model, revision, remote, [name], cache_dir) / name).read_text(encoding="utf-8")
 
     return names_of_weights(remote.sha256, read, label(model, revision))
-
-
-def weight_names(folder: Path) -> list[str]:
-    """Names of the weight files in a folder, safetensors before ``.bin``, shards by their index.
-
-    Raises:
-        FileNotFoundError: If there are none, or a shard is missing.
-    """
-    names = [path.name for path in folder.iterdir() if path.is_file()]
-    return names_of_weights(names, lambda name: (folder / name).read_text(), str(folder))
 
 
 def fetch(model: str, revision: str | None, cache_dir: str | Path | None = None) -> Path:
@@ -322,7 +228,7 @@ def _download_one(repo: str, revision: str | None, name: str, at: str | None, ca
     where = label(repo, revision)
     try:
         hub_cache.patiently(lambda: hf_hub_download(repo, name, revision=at, cache_dir=cache_dir))
-    except _NETWORK_ERRORS as error:
+    except NETWORK_ERRORS as error:
         here = isinstance(error, LocalEntryNotFoundError)
         if not here and isinstance(error, EntryNotFoundError | RepositoryNotFoundError | RevisionNotFoundError):
             raise FileNotFoundError(
@@ -336,76 +242,10 @@ def _download_one(repo: str, revision: str | None, name: str, at: str | None, ca
         ) from error
 
 
-def names_of_weights(names: Iterable[str], read: Callable[[str], str], where: str) -> list[str]:
-    """Names of the weight files among ``names``, safetensors before ``.bin``, shards by their index.
-
-    Args:
-        names: All that there are.
-        read: Gives the text of one of them, the index.
-        where: What holds them, for messages.
-
-    Raises:
-        FileNotFoundError: If there are none, or a shard is missing.
-    """
-    present = set(names)
-    for single in WEIGHT_FILES:
-        index = f"{single}.index.json"
-        if single in present:
-            return [single]
-        if index in present:
-            shards = _shards(read(index), f"{where}: {index}")
-            missing = [shard for shard in shards if shard not in present]
-            if missing:
-                raise FileNotFoundError(
-                    f"{where} lacks {len(missing)} of the {len(shards)} weight files in {index}, the first is "
-                    f"{missing[0]}. Fetch it again, or leave this checkpoint out of the series."
-                )
-            return shards
-    raise FileNotFoundError(
-        f"{where} has no weights: expected {' or '.join(WEIGHT_FILES)}, whole or in shards with an index, but found "
-        f"{', '.join(sorted(present)[:6]) or 'nothing'}. Fetch them, or leave this checkpoint out of the series."
-    )
-
-
-def _shards(index: str, where: str) -> list[str]:
-    try:
-        shards = sorted(set(json.loads(index)["weight_map"].values()))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} is damaged, or names no shards by tensor. Write or fetch it again.") from error
-    if not shards:
-        raise ValueError(f"{where} names no shards. Write or fetch it again.")
-    return shards
-
-
-def _file_digest(path: Path) -> str:
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or damaged ({error}). Write or fetch it again.") from error
-    elif _is_cut_archive(path):
-        raise ValueError(f"{path} is truncated: it begins as an archive but has no directory. Write or fetch it again.")
-    return hub_cache.digest_in_name(path) or hub_cache.sha256(path)
-
-
-def _is_cut_archive(path: Path) -> bool:
-    """Whether a file of torch.save lost its end; only those of torch before 1.6 are no archives."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04" and not zipfile.is_zipfile(path)
-
-
-def _cache(repo: str, cache_dir: str | Path | None) -> Path:
-    return Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
-
-
 def _absent(model: str, revision: str | None, cache_dir: str | Path | None) -> str:
     option = f" --revision {revision}" if revision else ""
+    cache = hub_cache.repository_folder(model, cache_dir).parent
     return (
-        f"{label(model, revision)} is neither a folder here nor in the Hub's cache {_cache(model, cache_dir).parent}, "
-        f"and the Hub is not reached. Unset HF_HUB_OFFLINE, or fetch it first: `hf download {model}{option}`."
+        f"{label(model, revision)} is neither a folder here nor in the Hub's cache {cache}, and the Hub is not "
+        f"reached. Unset HF_HUB_OFFLINE, or fetch it first: `hf download {model}{option}`."
     )
-
-
-def _not_found_advice(repo: str) -> str:
-    return f"Check the spelling at https://huggingface.co/{repo}; for a private or gated model, `hf auth login` first."

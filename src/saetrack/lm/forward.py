@@ -70,7 +70,11 @@ def resolve_hookpoint(model: nn.Module, name: str) -> nn.Module:
 
 @torch.inference_mode()
 def read_activations(
-    model: "PreTrainedModel", tokens: Tensor, hookpoints: Sequence[str], documents: NDArray[np.int32] | None = None
+    model: "PreTrainedModel",
+    tokens: Tensor,
+    hookpoints: Sequence[str],
+    documents: NDArray[np.int32] | None = None,
+    take: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Activations of the LLM at each hookpoint; layers after the last of them are not run.
 
@@ -80,11 +84,13 @@ def read_activations(
         hookpoints: Dotted module names, in any order.
         documents: The number of the document that each token is of, ``[batch, context]``: attention then stays inside
             a document, and positions count from its beginning. None is one context a row.
+        take: Given a module's name and its activations, ``[batch, context, d_in]``, while the LLM runs: returns what
+            to keep of them, which must be a copy, for a later module may work in place. By default all of them.
 
     Returns:
-        For each hookpoint, in the order given, its activations, shape ``[batch, context, d_in]``, in the LLM's dtype
-        and on its device; the lanes of a module share one tensor. Ordinary tensors, which autograd may save: only the
-        LLM itself runs in inference mode.
+        For each hookpoint, in the order given, its activations, shape ``[batch, context, d_in]`` unless ``take`` gives
+        another, in the LLM's dtype and on its device; the lanes of a module share one tensor. Ordinary tensors, which
+        autograd may save: only the LLM itself runs in inference mode.
 
     Raises:
         ValueError: If a hookpoint is unknown, is not run, or does not give one vector for each token.
@@ -98,9 +104,10 @@ def read_activations(
         def read(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if name in seen:
                 return
-            # Cloned, since a later module may work in place; outside of inference mode, so that an SAE can train on it.
+            activation = _activation(name, output, tokens)
+            # Outside of inference mode, so that an SAE can train on it.
             with torch.inference_mode(False):
-                seen[name] = _activation(name, output, tokens).clone()
+                seen[name] = activation.clone() if take is None else take(name, activation)
             if len(seen) == len(modules):
                 raise _AllReadError
 

@@ -6,8 +6,9 @@ evicted only by the run that downloaded it, and only when nobody else holds it.
 
 import hashlib
 import os
+import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
@@ -15,6 +16,8 @@ from typing import IO, TypeVar
 from huggingface_hub import constants, scan_cache_dir
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.file_download import repo_folder_name
+
+from saetrack.hub import NETWORK_ERRORS
 
 try:
     import fcntl
@@ -31,6 +34,12 @@ _WAITS = (1.0, 2.0, 4.0, 8.0)
 _LONGEST_WAIT = 600.0
 """Seconds. The Hub counts requests in windows of five minutes."""
 
+# of httpx and httpx2; requests does not tell a cut connection from a refused one
+_CUT = ("ReadError", "ReadTimeout", "RemoteProtocolError")
+
+_RATE_LIMIT = re.compile(r"r=0;\s*t=(\d{1,6})", re.ASCII)
+"""Nothing left, and seconds until there is: ``"api";r=0;t=55``."""
+
 _held: dict[Path, IO[str]] = {}
 """Open lock files of the revisions that this process reads, by path."""
 
@@ -39,7 +48,7 @@ _checked: set[Path] = set()
 
 
 def patiently(ask: Callable[[], Answer], waits: Sequence[float] = _WAITS) -> Answer:
-    """Ask again while the Hub says that it is busy, after the time that it names or after 1, 2, 4 and 8 seconds.
+    """Ask again while the Hub is busy or cuts the answer off, after the time that it names or 1, 2, 4 and 8 seconds.
 
     huggingface_hub 2.4.0 does the same where it reads a file's head or lists a tree, and for a 429 or a cut connection
     in the middle of a file, which it resumes; but not for a 5xx at the start of a file, nor where it looks up a
@@ -51,16 +60,37 @@ def patiently(ask: Callable[[], Answer], waits: Sequence[float] = _WAITS) -> Ans
 
     Raises:
         HfHubHTTPError: What the Hub answered last.
+        Exception: What the HTTP library says of the network.
     """
     try:
         return ask()
-    except HfHubHTTPError as error:
+    except NETWORK_ERRORS as error:
         response = getattr(error, "response", None)
-        if not waits or response is None or response.status_code not in _BUSY:
+        busy = isinstance(error, HfHubHTTPError) and response is not None and response.status_code in _BUSY
+        if not waits or not (busy or _was_cut(error)):
             raise
-        named = response.headers.get("Retry-After", "")
-    time.sleep(min(float(named), _LONGEST_WAIT) if named.isdigit() else waits[0])
+        pause = _named_pause(response.headers) if busy and response is not None else None
+    time.sleep(waits[0] if pause is None else min(pause, _LONGEST_WAIT))
     return patiently(ask, waits[1:])
+
+
+def _was_cut(error: BaseException) -> bool:
+    """Whether a connection that stood was lost; one that never stood is no network, and is not tried again."""
+    return type(error).__name__ in _CUT or (error.__cause__ is not None and _was_cut(error.__cause__))
+
+
+def _named_pause(headers: Mapping[str, str]) -> float | None:
+    """Seconds that an answer asks to wait: in ``Retry-After``, or in the ``RateLimit`` that the Hub itself sends."""
+    named = headers.get("Retry-After", "")
+    if named.isdecimal():
+        return float(named)
+    left = _RATE_LIMIT.search(headers.get("RateLimit", ""))
+    return None if left is None else float(left[1]) + 1  # whole seconds, rounded down
+
+
+def repository_folder(repo: str, cache_dir: str | Path | None) -> Path:
+    """A repository's place in the cache, whether it is there or not; ``cache_dir`` where it is not the usual cache."""
+    return Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
 
 
 @dataclass(frozen=True)
@@ -85,7 +115,7 @@ class CachedRevision:
     @property
     def folder(self) -> Path:
         """Where its files are."""
-        return self.cache / repo_folder_name(repo_id=self.repo, repo_type="model") / "snapshots" / self.commit
+        return repository_folder(self.repo, self.cache_dir) / "snapshots" / self.commit
 
     @property
     def _note(self) -> Path:

@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ from safetensors import SafetensorError
 from saetrack.lm import files
 from saetrack.lm.local.formats import LocalFormat
 from saetrack.lm.local.torch_files import objects_in
-from saetrack.lm.trust import VARIABLE, is_trusted
+from saetrack.lm.trust import VARIABLE, is_trusted_folder
+from saetrack.lm.weight_files import weight_names
 from saetrack.pickles import DAMAGED, reason
 from saetrack.storage import whole_folder
 
@@ -84,13 +84,19 @@ def fingerprint(checkpoint: LLMCheckpoint) -> str:
         FileNotFoundError: If weights are missing.
         ValueError: If they are truncated.
     """
+    return fingerprints(checkpoint)[0]
+
+
+def fingerprints(checkpoint: LLMCheckpoint) -> list[str]:
+    """``fingerprint``, and behind it those of the same weights in other formats, as far as the Hub says them.
+
+    Raises:
+        FileNotFoundError: If weights are missing.
+        ValueError: If they are truncated.
+    """
     if checkpoint.format is not None:
-        return checkpoint.format.fingerprint(Path(checkpoint.model))
-    digests = files.weight_digests(checkpoint.model, checkpoint.revision, checkpoint.cache_dir)
-    if len(digests) == 1:
-        return f"sha256:{next(iter(digests.values()))}"
-    joined = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
-    return f"sha256-of-{len(digests)}-shards:{joined}"
+        return [checkpoint.format.fingerprint(Path(checkpoint.model))]
+    return files.fingerprints(checkpoint.model, checkpoint.revision, checkpoint.cache_dir)
 
 
 def load_llm(
@@ -125,15 +131,15 @@ def _load_hugging_face(checkpoint: LLMCheckpoint, dtype: torch.dtype) -> "PreTra
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = files.fetch(checkpoint.model, checkpoint.revision, checkpoint.cache_dir)
-    names = files.weight_names(folder)
-    own_code = files.is_folder(checkpoint.model) and is_trusted(checkpoint.model)
+    names = weight_names(folder)
+    own_code = files.is_folder(checkpoint.model) and is_trusted_folder(checkpoint.model)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code, local_files_only=True)
     except (ValueError, OSError) as error:
         raise ValueError(
             f"{checkpoint} has a config.json that transformers {transformers.__version__} does not know "
-            f"({reason(error)}). If it needs the code in a folder that you trust, give "
-            f"`trust_remote_code` to a ListSource, or set {VARIABLE} to the folder."
+            f"({reason(error)}). If it needs code that lies in its folder, and you trust that, set `trust_remote_code` "
+            f"of the FolderSource or ListSource, or {VARIABLE} to the folder; a repository's: download it first."
         ) from error
     try:
         with silent_transformers():

@@ -16,11 +16,13 @@ from typing import Any
 from saetrack.lm.registry import registry
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_NUMBER = r"\d{1,15}(?:\.\d{1,15})?"  # a longer one is no step
 _WORD = r"(?:global-?)?(?P<word>checkpoint-step|checkpoint|step|ckpt|iter)-?"
 _NAME = re.compile(
-    r"(?:(?P<stage>stage\d+|lc-[a-z\d]+-to-[a-z\d]+|longctx|it)-)?(?:ingredient-?(?P<ingredient>\d+)-)?(?:epoch-\d+-)?"
-    rf"(?:{_WORD})?(?P<n>\d+(?:\.\d+)?)(?P<unit>[km])?"
-    r"(?:-(?:tokens?-?)?(?P<tokens>\d+(?:\.\d+)?)(?P<tokens_unit>[kmbt])t?)?(?:-unsharded)?(?:\.(?:ckpt|pt|pth))?"
+    r"(?:(?P<stage>stage\d{1,3}|lc-[a-z\d]+-to-[a-z\d]+|longctx|it)-)?(?:ingredient-?(?P<ingredient>\d{1,3})-)?(?:epoch-\d+-)?"
+    rf"(?:{_WORD})?(?P<n>{_NUMBER})(?P<unit>[km])?"
+    rf"(?:-(?:tokens?-?)?(?P<tokens>{_NUMBER})(?P<tokens_unit>[kmbt])t?)?(?:-unsharded)?(?:\.(?:ckpt|pt|pth))?",
+    re.ASCII,
 )
 _IN_REPO_ID = re.compile(r"(?<=-)(?:global-?)?(?:checkpoint-step|checkpoint|step|ckpt|iter)-?\d.*")
 
@@ -126,29 +128,41 @@ def parse_repo_id(repo: str) -> ParsedName | None:
     return None if match is None else parse_name(match[0])
 
 
+def without_step(names: Iterable[str]) -> list[str]:
+    """The names that say no step, in their order: they are in no series.
+
+    Example:
+        >>> without_step(["step8", "main", "step9", "128"])
+        ['main', '128']
+    """
+    names = list(names)
+    said = {name for name, _ in _said_steps(names)}
+    return [name for name in names if name not in said]
+
+
 def series_of_names(
-    names: Iterable[str], family: Family | None = None, ingredient: int | None = None
+    names: Iterable[str], family: Family | None = None, ingredient: int | None = None, whole: bool = True
 ) -> list[NamedStep]:
     """The names that say a step, in the order of training; others are left out.
 
     Numbers alone count only where no name has a word beside its number. Stages follow each other by their numbers, the
     long-context ones after them. Where a stage counts from 0 again, which the registry says or its first number shows,
-    the steps and tokens before it are added.
+    the steps and tokens before it are added; its step 0 is the last
+    of the stage before, and left out where that is there.
 
     Args:
         names: Branches, tags or folders.
         family: What the registry knows of them.
         ingredient: Which of several parallel branches of a stage to take.
+        whole: Whether these are all names that there are. Where they are not, the last one of a stage need not be its
+            end, so tokens of the stages behind it are known by the registry alone.
 
     Raises:
         ValueError: If a stage has parallel branches and none of them is chosen, the chosen one is not there, or two
             names are of one step.
     """
     family = family or Family()
-    found = [(name, parsed) for name in names if (parsed := parse_name(name)) is not None]
-    if not all(parsed.bare for _, parsed in found):
-        found = [(name, parsed) for name, parsed in found if not parsed.bare]
-    found = [(name, replace(parsed, stage=parsed.stage or family.unprefixed)) for name, parsed in found]
+    found = [(name, replace(p, stage=p.stage or family.unprefixed)) for name, p in _said_steps(names)]
     found = _one_ingredient(found, ingredient)
     found.sort(key=lambda item: (_stage_order(item[1].stage), item[1].step, item[0]))
     series: list[NamedStep] = []
@@ -156,9 +170,11 @@ def series_of_names(
     for stage, group in groupby(found, key=lambda item: item[1].stage):
         members = list(group)
         if not _continues(stage, members[0][1].step, last, family):
-            begin = _begin(stage, series, family)
+            begin = _begin(stage, series, family, whole)
+            if series and series[-1].step == begin.step:
+                members = [(name, parsed) for name, parsed in members if parsed.step > 0]
         series += [NamedStep(begin.step + p.step, name, begin.plus(tokens_of(p, family))) for name, p in members]
-        last = members[-1][1].step
+        last = members[-1][1].step if members else 0
     _refuse_duplicates(series)
     return series
 
@@ -183,6 +199,13 @@ class _Begin:
         return None if self.tokens is None or tokens is None else self.tokens + tokens
 
 
+def _said_steps(names: Iterable[str]) -> list[tuple[str, ParsedName]]:
+    """The names that say a step, with what they say; numbers alone only where all are."""
+    found = [(name, parsed) for name in names if (parsed := parse_name(name)) is not None]
+    bare = all(parsed.bare for _, parsed in found)
+    return [(name, parsed) for name, parsed in found if parsed.bare == bare]
+
+
 def _continues(stage: str, first: int, last: int, family: Family) -> bool:
     """Whether a stage goes on with the count of the one before: by the registry, or else by its first number."""
     if family.global_stages is not None:
@@ -190,7 +213,7 @@ def _continues(stage: str, first: int, last: int, family: Family) -> bool:
     return stage not in family.stage_steps and first > last > 0
 
 
-def _begin(stage: str, series: Sequence[NamedStep], family: Family) -> _Begin:
+def _begin(stage: str, series: Sequence[NamedStep], family: Family, whole: bool) -> _Begin:
     """Where a stage that counts from 0 begins: after the stages that the registry knows, or after what is named."""
     earlier = [known for known in family.stage_steps if _stage_order(known) < _stage_order(stage)]
     if earlier:
@@ -198,7 +221,7 @@ def _begin(stage: str, series: Sequence[NamedStep], family: Family) -> _Begin:
         tokens = sum(family.stage_steps[k] * family.tokens_per_step[k] for k in earlier) if known_rates else None
         return _Begin(sum(family.stage_steps[known] for known in earlier), tokens)
     if series:
-        return _Begin(series[-1].step, series[-1].tokens)
+        return _Begin(series[-1].step, series[-1].tokens if whole else None)
     return _Begin(0, 0 if _stage_order(stage) <= _stage_order("stage1") else None)
 
 

@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
+from saetrack.errors import first_line
 from saetrack.lm.corpus import content_facts, find_files
-from saetrack.lm.tables import TableCorpus, TokenColumns, arrow_rows, brief, first_line, require_columns
+from saetrack.lm.tables import TableCorpus, TokenColumns, arrow_rows, brief, require_columns
 
 _READ_ROWS = 1024
 
@@ -89,7 +90,7 @@ class ParquetCorpus(TableCorpus):
                             yield f"{path}, row {row} (the first is 0)", record
                             row += 1
             except (pa.ArrowException, OSError) as error:
-                raise ValueError(f"{path} cannot be read as parquet ({first_line(error)}). Write it again.") from error
+                raise ValueError(f"{path} cannot be read as parquet ({first_line(error)}.). Write it again.") from error
 
     @cached_property
     def identity(self) -> str:
@@ -102,7 +103,7 @@ def _json_object(line: bytes, place: str) -> Mapping[str, Any]:
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is no json ({first_line(error)}). Correct or delete the line.") from error
+        raise ValueError(f"{place} is no json ({first_line(error)}.). Correct or delete the line.") from error
     if not isinstance(value, dict):
         raise ValueError(f'{place} is {brief(value)}, but expected a json object such as {{"text": ...}}.')
     return value

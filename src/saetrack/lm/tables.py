@@ -189,8 +189,3 @@ def brief(value: Any) -> str:
     """A value as a message shows it."""
     shown = repr(value.tolist() if isinstance(value, np.ndarray) else value)
     return f"{shown[:40]}..." if len(shown) > 40 else shown
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".") + "."

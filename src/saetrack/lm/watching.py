@@ -3,15 +3,15 @@
 import json
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
+from saetrack.errors import first_line
 from saetrack.lm import files
+from saetrack.lm.hub_listing import ask_for_files
 from saetrack.lm.loading import LLMCheckpoint
+from saetrack.lm.weight_files import damage, weight_names
 
 DONE = "done"
 """Name of the file that ends a series."""
@@ -147,11 +147,11 @@ def unfinished(checkpoint: LLMCheckpoint) -> str | None:
     try:
         if files.is_folder(checkpoint.model):
             return _unfinished_folder(Path(checkpoint.model))
-        remote = files.ask_for_files(checkpoint.model, checkpoint.revision)
+        remote = ask_for_files(checkpoint.model, checkpoint.revision)
         files.weights_on_hub(checkpoint.model, checkpoint.revision, remote, checkpoint.cache_dir)
         return None if "config.json" in remote.sha256 else f"{checkpoint} has no config.json"
     except (OSError, ValueError) as error:
-        return files.first_line(error)
+        return first_line(error)
 
 
 def _unfinished_folder(folder: Path) -> str | None:
@@ -160,8 +160,7 @@ def _unfinished_folder(folder: Path) -> str | None:
             return f"{folder / name} is not whole"
     if not (folder / "config.json").is_file():
         return f"{folder} has no config.json"
-    names = files.weight_names(folder)
-    cut = next((name for name in names if not _is_whole(folder / name)), None)
+    cut = next((name for name in weight_names(folder) if damage(folder / name) is not None), None)
     return None if cut is None else f"{folder / cut} is not whole"
 
 
@@ -171,15 +170,3 @@ def _is_json(path: Path) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _is_whole(weights: Path) -> bool:
-    """Whether a file is as long as its safetensors header says, or has the end that torch's zip archives have."""
-    if weights.suffix != ".safetensors":
-        with weights.open("rb") as file:
-            return file.read(2) not in (b"PK", b"") or zipfile.is_zipfile(weights)
-    try:
-        with safe_open(weights, framework="pt"):
-            return True
-    except SafetensorError:
-        return False

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from saetrack.analysis.token_text import token_strings
 
@@ -27,6 +30,9 @@ if TYPE_CHECKING:
 
 NONE = np.uint16(0xFFFF)
 """No context at this rank."""
+
+
+_CONTEXT = ["step", "feature", "rank", "row", "column", "center", "activation"]
 
 
 class Vocabulary:
@@ -80,16 +86,19 @@ def read_text(results: Results, vocabulary: Vocabulary) -> Text | None:
         results: The track's analyses.
         vocabulary: Takes in every token.
     """
-    table = results.table("semantics", "contexts")
-    if table is None or table.empty:
+    path = results.track.analyses_dir / "semantics" / "contexts.parquet"
+    # as Arrow: as Python objects the lists of a million contexts would take gigabytes
+    lists = pq.read_table(path, columns=["activations"])["activations"].combine_chunks() if path.is_file() else ()
+    if not len(lists):
         return None
+    table = pq.read_table(path, columns=_CONTEXT).to_pandas()
     rows = results.track.tokens("selection")
     used = int(table["row"].max()) + 1
     ids = np.asarray(rows.tokens[:used], dtype=np.int64)
     strings = token_strings(_tokenizer(results.track), np.unique(ids))
     numbers = vocabulary.numbers(strings[ids])
     documents = np.unique(rows.documents[:used], return_inverse=True)[1].reshape(ids.shape)
-    contexts, left = _contexts(results, table)
+    contexts, left = _contexts(results, table, lists)
     centres = _centres(contexts, numbers)
     words, word_numbers = _words(centres)
     return Text(
@@ -107,11 +116,12 @@ def _tokenizer(track: Track) -> Any:
         ) from error
 
 
-def _contexts(results: Results, table: pd.DataFrame) -> tuple[dict[str, NDArray[Any]], int]:
+def _contexts(results: Results, table: pd.DataFrame, lists: Any) -> tuple[dict[str, NDArray[Any]], int]:
     place, known = results.places(table["step"].to_numpy())
     table, place = table[known], place[known]
+    lists = lists.filter(pa.array(known))
     feature, rank = table["feature"].to_numpy(), table["rank"].to_numpy()
-    lengths = table["activations"].str.len().to_numpy()
+    lengths = pc.list_value_length(lists).to_numpy()
     centre = table["center"].to_numpy()
     left = int(centre.max())
     width = left + int((lengths - centre).max())
@@ -121,7 +131,7 @@ def _contexts(results: Results, table: pd.DataFrame) -> tuple[dict[str, NDArray[
     row[feature, place, rank], column[feature, place, rank] = table["row"], table["column"]
     activation[feature, place, rank] = table["activation"]
     strongest = activation.max(axis=2)[feature, place]
-    values = np.concatenate(table["activations"].to_numpy()).astype(np.float64)
+    values = lists.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     which = np.repeat(np.arange(len(table)), lengths)
     within = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     shade = np.full((len(table), width), 255, dtype=np.uint8)

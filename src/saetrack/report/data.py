@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 COMMANDS = {"profile": "Profile", "semantics": "Semantics", "formation": "Formation", "drift": "Drift"}
 """Analyses of the report by the folder's name, and the class that ``saetrack analyze --analyses+=`` takes."""
 
-ROW_NAMES = ("measure", "baseline", "comparison", "control")
+ROW_NAMES = ("measure", "baseline", "comparison", "control", "budget", "quantity")
 """Columns that tell apart the rows of one LLM step."""
 
 
@@ -42,6 +42,11 @@ class Results:
         self.steps = np.array(track.steps, dtype=np.int64)
         self.d_sae = int(track.facts["d_sae"])
         self.table = cache(self._table)
+
+    def names(self) -> list[str]:
+        """Analyses that left a result, by their folders."""
+        folder = self.track.analyses_dir
+        return sorted(path.parent.name for path in folder.glob(f"*/{RESULT_FILE}") if path.parent.name[0] != ".")
 
     def facts(self, analysis: str) -> dict[str, Any] | None:
         """What ``result.json`` of an analysis says, or None when it has not been run."""
@@ -62,7 +67,8 @@ class Results:
             analysis: Folder under ``analyses/``.
             name: The table.
             column: Its column.
-            measure: Rows whose ``measure`` (or other of `ROW_NAMES`) this is, in a table that has several.
+            measure: Rows whose ``measure`` (or other of `ROW_NAMES`) this is, in a table that has several; where it has
+                two such columns, both with a stroke between.
 
         Returns:
             ``[T]`` float64, NaN where the table has no row; None when there is no such table, column or measure.
@@ -70,9 +76,8 @@ class Results:
         table = self.table(analysis, name)
         if table is None or column not in table or "step" not in table:
             return None
-        key = next((name for name in ROW_NAMES if name in table), None)
-        if key is not None and measure is not None:
-            table = table[table[key] == measure]
+        for key, wanted in zip([n for n in ROW_NAMES if n in table], (measure or "").split("/"), strict=False):
+            table = table[table[key] == wanted] if wanted else table
         if table["step"].duplicated().any():
             return None
         values = table.set_index("step")[column].reindex(self.steps).to_numpy(dtype=np.float64, na_value=np.nan)

@@ -6,11 +6,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from saetrack.analysis.resampling import share_interval
 
 from .data import Results, plain
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from saetrack.track import Track
 
     Floats = NDArray[np.floating]
 
@@ -71,7 +77,7 @@ def columns(results: Results) -> Columns:
         if values is not None:
             table.values[f"formed_{end}"] = np.asarray(values, dtype=np.float32)
     status = results.by_feature(*formed, "status")
-    table.add_names("status", "Formation", status, "Whether formation could be computed, and what came out")
+    table.add_names("status", "Status", status, "Whether formation could be computed, and what came out")
     firing = results.snapshot_grid("firing_frequency")
     table.add("firing", "Fires", None if firing is None else firing[:, -1], "Share of positions", kind="share")
     way = _first_of(results, "decoder_to_last_without_rotation", "decoder_to_last")
@@ -95,6 +101,44 @@ def alive(results: Results) -> NDArray[np.uint8]:
     return (lives if dead is None else dead == 0).astype(np.uint8)
 
 
+def match(track: Track, other: Track) -> tuple[NDArray[np.integer], Floats, float] | None:
+    """The nearest feature of another track for each of this one, by decoder rows of the last snapshots.
+
+    Args:
+        track: Whose features are matched.
+        other: Where they are looked for, among the features that live.
+
+    Returns:
+        Indices and cosines ``[d_sae]``, and what 95 % of random directions (512, seed 0) stay below; None unless both
+        are of one LLM and equally wide, so that there is one space.
+    """
+    if any(track.facts[name] != other.facts[name] for name in ("model", "d_in")):
+        return None
+    living = np.flatnonzero(~other[-1].features["dead"].to_numpy(dtype=bool))
+    if not len(living):
+        return None
+    rows, targets = (normalize(t[-1].tensor("W_dec").float(), dim=-1) for t in (track, other))
+    random = torch.randn(512, rows.shape[1], generator=torch.Generator().manual_seed(0))
+    best = [(part @ targets[living].T).max(dim=1) for part in (*rows.split(1024), normalize(random, dim=-1))]
+    places, cosines = (torch.cat([getattr(b, name) for b in best]).numpy() for name in ("indices", "values"))
+    return living[places[: len(rows)]], cosines[: len(rows)], float(np.quantile(cosines[len(rows) :], 0.95))
+
+
+def life(results: Results) -> NDArray[np.uint8]:
+    """How alike every feature is to itself at the checkpoint before, ``[d_sae, T]``.
+
+    Returns:
+        0 where it is dead, else 1 + 254 times the functional correlation; a negative one is 0, and so is that of a
+        feature that was dead before. 255 at the first checkpoint, and where the track has no correlations.
+    """
+    same, lives = results.snapshot_grid("functional_correlation"), alive(results)
+    if same is None:
+        return 255 * lives
+    level = 1 + np.rint(254 * np.nan_to_num(same, nan=0.0).clip(0, 1))
+    level[:, 0] = 255
+    return (lives * level).astype(np.uint8)
+
+
 @dataclass
 class Curves:
     """The figures of a feature's page, and their values ``[d_sae, T]`` float32 by key."""
@@ -115,12 +159,13 @@ class Curves:
             specs.append({"name": name, "key": key, "null": null})
         self.figures.append({"title": title, "y": y, "lines": specs, **more})
 
-    def band(self, error: Floats | None, text: str) -> None:
-        """Put a band of ``+- error`` about the last figure's first line, unless the error is not known."""
-        if error is not None:
+    def band(self, low: Floats | None, high: Floats | None, text: str) -> None:
+        """Put a band about the last figure's first line, unless its edges ``[d_sae, T]`` are not known."""
+        if low is not None and high is not None:
             line = self.figures[-1]["lines"][0]
-            line["error"], line["band"] = f"{line['key']}.error", text
-            self.values[line["error"]] = np.asarray(error, dtype=np.float32)
+            line |= {"low": f"{line['key']}.low", "high": f"{line['key']}.high", "band": text}
+            self.values[line["low"]] = np.asarray(low, dtype=np.float32)
+            self.values[line["high"]] = np.asarray(high, dtype=np.float32)
 
     def null(
         self, name: str, values: Floats | None, edges: tuple[Floats, Floats] | None = None, text: str = ""
@@ -146,8 +191,9 @@ class Curves:
             lines: list[dict[str, Any]] = []
             for line in figure["lines"]:
                 values = self.values[line["key"]][feature]
-                error = self.values[line["error"]][feature] if "error" in line else None
-                edges = {} if error is None else {"low": values - error, "high": values + error, "band": line["band"]}
+                edges = {}
+                if "band" in line:
+                    edges = {end: self.values[line[end]][feature] for end in ("low", "high")} | {"band": line["band"]}
                 lines.append({"name": line["name"], "null": line["null"], "values": values, **edges})
             if "null" in figure:
                 lines.append(figure["null"] | {"null": True})
@@ -164,7 +210,9 @@ def curves(results: Results) -> Curves:
     figures = Curves()
     _progress(results, figures)
     firing = results.snapshot_grid("firing_frequency")
-    figures.add("Firing frequency", "share of positions", [("firing", firing, False)], domain=(0, None), percent=True)
+    figures.add("Firing frequency", "share of positions", [("feature", firing, False)], domain=(0, None), percent=True)
+    if firing is not None:
+        _firing_bands(results, figures, firing)
     same = results.snapshot_grid("functional_correlation")
     figures.add(
         "Same feature as before?",
@@ -200,6 +248,19 @@ def curves(results: Results) -> Curves:
     return figures
 
 
+def _firing_bands(results: Results, figures: Curves, firing: Floats) -> None:
+    """How well a share of the evaluation positions is known, and what is usual."""
+    of = np.array([snapshot.metadata.get("evaluation_tokens") or 0 for snapshot in results.track])
+    if (of > 0).all():
+        _, low, high = share_interval(np.rint(firing * of).astype(np.int64), of)
+        figures.band(low, high, "95 % interval, if positions were independent")
+    living = np.where(firing > 0, firing, np.nan)
+    known = np.isfinite(living).any(axis=0)
+    quartiles = np.full((3, firing.shape[1]), np.nan)
+    quartiles[:, known] = np.nanquantile(living[:, known], (0.25, 0.5, 0.75), axis=0)
+    figures.null("living features", quartiles[1], (quartiles[0], quartiles[2]), "their quartiles")
+
+
 def _progress(results: Results, figures: Curves) -> None:
     for column, error_column, measure in PROGRESS:
         values = results.grid("formation", "formation", column)
@@ -207,7 +268,8 @@ def _progress(results: Results, figures: Curves) -> None:
             continue
         figures.add("Progress of formation", "likeness of its positions", [("feature", values, False)], marks="formed")
         error = results.grid("formation", "formation", error_column)
-        figures.band(None if error is None else 1.96 * error, "95 % interval")
+        if error is not None:
+            figures.band(values - 1.96 * error, values + 1.96 * error, "95 % interval")
         low, high = (results.curve("formation", "population", f"null_{end}", measure) for end in ("low", "high"))
         if low is not None and high is not None:
             figures.null("random positions", (low + high) / 2, (low, high), "95 % of random sets")

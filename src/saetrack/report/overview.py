@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .data import COMMANDS, Results, plain
+from .others import other_section
 from .specs import SECTIONS, Figure, Line
 
 if TYPE_CHECKING:
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.floating]
+
+UNRESOLVED = "unresolved"
+"""The class for which no rule holds: grey."""
 
 
 def sections(results: Results) -> list[dict[str, Any]]:
@@ -23,9 +27,10 @@ def sections(results: Results) -> list[dict[str, Any]]:
         results: The track's analyses.
 
     Returns:
-        Json-able, in the order of the page.
+        Json-able, in the order of the page: the report's own sections, then those of other analyses.
     """
-    return [section(results, name) for name in SECTIONS]
+    others = [name for name in results.names() if name not in {*SECTIONS, *COMMANDS}]
+    return [section(results, name) for name in SECTIONS] + [other_section(results, name) for name in others]
 
 
 def section(results: Results, name: str) -> dict[str, Any]:
@@ -51,7 +56,7 @@ def _figure(results: Results, analysis: str, figure: Figure) -> dict[str, Any] |
         if any(not line["null"] for line in lines):
             return {
                 "kind": "lines",
-                "id": f"{analysis}-{figure.table}-{measure or first.measure or first.column}",
+                "id": f"{analysis}-{figure.table}-{measure or first.measure or first.column}".replace("/", "-"),
                 "title": figure.title,
                 "y": figure.y,
                 "domain": figure.domain,
@@ -93,24 +98,36 @@ def _nothing(_results: Results) -> list[dict[str, Any] | None]:
 
 
 def _classes(results: Results) -> list[dict[str, Any] | None]:
-    """Semantic classes by step, as shares of the features that have one."""
-    grid = results.grid("semantics", "features", "class")
-    if grid is None:
+    """Semantic classes by step, as shares of the features that fire often enough to have one."""
+    table = results.table("semantics", "classes")
+    if table is None or not {"class", "share", "step"} <= set(table.columns):
         return []
-    names = sorted({str(value) for value in grid.ravel() if value is not None})
-    known = np.maximum((grid != None).sum(axis=0), 1)  # noqa: E711  element by element
+    names = list(dict.fromkeys(table["class"]))
+
+    def shares(name: str, column: str) -> list[float | None]:
+        rows = table[table["class"] == name].set_index("step")
+        return plain(rows[column if column in rows else "share"].reindex(results.steps).to_numpy(dtype=np.float64))
+
     return [
         {
             "kind": "stack",
             "id": "semantics-classes",
-            "title": "What features mean, by step",
-            "y": "share of features",
+            "title": "What features answer to, by step",
+            "y": "share of features that fire enough",
             "domain": (0, 1),
             "percent": True,
-            "note": "Classes of the features that fire at the step.",
-            "source": "analyses/semantics/features.parquet, column class",
+            "note": "Classes come from thresholds on scores and are experimental; unresolved means that no rule holds.",
+            "source": "analyses/semantics/classes.parquet",
             "lines": [
-                {"name": name, "null": False, "values": plain((grid == name).sum(axis=0) / known)} for name in names
+                {
+                    "name": name,
+                    "null": False,
+                    "grey": name == UNRESOLVED,
+                    "values": shares(name, "share"),
+                    "low": shares(name, "low"),
+                    "high": shares(name, "high"),
+                }
+                for name in names
             ],
         }
     ]

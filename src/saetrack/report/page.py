@@ -79,7 +79,8 @@ def write_report(tracks: Sequence[Track], to: Path, max_bytes: int = MAX_BYTES) 
     for track in tracks:
         if len(track) == 0:
             raise ValueError(f"{track.path} holds no snapshot yet, so there is nothing to show. Run `saetrack fit`.")
-    parts = [_parts(Results(track), track) for track in tracks]
+    others = reversed(tracks) if len(tracks) == 2 else [None]
+    parts = [_parts(Results(track), track, other) for track, other in zip(tracks, others, strict=True)]
     folder = to.with_name(f"{to.stem}_files")
     page = _render(tracks, parts, folder=None)
     if len(page) <= max_bytes:
@@ -111,10 +112,15 @@ def _render(tracks: Sequence[Track], parts: list[_Parts], folder: Path | None) -
     )
 
 
-def _parts(results: Results, track: Track) -> _Parts:
+def _parts(results: Results, track: Track, other: Track | None) -> _Parts:
     vocabulary = contexts.Vocabulary()
     text = contexts.read_text(results, vocabulary)
     columns, curves = features.columns(results), features.curves(results)
+    match = None if other is None else features.match(track, other)
+    if match is not None:
+        about = "Cosine of its decoder row with the nearest one of the other track, at the last checkpoints; "
+        about += f"95 % of random directions stay below {match[2]:.2f}"
+        columns.add("match", "In the other track", match[1], about)
     details = {**curves.values, **contexts.looks(results, vocabulary), **({} if text is None else text.contexts)}
     chunks = [
         pack({}, {name: values[a : a + CHUNK] for name, values in details.items()} | _turns(track, a))
@@ -122,6 +128,9 @@ def _parts(results: Results, track: Track) -> _Parts:
     ]
     arrays: dict[str, NDArray[Any]] = {f"column.{name}": values for name, values in columns.values.items()}
     arrays["alive"] = features.alive(results)
+    arrays["life"] = features.life(results)
+    if match is not None:
+        arrays["match"] = smallest_unsigned(match[0])
     if text is not None:
         arrays |= {"rows": text.rows, "documents": text.documents, "words": text.words}
         arrays |= {"word_numbers": smallest_unsigned(text.word_numbers), "labels": smallest_unsigned(text.labels)}

@@ -268,12 +268,66 @@ IDENTITY = (
     ),
 )
 
+DICTIONARIES = (
+    Figure(
+        "Dictionaries of neighbouring checkpoints",
+        "mean cosine of decoder rows",
+        "neighbours",
+        (
+            Line("matched one to one", "pw_mcc"),
+            Line("by index", "same_index"),
+            Line("random dictionaries, matched", "null", null=True),
+        ),
+        domain=(None, 1),
+        note="Where the two lines lie on each other, no index was renamed.",
+    ),
+    Figure(
+        "Beside SAEs of their own",
+        "mean cosine of matched decoder rows",
+        "scratch",
+        (
+            Line("this track with fresh SAEs", "track_to_seeds"),
+            Line("fresh SAEs with each other", "seeds"),
+            Line("random dictionaries", "track_null", null=True),
+        ),
+        measure=("first", "next"),
+        domain=(None, 1),
+    ),
+)
+
+
+def _causal(title: str, measure: str, note: str = "") -> Figure:
+    band = "95 % interval of the mean"
+    return Figure(
+        title,
+        "nats per firing",
+        "population",
+        (
+            Line("without the feature", "mean", "low", "high", band, measure=f"{measure}/effect"),
+            Line("excess", "mean", "low", "high", band, measure=f"{measure}/excess"),
+            Line("without another feature's direction", "mean", "low", "high", band, True, measure=f"{measure}/null"),
+        ),
+        note=note,
+    )
+
+
+CAUSAL = (
+    _causal(
+        "What the loss loses without a feature",
+        "loss",
+        "The feature's activation is set to its mean and everything else stays; features are drawn at random.",
+    ),
+    _causal("How far the predictions move", "divergence"),
+)
+
 SECTIONS: dict[str, tuple[str, tuple[Figure, ...]]] = {
     "quality": ("Quality", QUALITY),
     "formation": ("Formation", FORMATION),
-    "semantics": ("Meaning", SEMANTICS),
     "drift": ("Drift", DRIFT + CALIBRATION),
     "identity": ("Identity", IDENTITY),
     "phases": ("Phases", ()),
+    "semantics": ("Meaning", SEMANTICS),
+    "causal": ("Effects", CAUSAL),
+    "dictionaries": ("Dictionaries", DICTIONARIES),
 }
 """By the folder of the analysis, in the order of the page: title and figures; some sections have more to draw."""

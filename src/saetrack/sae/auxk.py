@@ -13,7 +13,12 @@ _CHUNK_NUMBERS = 2**23  # 32 MiB of float32: the dead latents' dense pre-activat
 
 
 def auxiliary_loss(
-    centred: Tensor, error: Tensor, dead: Tensor | None, parameters: tuple[Tensor, Tensor, Tensor, Tensor], aux_k: int
+    centred: Tensor,
+    x: Tensor,
+    x_hat: Tensor,
+    dead: Tensor | None,
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    aux_k: int,
 ) -> Tensor:
     """Let the dead latents reconstruct what the living ones miss (AuxK).
 
@@ -27,7 +32,8 @@ def auxiliary_loss(
 
     Args:
         centred: x - b_dec, shape ``[batch, d_in]``; it is detached here, and b_dec gets its gradient all the same.
-        error: x - x_hat, shape ``[batch, d_in]``; it is detached here.
+        x: Activations, shape ``[batch, d_in]``.
+        x_hat: Their reconstruction by the living, shape ``[batch, d_in]``; it is detached here.
         dead: Which latents are to be revived, bool ``[d_sae]``, or None for none.
         parameters: W_enc ``[d_in, d_sae]``, b_enc ``[d_sae]``, W_dec ``[d_sae, d_in]`` and b_dec ``[d_in]``.
         aux_k: How many dead latents reconstruct the error of one activation.
@@ -39,18 +45,18 @@ def auxiliary_loss(
         ValueError: If ``dead`` does not have one entry for each latent.
     """
     if dead is None:
-        return error.new_zeros(())
+        return x.new_zeros(())
     b_enc = parameters[1]
     if dead.shape != b_enc.shape:
         raise ValueError(f"dead has shape {tuple(dead.shape)}; expected one entry for each of {len(b_enc)} latents.")
     candidates = dead.nonzero().squeeze(1)  # [n_dead]
     n_dead = len(candidates)
     if n_dead == 0:
-        return error.new_zeros(())
-    error = error.detach()
+        return x.new_zeros(())
+    error = x - x_hat.detach()
     variance = ranks.total_variance(error)
     if variance == 0:
-        return error.new_zeros(())
+        return x.new_zeros(())
     reconstruct: Callable[..., Tensor] = _DeadReconstruction.apply
     missed = error - reconstruct(centred.detach(), *parameters, candidates, min(aux_k, n_dead))
     return min(1.0, n_dead / aux_k) * missed.square().sum() / variance

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from typing_extensions import Self
 
-from . import ranks
+from . import native, ranks
 from .auxk import auxiliary_loss
+from .dense import relu_reconstruct
 from .geometric_median import geometric_median
-from .select import Workspace
 from .sparse import Latents, Selection, encode_at
+from .workspace import Workspace
 
 _CHUNK_NUMBERS = 2**21  # 8 MiB of float32: the dense latents that encode_sparse holds at a time
 INITIAL_ROWS = 4096  # from these an SAE's first scale is taken
@@ -248,6 +249,9 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def normalise_decoder_(self) -> None:
         """Bring every decoder row to unit norm, in place. A row of zeros stays one."""
+        if native.in_use(self.W_dec):
+            native.normalise_(self.W_dec)
+            return
         norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)  # [d_sae, 1]
         self.W_dec.div_(norms.clamp_min(torch.finfo(norms.dtype).tiny))
 
@@ -269,6 +273,9 @@ class SAE(nn.Module, ABC):
         """
         grad = self.W_dec.grad
         if grad is None:
+            return
+        if native.in_use(self.W_dec, grad) and grad.is_contiguous():
+            native.remove_parallel_(self.W_dec, grad)
             return
         # A part that fits into the cache is read from memory once; a GPU takes everything at once.
         size = self.d_sae if grad.is_cuda else max(1, _CACHED_NUMBERS // self.d_in)
@@ -316,6 +323,12 @@ class SAE(nn.Module, ABC):
         with self._low_precision():
             return centred, functional.linear(centred, self.W_enc.T, bias)
 
+    def _relu_reconstruct(self, centred: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`relu_reconstruct` with this SAE's parameters, its products in `precision`."""
+        dtype = self.precision if self.precision != torch.float32 else self.W_enc.dtype
+        parameters = self.W_enc, self.b_enc, self.W_dec, self.b_dec
+        return relu_reconstruct(centred, parameters, weights, dtype, self._workspace)
+
     def _decode_low(self, latents: Tensor) -> Tensor:
         """`decode` with its product in `precision`."""
         with self._low_precision():
@@ -337,9 +350,9 @@ class SAE(nn.Module, ABC):
         power = ranks.average(values.square().sum())
         return moved / torch.where(power > 0, power, 1.0)
 
-    def _auxiliary_loss(self, centred: Tensor, error: Tensor, dead: Tensor | None) -> Tensor:
+    def _auxiliary_loss(self, centred: Tensor, x: Tensor, x_hat: Tensor, dead: Tensor | None) -> Tensor:
         parameters = (self.W_enc, self.encoder_bias, self.W_dec, self.b_dec)
-        return auxiliary_loss(centred, error, dead if self.aux_coefficient > 0 else None, parameters, self.aux_k)
+        return auxiliary_loss(centred, x, x_hat, dead if self.aux_coefficient > 0 else None, parameters, self.aux_k)
 
     def _low_precision(self) -> torch.autocast:
         """Inside, dense products run in `precision`, whatever autocast is on outside."""
@@ -349,6 +362,14 @@ class SAE(nn.Module, ABC):
     def _full_precision(self) -> torch.autocast:
         """Inside, everything is float32, whatever autocast is on outside."""
         return torch.autocast(self.b_dec.device.type, enabled=False)
+
+    def _checked_k(self, k: int) -> int:
+        if not 1 <= k <= self.d_sae:
+            raise ValueError(
+                f"sae.k must be from 1 to d_sae = {self.d_in} * {self.expansion_factor} = {self.d_sae}, but is {k}; "
+                f"lower `sae.k` or raise `sae.expansion_factor`."
+            )
+        return k
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1:] != (self.d_in,):
@@ -365,11 +386,25 @@ def firing(latents: Tensor | Latents) -> tuple[Tensor, Tensor]:
     """
     if isinstance(latents, Latents):
         selection, active = latents.selection, latents.values.detach() > 0
-        fired = torch.zeros(selection.d_sae, dtype=torch.bool, device=active.device)
-        fired[selection.columns[active]] = True
-        return fired, active.sum() / selection.batch
+        fired = torch.zeros(selection.d_sae + 1, dtype=torch.bool, device=active.device)
+        fired.index_fill_(0, torch.where(active, selection.columns, selection.d_sae), True)
+        return fired[:-1], active.sum() / selection.batch
     latents = latents.detach()
     return latents.amax(dim=0) > 0, torch.count_nonzero(latents > 0) / len(latents)
+
+
+def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:
+    """``sum (x - x_hat)^2``, a scalar; with one pass for its gradient where a difference and its square take three."""
+    return functional.mse_loss(x_hat, x, reduction="sum")
+
+
+def variance_of(x: Tensor) -> Tensor:
+    """`ranks.total_variance`, or 1 where all activations are equal.
+
+    Their error is then left as it is instead of becoming NaN.
+    """
+    variance = ranks.total_variance(x)
+    return torch.where(variance > 0, variance, 1.0)
 
 
 def require_coefficient(name: str, value: float) -> None:

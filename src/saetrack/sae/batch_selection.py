@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ranks
-from .base import INITIAL_ROWS, SAE, LossTerms, firing
+from .base import INITIAL_ROWS, SAE, LossTerms, firing, squared_error, variance_of
 from .select import select_batch_topk
 from .sparse import Latents, encode_at
 from .threshold import above_threshold, refuse_negative_thresholds
@@ -43,12 +42,7 @@ class BatchSelectionSAE(SAE):
 
     def __init__(self, d_in: int, expansion_factor: int, k: int, aux_coefficient: float, aux_k: int | None) -> None:
         super().__init__(d_in, expansion_factor, aux_coefficient, aux_k)
-        if not 1 <= k <= self.d_sae:
-            raise ValueError(
-                f"sae.k must be from 1 to d_sae = {d_in} * {expansion_factor} = {self.d_sae}, but is {k}; "
-                f"lower `sae.k` or raise `sae.expansion_factor`."
-            )
-        self.k = k
+        self.k = self._checked_k(k)
         self.register_buffer("threshold", torch.zeros(self.d_sae))
         self.register_load_state_dict_pre_hook(refuse_negative_thresholds)  # type: ignore[no-untyped-call]
 
@@ -89,16 +83,14 @@ class BatchSelectionSAE(SAE):
             values = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection).relu()  # [k * batch]
             latents = Latents(selection, values)
             *narrower, x_hat = self.reconstructions(latents)
-            # A batch of identical activations has no variance; its error is then left as it is instead of becoming NaN.
-            variance = ranks.total_variance(x)
-            variance = torch.where(variance > 0, variance, 1.0)
-            loss = mse = (x - x_hat).square().sum() / variance
+            variance = variance_of(x)
+            loss = mse = squared_error(x, x_hat) / variance
             terms = {"mse": mse.detach()}
             if narrower:
-                prefixes = torch.stack([(x - part).square().sum() / variance for part in narrower]).sum()
+                prefixes = torch.stack([squared_error(x, part) for part in narrower]).sum() / variance
                 terms["prefix_mse"] = prefixes.detach()
                 loss = loss + prefixes
-            auxk = self._auxiliary_loss(centred, x - x_hat, dead)
+            auxk = self._auxiliary_loss(centred, x, x_hat, dead)
             moved = self._moved(centred, latents, before)
         fired, l0 = firing(latents)
         return LossTerms(

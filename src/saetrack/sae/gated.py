@@ -5,8 +5,9 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from .base import SAE, LossTerms, firing, require_coefficient
-from .sparse import Latents
+from .base import SAE, LossTerms, firing, require_coefficient, squared_error
+from .select import select_positive
+from .sparse import Latents, Selection, decode_at, encode_at, spread
 
 
 @final
@@ -60,9 +61,14 @@ class GatedSAE(SAE):
 
     def activate(self, pre: Tensor) -> Tensor:
         """Give the magnitude wherever the gate, which is ``pre``, is above zero."""
+        return self._magnitude(pre, None) * (pre > 0)
+
+    def _magnitude(self, pre: Tensor, selection: Selection | None) -> Tensor:
+        """The magnitudes of pre-activations of the gate: of all latents, or ``[nnz]`` of those at a selection."""
+        parameters = self.b_gate, self.r_mag, self.b_mag
+        b_gate, r_mag, b_mag = parameters if selection is None else (spread(p, selection) for p in parameters)
         # m from g: both are the same product with W_enc, so one is enough
-        magnitude = (pre - self.b_gate) * self.r_mag.exp() + self.b_mag
-        return magnitude.relu() * (pre > 0)
+        return ((pre - b_gate) * r_mag.exp() + b_mag).relu()
 
     @torch.no_grad()
     def initialise(self, x: Tensor, generator: torch.Generator) -> None:
@@ -73,17 +79,28 @@ class GatedSAE(SAE):
 
     def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
-        centred, pre = self._dense_preactivations(x)
-        latents = self.activate(pre)  # [batch, d_sae]
-        gate = pre.relu()
-        x_hat = self._decode_low(latents)
-        with self._low_precision():
-            x_gate = gate @ self.W_dec.detach() + self.b_dec.detach()
+        self._check_width(x)
+        latents: Tensor | Latents
         with self._full_precision():
-            error = x - x_hat
-            mse, gate_mse = error.square().mean(), (x - x_gate).square().mean()
-            sparsity = gate.sum(dim=1, dtype=torch.float32).mean() / self.d_in**0.5
-            auxk = self._auxiliary_loss(centred, error, dead)
+            centred = (x - self.b_dec).detach()  # [batch, d_in]
+            # where the gate is shut there is neither a value nor a gradient
+            selection = select_positive(centred, self.W_enc, self.b_gate, self.precision, self._workspace)
+            if selection is not None:
+                pre = encode_at(centred, self.W_enc, self.b_gate, self.b_dec, selection)  # [nnz]
+                values, gate = self._magnitude(pre, selection) * (pre > 0), pre.relu()
+                latents = Latents(selection, values)
+                x_hat = decode_at(values, selection, self.W_dec) + self.b_dec
+                x_gate = decode_at(gate, selection, self.W_dec.detach()) + self.b_dec.detach()
+        if selection is None:
+            centred, pre = self._dense_preactivations(x)
+            latents, gate = self.activate(pre), pre.relu()  # [batch, d_sae]
+            x_hat = self._decode_low(latents)
+            with self._low_precision():
+                x_gate = gate @ self.W_dec.detach() + self.b_dec.detach()
+        with self._full_precision():
+            mse, gate_mse = squared_error(x, x_hat) / x.numel(), squared_error(x, x_gate) / x.numel()
+            sparsity = gate.sum(dtype=torch.float32) / len(x) / self.d_in**0.5
+            auxk = self._auxiliary_loss(centred, x, x_hat, dead)
             moved = self._moved(centred, latents, before)
         fired, l0 = firing(latents)
         return LossTerms(

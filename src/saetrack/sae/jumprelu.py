@@ -5,9 +5,11 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from .base import SAE, LossTerms, firing, require_coefficient
-from .sparse import Latents
+from .base import SAE, LossTerms, firing, require_coefficient, squared_error
+from .select import select_positive
+from .sparse import Latents, Selection, decode_at, encode_at, latent_sums
 from .threshold import above_threshold, refuse_negative_thresholds
 
 
@@ -78,13 +80,25 @@ class JumpReLUSAE(SAE):
 
     def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
-        centred, pre = self._dense_preactivations(x)
-        latents, l0 = _StraightThrough.apply(pre, self.threshold, self.bandwidth)  # type: ignore[no-untyped-call]
-        x_hat = self._decode_low(latents)
+        self._check_width(x)
+        latents: Tensor | Latents
         with self._full_precision():
-            error = x - x_hat
-            mse = error.square().mean()
-            auxk = self._auxiliary_loss(centred, error, dead)
+            centred = (x - self.b_dec).detach()  # [batch, d_in]
+            # nothing below the kernel's lower edge has a value or a gradient
+            bias = self.b_enc - self.threshold + self.bandwidth / 2
+            selection = select_positive(centred, self.W_enc, bias, self.precision, self._workspace)
+            if selection is not None:
+                pre = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection)  # [nnz]
+                values, l0 = _StraightThrough.apply(pre, self.threshold, self.bandwidth, selection)  # type: ignore[no-untyped-call]
+                latents = Latents(selection, values)
+                x_hat = decode_at(values, selection, self.W_dec) + self.b_dec
+        if selection is None:
+            centred, pre = self._dense_preactivations(x)
+            latents, l0 = _StraightThrough.apply(pre, self.threshold, self.bandwidth, None)  # type: ignore[no-untyped-call]
+            x_hat = self._decode_low(latents)
+        with self._full_precision():
+            mse = squared_error(x, x_hat) / x.numel()
+            auxk = self._auxiliary_loss(centred, x, x_hat, dead)
             moved = self._moved(centred, latents, before)
         return LossTerms(
             loss=mse + self.l0_coefficient * l0 + self.aux_coefficient * auxk,
@@ -111,18 +125,31 @@ class _StraightThrough(torch.autograd.Function):
     """Latents of JumpReLU and their mean number, with the estimated gradients of the class's docstring."""
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
-        """Give the latents ``[batch, d_sae]`` and the mean number of active ones, a scalar."""
-        latents = above_threshold(pre, threshold)
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return latents, torch.count_nonzero(latents > 0) / len(pre)
+    def forward(
+        ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: float, selection: Selection | None
+    ) -> tuple[Tensor, Tensor]:
+        """Give the latents and the mean number of active ones, a scalar.
+
+        Without a selection ``pre`` and the latents are ``[batch, d_sae]``; with one, ``[nnz]`` at its entries.
+        """
+        each = threshold if selection is None else threshold[selection.columns]
+        latents = above_threshold(pre, each)
+        ctx.save_for_backward(pre, each, threshold)
+        ctx.bandwidth, ctx.selection = bandwidth, selection
+        return latents, torch.count_nonzero(latents > 0) / (len(pre) if selection is None else selection.batch)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Give the gradients of the pre-activations and of the threshold."""
         grad_latents, grad_l0 = gradients
-        pre, threshold = ctx.saved_tensors
-        near = (pre - threshold).abs() < ctx.bandwidth / 2  # [batch, d_sae]
-        along = threshold * (grad_latents * near).sum(dim=0) + grad_l0 / len(pre) * near.sum(dim=0)
-        return grad_latents * (pre > threshold), -along / ctx.bandwidth, None
+        pre, each, threshold = ctx.saved_tensors
+        near = (pre - each).abs() < ctx.bandwidth / 2
+        if ctx.selection is None:
+            sums, counts, batch = (grad_latents * near).sum(dim=0), near.sum(dim=0), len(pre)
+        else:
+            selection = ctx.selection
+            sums = latent_sums(grad_latents * near, None, selection)
+            counts, batch = latent_sums(near.to(pre.dtype), None, selection), selection.batch
+        along = threshold * sums + grad_l0 / batch * counts
+        return grad_latents * (pre > each), -along / ctx.bandwidth, None, None

@@ -48,7 +48,7 @@ def total_variance(x: Tensor) -> Tensor:
 
     With several ranks, the batch's divided by their number, so that the ranks' mean loss is that of the whole batch.
     """
-    return average((x - average(x.mean(dim=0))).square().sum())
+    return average(torch.linalg.vector_norm(x - average(x.mean(dim=0))).square())
 
 
 def gather(x: Tensor, lengths: list[int] | None = None) -> Tensor:

@@ -50,16 +50,15 @@ class SAETrackSAE(SAE):
 
     def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
-        centred, pre = self._dense_preactivations(x)
-        latents = pre.relu_()  # [batch, d_sae]; in place, for a second matrix of this size costs time
-        x_hat = self._decode_low(latents)
+        self._check_width(x)
         with self._full_precision():
+            centred = (x - self.b_dec).detach()  # [batch, d_in]
+            latents, x_hat, sums = self._relu_reconstruct(centred, torch.ones_like(self.b_enc))
             spread = torch.linalg.vector_norm(x - x.mean(dim=0), dim=1, keepdim=True)  # [batch, 1]
-            error = x - x_hat
             # An activation at the batch mean has no spread; its error is then left as it is instead of becoming NaN.
-            mse = (error.square() / torch.where(spread > 0, spread, 1.0)).mean()
-            sparsity = latents.sum(dim=1).float().mean()
-            auxk = self._auxiliary_loss(centred, error, dead)
+            mse = ((x - x_hat).square() / torch.where(spread > 0, spread, 1.0)).mean()
+            sparsity = sums.mean()
+            auxk = self._auxiliary_loss(centred, x, x_hat, dead)
             moved = self._moved(centred, latents, before)
         fired, l0 = firing(latents)
         return LossTerms(

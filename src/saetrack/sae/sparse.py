@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from . import native, ranks
+from .workspace import Workspace
 
 # Reads two tables row against row without a [nnz, d_in] intermediate. It is the only private op of the package;
 # `_row_dots` is the same in public ones, for a PyTorch that no longer has it.
@@ -77,9 +78,14 @@ class Selection:
     def _counts_everywhere(self) -> Tensor:
         return ranks.gather(self.offsets.diff())
 
-    @cached_property
+    @property
     def order(self) -> Tensor:
         """The entries sorted by latent, and by activation within one: int64 ``[nnz]``."""
+        return self._sorted[0]
+
+    @property
+    def latent_offsets(self) -> Tensor:
+        """Where each latent's part of :attr:`order` begins, int64 ``[d_sae + 1]``."""
         return self._sorted[1]
 
     @cached_property
@@ -90,19 +96,15 @@ class Selection:
     @property
     def columns_by_latent(self) -> Tensor:
         """The latents in the same order, so ascending, int64 ``[nnz]``."""
-        return self._sorted[0]
-
-    @cached_property
-    def latent_offsets(self) -> Tensor:
-        """Where each latent's part of :attr:`order` begins, int64 ``[d_sae + 1]``."""
-        latents = torch.arange(self.d_sae + 1, device=self.columns.device)
-        return torch.searchsorted(self._sorted[0], latents)
+        return self.columns[self.order]
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor]:
+        if native.in_use() and self.columns.device.type == "cpu":
+            return native.sort(self.columns.contiguous(), self.d_sae)
         # stable, so that sums over one latent's activations always run in the same order
         columns, order = self.columns.sort(stable=True)
-        return columns, order
+        return order, torch.searchsorted(columns, torch.arange(self.d_sae + 1, device=columns.device))
 
 
 class Latents(NamedTuple):
@@ -159,6 +161,51 @@ def decode_at(values: Tensor, selection: Selection, W_dec: Tensor) -> Tensor:
     return x_hat
 
 
+def reconstruct_at(
+    centred: Tensor,
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    selection: Selection,
+    pre: Tensor | None,
+    workspace: Workspace,
+) -> tuple[Tensor, Tensor]:
+    """ReLU latents at the selection and what they reconstruct, with one backward pass for both.
+
+    Args:
+        centred: x - b_dec, without a gradient of its own, shape ``[batch, d_in]``.
+        parameters: W_enc ``[d_in, d_sae]``, b_enc ``[d_sae]``, W_dec ``[d_sae, d_in]`` and b_dec ``[d_in]``.
+        selection: Which latents.
+        pre: Their pre-activations where they are known, ``[nnz]``; else None.
+        workspace: Lends memory to gradients of the native kernels.
+
+    Returns:
+        Latents at the selection's entries, ``[nnz]``, and the reconstruction with b_dec, ``[batch, d_in]``.
+    """
+    values: Tensor
+    x_hat: Tensor
+    values, x_hat = _ReconstructAt.apply(centred.detach(), *parameters, selection, pre, workspace)  # type: ignore[no-untyped-call]
+    return values, x_hat
+
+
+def spread(per_latent: Tensor, selection: Selection) -> Tensor:
+    """What belongs to each latent, ``[d_sae]``, at the selection's entries, ``[nnz]``."""
+    values: Tensor = _Spread.apply(per_latent, selection)  # type: ignore[no-untyped-call]
+    return values
+
+
+class _Spread(torch.autograd.Function):
+    """An index whose gradient is a sum in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, per_latent: Tensor, selection: Selection) -> Tensor:
+        ctx.selection = selection
+        return per_latent[selection.columns]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return latent_sums(grad, None, ctx.selection), None
+
+
 class _EncodeAt(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, selection: Selection) -> Tensor:
@@ -194,6 +241,8 @@ class _DecodeAt(torch.autograd.Function):
         grad = grad.contiguous()
         selection = ctx.selection
         into_values = row_dots(grad, W_dec, selection)
+        if not ctx.needs_input_grad[1]:
+            return into_values, None, None
         if ranks.factors_in_use():
             selection, values = _everywhere(selection, values)
             grad = ranks.gather(grad)
@@ -206,6 +255,58 @@ def _everywhere(selection: Selection, values: Tensor) -> tuple[Selection, Tensor
     return selection.everywhere, ranks.gather(values, entries).div_(len(entries))
 
 
+class _ReconstructAt(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        centred: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        selection: Selection,
+        pre: Tensor | None,
+        workspace: Workspace,
+    ) -> tuple[Tensor, Tensor]:
+        if pre is None:
+            pre = row_dots(centred, W_enc.T, selection).add_(b_enc[selection.columns])
+        values = pre.relu()
+        if native.in_use(values, W_dec):
+            x_hat = native.decode(values, W_dec, b_dec, selection.columns, selection.offsets)
+        else:
+            x_hat = activation_sums(values, W_dec, selection).add_(b_dec)
+        ctx.save_for_backward(centred, W_enc, W_dec, values)
+        ctx.selection, ctx.workspace = selection, workspace
+        ctx.set_materialize_grads(False)
+        return values, x_hat
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, into_values: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        centred, W_enc, W_dec, values = ctx.saved_tensors
+        selection: Selection = ctx.selection
+        grad = torch.zeros_like(centred) if grad is None else grad.contiguous()
+        into_b_dec = grad.sum(dim=0)
+        if native.in_use(grad, values, W_dec) and not ranks.factors_in_use():
+            into_W_enc, into_b_enc, into_W_dec = native.backward(
+                centred, grad, W_dec, values, into_values, selection, ctx.workspace
+            )
+        else:
+            into_pre = row_dots(grad, W_dec, selection)
+            if into_values is not None:
+                into_pre.add_(into_values)
+            into_pre.mul_(values > 0)
+            if ranks.factors_in_use():
+                values, (selection, into_pre) = _everywhere(selection, values)[1], _everywhere(selection, into_pre)
+                centred, grad = ranks.gather_once(centred), ranks.gather(grad)
+            into_W_dec = latent_sums(values, grad, selection)
+            # [d_sae, d_in] in memory, so its transpose has the layout of W_enc and becomes `.grad` without a copy
+            into_W_enc = latent_sums(into_pre, centred, selection)
+            into_b_enc = latent_sums(into_pre, None, selection)
+        into_b_dec.addmv_(W_enc, into_b_enc, alpha=-1)
+        return None, into_W_enc.T, into_b_enc, into_W_dec, into_b_dec, None, None, None
+
+
 def row_dots(left: Tensor, right: Tensor, selection: Selection) -> Tensor:
     """Dot products of the selected pairs of rows: ``sum_d left[row, d] * right[column, d]``, ``[nnz]``.
 
@@ -216,13 +317,13 @@ def row_dots(left: Tensor, right: Tensor, selection: Selection) -> Tensor:
     """
     left, right = left.contiguous(), right.contiguous()
     # One latent after another: its row stays in the cache while those of the activations, which are fewer, go by.
-    rows, columns = selection.rows_by_latent, selection.columns_by_latent
+    rows = selection.rows_by_latent
     if native.in_use(left, right):
         return native.row_dots(left, right, rows, selection.order, selection.latent_offsets)
     if _ROW_DOTS is None:
-        dots = _row_dots(left, rows, right, columns)
+        dots = _row_dots(left, rows, right, selection.columns_by_latent)
     else:
-        dots = _ROW_DOTS(right, left, rows, selection.latent_offsets[:-1], columns, 0, -1)
+        dots = _ROW_DOTS(right, left, rows, selection.latent_offsets[:-1], selection.columns_by_latent, 0, -1)
     return torch.empty_like(dots).index_copy_(0, selection.order, dots)
 
 

@@ -4,7 +4,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from .base import SAE, LossTerms, firing, require_coefficient
+from .base import SAE, LossTerms, firing, require_coefficient, squared_error
 from .sparse import Latents
 
 
@@ -47,15 +47,13 @@ class StandardSAE(SAE):
 
     def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
-        centred, pre = self._dense_preactivations(x)
-        latents = pre.relu_()  # [batch, d_sae]; in place, for a second matrix of this size costs time
-        x_hat = self._decode_low(latents)
+        self._check_width(x)
         with self._full_precision():
-            error = x - x_hat
-            mse = error.square().mean()
-            norms = self.W_dec.norm(dim=1)  # [d_sae]
-            sparsity = (latents @ norms.to(latents.dtype)).float().mean() / self.d_in**0.5
-            auxk = self._auxiliary_loss(centred, error, dead)
+            centred = (x - self.b_dec).detach()  # [batch, d_in]
+            latents, x_hat, sums = self._relu_reconstruct(centred, self.W_dec.norm(dim=1))
+            mse = squared_error(x, x_hat) / x.numel()
+            sparsity = sums.mean() / self.d_in**0.5
+            auxk = self._auxiliary_loss(centred, x, x_hat, dead)
             moved = self._moved(centred, latents, before)
         loss = mse + self.l1_coefficient * sparsity + self.aux_coefficient * auxk
         fired, l0 = firing(latents)

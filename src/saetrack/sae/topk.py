@@ -5,10 +5,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from . import ranks
-from .base import SAE, LossTerms, firing
+from .base import SAE, LossTerms, firing, squared_error, variance_of
 from .select import select_topk
-from .sparse import Latents, decode_at, encode_at
+from .sparse import Latents, encode_at, reconstruct_at
 
 
 @final
@@ -41,12 +40,7 @@ class TopKSAE(SAE):
         aux_k: int | None = None,
     ) -> None:
         super().__init__(d_in, expansion_factor, aux_coefficient, aux_k)
-        if not 1 <= k <= self.d_sae:
-            raise ValueError(
-                f"sae.k must be from 1 to d_sae = {d_in} * {expansion_factor} = {self.d_sae}, but is {k}; "
-                f"lower `sae.k` or raise `sae.expansion_factor`."
-            )
-        self.k = k
+        self.k = self._checked_k(k)
 
     def activate(self, pre: Tensor) -> Tensor:
         """Keep the k largest, then apply ReLU."""
@@ -58,15 +52,12 @@ class TopKSAE(SAE):
         self._check_width(x)
         with self._full_precision():
             centred = (x - self.b_dec).detach()  # [batch, d_in]
-            selection = select_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self._workspace)
-            values = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection).relu()  # [batch * k]
-            latents = Latents(selection, values)
-            x_hat = decode_at(values, selection, self.W_dec) + self.b_dec
-            error = x - x_hat
-            # A batch of identical activations has no variance; its error is then left as it is instead of becoming NaN.
-            variance = ranks.total_variance(x)
-            nmse = error.square().sum() / torch.where(variance > 0, variance, 1.0)
-            auxk = self._auxiliary_loss(centred, error, dead)
+            selection, pre = select_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self._workspace)
+            parameters = self.W_enc, self.b_enc, self.W_dec, self.b_dec
+            values, x_hat = reconstruct_at(centred, parameters, selection, pre, self._workspace)
+            latents = Latents(selection, values)  # [batch * k]
+            nmse = squared_error(x, x_hat) / variance_of(x)
+            auxk = self._auxiliary_loss(centred, x, x_hat, dead)
             moved = self._moved(centred, latents, before)
         fired, l0 = firing(latents)
         return LossTerms(
@@ -82,9 +73,10 @@ class TopKSAE(SAE):
     def sparse_latents(self, x: Tensor) -> Latents:
         """The positive latents for activations ``[batch, d_in]``, without their dense form."""
         centred = x - self.b_dec
-        selection = select_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self._workspace)
-        values = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection)
-        return Latents(selection, values).positive()
+        selection, pre = select_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self._workspace)
+        if pre is None:
+            pre = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection)
+        return Latents(selection, pre).positive()
 
     def saelens_config(self) -> dict[str, Any]:
         """Give the part of SAELens's cfg.json that belongs to the architecture."""

@@ -4,6 +4,7 @@ from saetrack.training.callbacks import AnalyzeTrack, ResumeFile
 from saetrack.training.datamodule import ActivationDataModule, TokenSettings
 from saetrack.training.module import OptimizerSettings, SAEModule
 from saetrack.training.progress import TrackProgressBar
+from saetrack.training.saes import SAEsByHookpoint
 from saetrack.training.scheduler import CheckpointScheduler, SnapshotCallback
 from saetrack.training.track_logger import TrackLogger
 
@@ -14,6 +15,7 @@ __all__ = [
     "OptimizerSettings",
     "ResumeFile",
     "SAEModule",
+    "SAEsByHookpoint",
     "SnapshotCallback",
     "TokenSettings",
     "TrackLogger",

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from saetrack.analysis import Analysis, SweepAnalysis
 from saetrack.analysis.plugins import name_analyses
 from saetrack.analysis.sweep import run_analyses
+from saetrack.terminal import shown
 from saetrack.track import Snapshot, Track
 from saetrack.training.module import SAEModule
 from saetrack.training.scheduler import SnapshotCallback, scheduler_of
@@ -94,7 +95,8 @@ class AnalyzeTrack(SnapshotCallback):
         if not trainer.is_global_zero or not self.analyses or not scheduler_of(trainer).finished:
             return
         for track in scheduler_of(trainer).tracks.values():
-            results = run_analyses(track, self.analyses, device=pl_module.device)
+            with shown("Analysing", "pieces of work") as progress:
+                results = run_analyses(track, self.analyses, device=pl_module.device, progress=progress)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, TrackLogger):
                     callback.log_results(trainer, track, results)

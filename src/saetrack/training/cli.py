@@ -23,6 +23,7 @@ from saetrack.analysis.base import RESULT_FILE
 from saetrack.analysis.sweep import run_analyses
 from saetrack.errors import OneLineErrors
 from saetrack.storage import claimed, write_text
+from saetrack.terminal import shown
 from saetrack.track import Track, tracks_in
 from saetrack.training.callbacks import AnalyzeTrack, ResumeFile
 from saetrack.training.datamodule import ActivationDataModule
@@ -192,7 +193,10 @@ class FitCLI(LightningCLI):
         """Run the configured analyses that a killed run did not come to, and give their names."""
         asked = next(c for c in self.trainer.callbacks if isinstance(c, AnalyzeTrack)).analyses  # type: ignore[attr-defined]
         missing = {name: a for name, a in asked.items() if not _is_of(track, track.analyses_dir / name)}
-        return list(run_analyses(track, missing)) if missing else []
+        if not missing:
+            return []
+        with shown("Analysing", "pieces of work") as progress:
+            return list(run_analyses(track, missing, progress=progress))
 
     def after_fit(self) -> None:
         """Say what was made and where to look."""
@@ -244,12 +248,13 @@ class FitCLI(LightningCLI):
                     f"{ADMISSIBLE_RISE:.0%}, warm start included. Many features do not keep their meaning over such a "
                     "gap (docs/validation.md): visit LLM checkpoints in between if there are any."
                 )
-            found = sorted(p for p in track.analyses_dir.glob("*") if not p.name.startswith("."))
-            lines += [f"  {p}: {', '.join(sorted(f.name for f in p.iterdir()))}" for p in found]
-            if not found:
-                lines += [f"  No analyses yet: saetrack analyze {path}"]
+            found = sorted(p for p in track.analyses_dir.glob(f"*/{RESULT_FILE}") if p.parent.name[0] != ".")
+            lines += [f"  {p.parent.name}: {json.loads(p.read_text(encoding='utf-8'))['summary']}" for p in found]
+            lines += [f"  Their tables and figures: {track.analyses_dir}"] if found else []
+            lines += [] if found else [f"  No analyses yet: saetrack analyze {path}"]
+            lines += ["", f"Look at it:  saetrack report {path}"]
         board = [log for log in self.trainer.loggers if isinstance(log, TensorBoardLogger)]
-        lines += ["", f"Look at it:  tensorboard --logdir {log.log_dir}"] if (log := next(iter(board), None)) else []
+        lines += [f"             tensorboard --logdir {log.log_dir}"] if (log := next(iter(board), None)) else []
         sys.stdout.write("\n".join(lines) + "\n")
 
 

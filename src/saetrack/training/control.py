@@ -28,6 +28,7 @@ from saetrack.training.control_plan import Control, ControlSettings, plan_contro
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.module import SAEModule, refuse_changes
 from saetrack.training.progress import TrackProgressBar
+from saetrack.training.saes import configured
 from saetrack.training.scheduler import CheckpointScheduler
 from saetrack.training.stage import Stage
 
@@ -182,6 +183,8 @@ class _ControlCLI(FitCLI):
         options = {name: saved[name] for name in ("seed_everything", "trainer", "model", "data", "scheduler")}
         options["trainer"] = {**options["trainer"], "logger": False, "callbacks": None}
         options["data"] = {**options["data"], "hookpoints": lanes}
+        own = configured(options["model"]["sae"], track.path.name)  # the folder is named by hookpoint and lane
+        options["model"] = {**options["model"], "sae": own}
         self._control_scheduler = ControlScheduler(track, control, replicas)
         super().__init__({"subcommand": "fit", "fit": options})
 

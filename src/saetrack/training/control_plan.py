@@ -108,6 +108,7 @@ def plan_controls(track: Track, settings: ControlSettings) -> list[Control]:
         ValueError: If the track is too short, a position is not in it, or a control of the whole series is asked for
             and the track was not trained forward in one go.
     """
+    track = track.distinct()  # between LLM checkpoints of equal weights there is no stage to repeat
     if settings.kind == "random" and len(track):
         return [Control("random", "random", None, None, (track[-1].llm,), first_budget=True, warm_start="scratch")]
     if len(track) < 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,16 @@ from saetrack.lm.forward import activation_widths, module_name, refuse_leaking_d
 from saetrack.lm.loading import vocabulary_size
 from saetrack.lm.rows import Bos, Layout
 from saetrack.lm.tokens import RowSettings, TokenizedCorpus, TokenRows, tokenize_corpus
-from saetrack.training.stream import ActivationStream, Batch, StageOrder, harvest
+from saetrack.training.stream import (
+    ROWS_PER_FORWARD,
+    ActivationStream,
+    Batch,
+    Forward,
+    StageOrder,
+    finished,
+    forwards,
+    refuse_infinite,
+)
 from saetrack.training.warm_start import Calibration
 
 logger = logging.getLogger(__name__)
@@ -191,8 +200,21 @@ class ActivationDataModule(LightningDataModule):
         if checkpoint not in self._llms:
             kept = (self.checkpoint, self.before) if self.before is not None else ()
             self.release_llms(*kept)
-            self._llms[checkpoint] = load_llm(checkpoint, self.llm_dtype, self.device)
+            llm = load_llm(checkpoint, self.llm_dtype, self.device)
+            self._refuse_other_widths(checkpoint, llm)
+            self._llms[checkpoint] = llm
         return self._llms[checkpoint]
+
+    def _refuse_other_widths(self, checkpoint: LLMCheckpoint, llm: PreTrainedModel) -> None:
+        """Raise unless the LLM is as wide at the hookpoints as the first was."""
+        widths = activation_widths(llm, list(self.widths)) if self.widths else {}
+        for hookpoint, width in widths.items():
+            if width != self.widths[hookpoint]:
+                raise ValueError(
+                    f"{hookpoint} of LLM checkpoint step {checkpoint.step} ({checkpoint.model}) is {width} wide, but "
+                    f"that of the first is {self.widths[hookpoint]}; all must be checkpoints of one LLM. Take it out "
+                    "of `data.source`, or choose the others with `scheduler.steps`."
+                )
 
     def release_llms(self, *kept: LLMCheckpoint | None) -> None:
         """Free the LLMs in memory, but for those of the checkpoints ``kept``."""
@@ -247,7 +269,7 @@ class ActivationDataModule(LightningDataModule):
         )
         order.chunk_rows(0)  # holds the budget against the corpus before the LLM is loaded
         self.checkpoint, self.before, self.arm = checkpoint, before, arm
-        self.stream = ActivationStream(order, self._fill, self._scaled_limits)
+        self.stream = ActivationStream(order, self._fill, self._scaled_limits, ahead=self.device.type == "cuda")
 
     def train_dataloader(self) -> ActivationStream:
         """The batches of the current stage on this rank."""
@@ -255,27 +277,48 @@ class ActivationDataModule(LightningDataModule):
             raise RuntimeError("No stage has begun: add a CheckpointScheduler to the trainer's callbacks.")
         return self.stream
 
-    def _fill(self, chunk: int) -> Batch:
-        """The activations of a chunk."""
+    def _fill(self, chunk: int) -> Generator[float, None, Batch]:
+        """Make the activations of a chunk, as `Filling` takes them."""
         assert self.stream is not None
-        rows = self.stream.order.chunk_rows(chunk)
-        train = self.corpus_rows.train
-        before = {} if self.before is None else self._harvested(self.before, train, rows, {})
-        return Batch(self._harvested(self.checkpoint, train, rows, self.scales), before)
+        train, rows = self.corpus_rows.train, self.stream.order.chunk_rows(chunk)
+        before: dict[str, Tensor] = {}
+        if self.before is not None:
+            before = yield from self._harvesting(self.before, train, rows, {}, (0.0, 0.5))
+        span = (0.0 if self.before is None else 0.5, 1.0)
+        now = yield from self._harvesting(self.checkpoint, train, rows, self.scales, span)
+        return Batch(now, before)
 
-    def _harvested(
-        self, checkpoint: LLMCheckpoint, rows: TokenRows, indices: NDArray[np.int64], scales: Mapping[str, float]
-    ) -> dict[str, Tensor]:
-        """Activations of token rows, times their scale (1 where none is given), in one buffer per module."""
+    def _harvesting(
+        self,
+        checkpoint: LLMCheckpoint,
+        rows: TokenRows,
+        indices: NDArray[np.int64],
+        scales: Mapping[str, float],
+        span: tuple[float, float] = (0.0, 1.0),
+    ) -> Generator[float, None, dict[str, Tensor]]:
+        """Activations of token rows, times their scale (1 where none is given), in one buffer per module.
+
+        Yields after each forward how far it is between the two ends of ``span``.
+        """
         n = int(rows.usable(indices).sum())
         modules = {module_name(h): h for h in self.hookpoints}  # lanes of one module have one scale
         buffers = {module: torch.empty(n, self.widths[h], device=self.device) for module, h in modules.items()}
-        filled = 0
-        for _, activations in harvest(self.llm(checkpoint), checkpoint, rows, list(modules), indices):
-            for module, x in activations.items():
-                torch.mul(x, scales.get(modules[module], 1.0), out=buffers[module][filled : filled + len(x)])
-            filled += len(x)
+        llm = self.llm(checkpoint)
+        read: list[Forward] = []
+        for forward in forwards(llm, rows, list(modules), indices, buffers):
+            for module, x in forward.activations.items():
+                x.mul_(scales.get(modules[module], 1.0))
+            read.append(forward)
+            yield span[0] + (span[1] - span[0]) * len(read) * ROWS_PER_FORWARD / len(indices)
+        # all at once and not after each, for the look at a result waits until a GPU has it
+        finite = torch.stack([torch.stack(list(forward.finite.values())) for forward in read]).tolist()
+        for forward, found in zip(read, finite, strict=True):
+            refuse_infinite(forward, llm.dtype, checkpoint, dict(zip(forward.finite, found, strict=True)))
         return {hookpoint: buffers[module_name(hookpoint)] for hookpoint in self.hookpoints}
+
+    def _harvested(self, checkpoint: LLMCheckpoint, rows: TokenRows, indices: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Activations of token rows in the LLM's own units, ``[n, d_in]`` by hookpoint."""
+        return finished(self._harvesting(checkpoint, rows, indices, {}))
 
     def held_out_activations(self, checkpoint: LLMCheckpoint) -> dict[str, Tensor]:
         """Activations of an LLM checkpoint that no SAE is trained on, in its own units, ``[n, d_in]`` by hookpoint.
@@ -284,7 +327,7 @@ class ActivationDataModule(LightningDataModule):
         """
         rows = self.measuring_rows("selection")
         n_rows = min(-(-self.tokens.held_out_tokens // self.tokens.context_size), len(rows.tokens))
-        return self._harvested(checkpoint, rows, _evenly(n_rows, len(rows.tokens)), {})
+        return self._harvested(checkpoint, rows, _evenly(n_rows, len(rows.tokens)))
 
     def calibrate(self, calibrations: Mapping[str, Calibration]) -> None:
         """Take what was measured of the current LLM checkpoint, by hookpoint."""
@@ -306,20 +349,7 @@ class ActivationDataModule(LightningDataModule):
 
     def calibration_activations(self, checkpoint: LLMCheckpoint) -> dict[str, Tensor]:
         """Activations of an LLM checkpoint on the calibration rows, in its own units, ``[n, d_in]`` by hookpoint."""
-        rows, indices = self.corpus_rows.train, self._calibration_rows
-        widths = {module_name(hookpoint): width for hookpoint, width in self.widths.items()}
-        parts: dict[str, list[Tensor]] = {module: [] for module in widths}
-        for _, activations in harvest(self.llm(checkpoint), checkpoint, rows, list(widths), indices):
-            for hookpoint, x in activations.items():
-                if x.shape[1] != widths[hookpoint]:
-                    raise ValueError(
-                        f"{hookpoint} of LLM checkpoint step {checkpoint.step} ({checkpoint.model}) is {x.shape[1]} "
-                        f"wide, but that of the first is {self.widths[hookpoint]}; all must be checkpoints of one LLM. "
-                        "Take it out of `data.source`, or choose the others with `scheduler.steps`."
-                    )
-                parts[hookpoint].append(x)
-        whole = {module: torch.cat(x) for module, x in parts.items()}
-        return {hookpoint: whole[module_name(hookpoint)] for hookpoint in self.hookpoints}
+        return self._harvested(checkpoint, self.corpus_rows.train, self._calibration_rows)
 
     def measuring_rows(self, split: str) -> TokenRows:
         """The rows of ``selection`` or ``evaluation`` that are kept in the track.

@@ -7,7 +7,7 @@ of processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,13 @@ from saetrack.sae import SAE
 from saetrack.training.stream import ROWS_PER_FORWARD, harvest
 
 Latents = list[scipy.sparse.csr_array]
-"""Latents of an SAE on this rank's evaluation rows, one ``[n, d_sae]`` matrix per forward of the LLM. Activations of
+"""Latents of an SAE on this rank's evaluation rows, one ``[n, d_sae]`` matrix for each piece of them. Activations of
 outlier norm have none."""
+
+PIECE = 1024
+"""Activations whose dense latents are held at a time: with 4,096 evaluation took more memory than training."""
+LOGITS = 2**26
+"""Logits that are held at a time, 256 MiB in float32, where a row has no more."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,14 @@ class Site:
         return np.arange(len(self.rows.tokens))[self.rank :: self.world_size]
 
 
+def _pieces(site: Site, hookpoints: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """The evaluation rows' activations, a few at a time, each with its hookpoint."""
+    for _, activations in harvest(site.llm, site.checkpoint, site.rows, hookpoints, site.indices):
+        for hookpoint, every in activations.items():
+            for piece in torch.split(every, PIECE):
+                yield hookpoint, piece
+
+
 def reconstruction_fvu(site: Site, saes: Mapping[str, Mapping[str, SAE]]) -> dict[str, dict[str, float]]:
     """FVU of several SAEs on the same activations, in one pass over the LLM.
 
@@ -72,22 +85,20 @@ def reconstruction_fvu(site: Site, saes: Mapping[str, Mapping[str, SAE]]) -> dic
         FVU by hookpoint and name.
     """
     metrics = {h: {name: FVU(sae.d_in).to(site.llm.device) for name, sae in named.items()} for h, named in saes.items()}
-    for _, activations in harvest(site.llm, site.checkpoint, site.rows, list(saes), site.indices):
-        for hookpoint, every in activations.items():
-            x = take(every, site.within(hookpoint, every))
-            for name, sae in saes[hookpoint].items():
-                with torch.inference_mode():
-                    metrics[hookpoint][name].update(x, sae(x))
+    for hookpoint, every in _pieces(site, list(saes)):
+        x = take(every, site.within(hookpoint, every))
+        for name, sae in saes[hookpoint].items():
+            with torch.inference_mode():
+                metrics[hookpoint][name].update(x, sae(x))
     return {h: {name: metric.compute().item() for name, metric in named.items()} for h, named in metrics.items()}
 
 
 def latents_on(site: Site, saes: Mapping[str, SAE]) -> dict[str, Latents]:
     """Latents of each hookpoint's SAE on this rank's evaluation rows."""
     latents: dict[str, Latents] = {h: [] for h in saes}
-    for _, activations in harvest(site.llm, site.checkpoint, site.rows, list(saes), site.indices):
-        for hookpoint, x in activations.items():
-            mask = site.within(hookpoint, x)
-            latents[hookpoint].append(spread(saes[hookpoint].encode_sparse(take(x, mask)), mask))
+    for hookpoint, x in _pieces(site, list(saes)):
+        mask = site.within(hookpoint, x)
+        latents[hookpoint].append(spread(saes[hookpoint].encode_sparse(take(x, mask)), mask))
     return latents
 
 
@@ -118,17 +129,16 @@ def evaluate(site: Site, saes: Mapping[str, SAE]) -> dict[str, Quality]:
     explained = {h: ExplainedVariance(sae.d_in).to(device) for h, sae in saes.items()}
     firing = {h: FiringStatistics(sae.d_sae).to(device) for h, sae in saes.items()}
     latents: dict[str, Latents] = {h: [] for h in saes}
-    for _, activations in harvest(site.llm, site.checkpoint, site.rows, list(saes), site.indices):
-        for hookpoint, every in activations.items():
-            sae, mask = saes[hookpoint], site.within(hookpoint, every)
-            x = take(every, mask)
-            with torch.inference_mode():
-                dense = sae.encode(x)
-                x_hat = sae.decode(dense)
-                fvu[hookpoint].update(x, x_hat)
-                explained[hookpoint].update(x, x_hat)
-                firing[hookpoint].update(dense)
-            latents[hookpoint].append(spread(scipy.sparse.csr_array(dense.cpu().numpy()), mask))
+    for hookpoint, every in _pieces(site, list(saes)):
+        sae, mask = saes[hookpoint], site.within(hookpoint, every)
+        x = take(every, mask)
+        with torch.inference_mode():
+            dense = sae.encode(x)
+            x_hat = sae.decode(dense)
+            fvu[hookpoint].update(x, x_hat)
+            explained[hookpoint].update(x, x_hat)
+            firing[hookpoint].update(dense)
+        latents[hookpoint].append(spread(scipy.sparse.csr_array(dense.cpu().numpy()), mask))
     qualities = {}
     for hookpoint in saes:
         statistics = firing[hookpoint].compute()
@@ -176,8 +186,10 @@ def cross_entropy_recovered(
     """
     device = site.llm.device
     metrics = {h: CELossRecovered().to(device) for h in saes}
-    for start in range(0, len(site.indices), ROWS_PER_FORWARD):
-        losses = _Losses.on(site, site.indices[start : start + ROWS_PER_FORWARD])
+    row = site.rows.tokens.shape[1] * site.llm.config.get_text_config().vocab_size
+    rows_at_once = max(1, min(ROWS_PER_FORWARD, LOGITS // row))
+    for start in range(0, len(site.indices), rows_at_once):
+        losses = _Losses.on(site, site.indices[start : start + rows_at_once])
         clean, _ = losses.each(next(iter(saes)), lambda x: x)
         for hookpoint, sae in saes.items():
             edited, counted = losses.each(hookpoint, sae)

@@ -19,6 +19,8 @@ from saetrack.training.adam import ColumnAdam
 from saetrack.training.convergence import Curve, check_points, has_converged
 from saetrack.training.datamodule import ActivationDataModule, require_positive
 from saetrack.training.ddp import share_gradients
+from saetrack.training.divergence import refuse_divergence
+from saetrack.training.saes import SAEsByHookpoint, build_sae, refuse_other_names, setting_of
 from saetrack.training.stream import ActivationStream, Batch
 
 _HELD_OUT_ROWS = 1024  # dense latents of these are held at a time
@@ -100,7 +102,8 @@ class SAEModule(LightningModule):
     """Trains one sparse autoencoder per hookpoint on the batches of the activation stream.
 
     Args:
-        sae: The autoencoder: its class and arguments without ``d_in``, which is read from the LLM.
+        sae: The autoencoder: its class and arguments without ``d_in``, which is read from the LLM. Where hookpoints
+            differ in it, `SAEsByHookpoint` with one for each.
         optimizer: Learning rates and their schedule within a stage, and when it has converged.
         continuity: Weight of the term that holds features to what they were: their latents stay near those of the
             previous snapshot on the previous LLM checkpoint at the same tokens (`LossTerms.moved`). It keeps
@@ -122,7 +125,7 @@ class SAEModule(LightningModule):
 
     def __init__(
         self,
-        sae: Callable[[int], SAE] = TopKSAE,
+        sae: Callable[[int], SAE] | SAEsByHookpoint = TopKSAE,
         optimizer: OptimizerSettings = OptimizerSettings(),
         continuity: float = 0.1,
         dead_after_tokens: int = 500_000,
@@ -132,7 +135,7 @@ class SAEModule(LightningModule):
         start: str | None = None,
     ) -> None:
         super().__init__()
-        self.build_sae = sae
+        self._choice = sae
         self.settings = optimizer
         require_positive("model.dead_after_tokens", dead_after_tokens)
         require_positive("model.log_every_tokens", log_every_tokens)
@@ -177,13 +180,22 @@ class SAEModule(LightningModule):
         if self.hookpoints:
             return
         use_kernels(self.kernels)
+        refuse_other_names(self._choice, list(self.data.widths))
         for hookpoint, d_in in self.data.widths.items():
-            sae = self.build_sae(d_in)
+            sae = self.build_sae(hookpoint, d_in)
             sae.precision = resolve_precision(self.precision, self.data.device)
             self.hookpoints.append(hookpoint)
             self.saes.append(sae)
             self.features.append(FeatureState(sae.d_sae))
         share_gradients(self, self.trainer, self.data.batch_size)
+
+    def build_sae(self, hookpoint: str, d_in: int) -> SAE:
+        """An untrained SAE as the configuration has it for a hookpoint."""
+        return build_sae(self._choice, hookpoint, d_in)
+
+    def sae_setting(self, hookpoint: str) -> str:
+        """The configuration key under which it stands."""
+        return setting_of(self._choice, hookpoint)
 
     def sae(self, hookpoint: str) -> SAE:
         """The SAE of one hookpoint, in training units."""
@@ -208,7 +220,8 @@ class SAEModule(LightningModule):
         saved = checkpoint["saes"]
         refuse_changes({"data.hookpoints": list(saved)}, {"data.hookpoints": list(now)}, "the resume file")
         for hookpoint in self.hookpoints:
-            refuse_changes({"model.sae": saved[hookpoint]}, {"model.sae": now[hookpoint]}, "the resume file")
+            key = self.sae_setting(hookpoint)
+            refuse_changes({key: saved[hookpoint]}, {key: now[hookpoint]}, "the resume file")
         self.curves = checkpoint.get("curves", {})  # 0.1.0 had none; its recipe is refused by the scheduler
 
     def recipe(self) -> dict[str, Any]:
@@ -242,6 +255,7 @@ class SAEModule(LightningModule):
                 out.terms["continuity"] = out.moved.detach()
             self._observed[hookpoint] = out.fired, out.smallest_kept
             if batch_idx % every == 0:
+                refuse_divergence(hookpoint, self.sae(hookpoint), float(out.loss.detach()), self.kernels, x, dead)
                 self._log_step(hookpoint, out, dead)
         return total
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from matplotlib.image import imread
 
@@ -22,7 +24,7 @@ _CONTEXTS = 4
 """Contexts of a feature in a text panel."""
 
 _QUALITY = {
-    "FVU before and after training on each LLM checkpoint": ["fvu_before", "fvu"],
+    "FVU: SAE before as it was, after the warm start, after training": ["fvu_shift", "fvu_before", "fvu"],
     "Share of the LLM's CE loss recovered": ["ce_recovered_zero", "ce_recovered_mean"],
     "Dead and dense features (share)": ["dead_share", "dense_share"],
     "L0: active latents per token": ["l0"],
@@ -36,6 +38,20 @@ _FINDINGS = {
     },
     "semantics": {"Turnover of top contexts": ["turnover"], "Tokens a feature responds to (N_eff)": ["n_eff_median"]},
 }
+_ABOUT = """
+**{model}**, hookpoints {hookpoints}, {checkpoints} LLM checkpoints from step {first} to {last}.
+
+* Begin at **Custom Scalars**: the track's quality, what the analyses found, and the training of the SAEs at the end.
+* x is the **LLM's** training step in everything that begins with `track`. Under `train` it is the SAE's optimizer
+  step, all stages in a row.
+* Set **Smoothing** to 0: each point is one snapshot, and a smoothed curve shows numbers that nobody measured.
+* **Histograms**: distributions over the features. **Images**: the figures of the analyses, each with its caption.
+  **Text**: the strongest contexts of features drawn at random, by LLM step; the token is between >>> and <<<.
+  **Projector**: decoder rows of the last snapshot; colour by class or firing frequency. **HParams**: the recipe and the
+  last snapshot's numbers, to compare runs.
+* TensorBoard shows ten steps of a text or an image; `--samples_per_plugin text=1000,images=1000` shows all.
+* `saetrack report` writes a page on which every feature can be looked at.
+"""
 _TRAINING = {
     "FVU on held-out activations": ["fvu_held_out"],
     "Loss": ["loss"],
@@ -55,12 +71,37 @@ def add_layout(board: SummaryWriter, hookpoints: Sequence[str], analyses: Sequen
     for hookpoint in hookpoints:
         place = f"{hookpoint}: " if hookpoint else ""
         groups = [("quality by LLM step", "track", _QUALITY)]
-        groups += [(f"{name} by LLM step", f"track_{name}", _FINDINGS[name]) for name in analyses if name in _FINDINGS]
+        groups += [(f"{name} by LLM step", f"track_{name}", _FINDINGS[name]) for name in _FINDINGS if name in analyses]
         groups += [("training by optimizer step", "train", _TRAINING)]
         for title, group, charts in groups:
-            tags = {chart: [tag(group, hookpoint, name) for name in names] for chart, names in charts.items()}
-            pages[place + title] = {chart: ["Multiline", names] for chart, names in tags.items()}
+            pages[place + title] = {
+                chart: ["Multiline", [_exactly(tag(group, hookpoint, name)) for name in names]]
+                for chart, names in charts.items()
+            }
     board.add_custom_scalars(pages)
+
+
+def _exactly(name: str) -> str:
+    """The pattern of one tag: a chart takes all tags that begin with what a pattern matches."""
+    return f"^{re.escape(name)}$"
+
+
+def add_about(board: SummaryWriter, tracks: Sequence[Track], checkpoints: Sequence[int]) -> None:
+    """What was tracked and how to read the rest, first among the texts.
+
+    Args:
+        board: Where to write.
+        tracks: Of the run.
+        checkpoints: LLM steps of the series.
+    """
+    text = _ABOUT.format(
+        model=tracks[0].facts["model"],
+        hookpoints=", ".join(f"`{track.facts['hookpoint']}`" for track in tracks),
+        checkpoints=len(checkpoints),
+        first=min(checkpoints),
+        last=max(checkpoints),
+    )
+    board.add_text("about/how_to_read", text, 0)
 
 
 def tag(group: str, hookpoint: str, name: str) -> str:
@@ -102,11 +143,23 @@ def add_projector(board: SummaryWriter, hookpoint: str, track: Track, semantics:
     alive = features.index[~features["dead"]].to_numpy()
     if not len(alive):
         return
-    labels = [str(feature) for feature in alive]
+    directions = torch.nn.functional.normalize(last.tensor("W_dec")[torch.tensor(alive)], dim=1)
+    columns = {"feature": [str(feature) for feature in alive]}
     if semantics is not None:
         table = semantics.tables["features"]
-        top = table[table["step"] == last.step].set_index("feature")["top_token"].to_dict()
-        labels = [f"{feature} {top[feature]!r}" if feature in top else str(feature) for feature in alive]
-    directions = torch.nn.functional.normalize(last.tensor("W_dec")[torch.tensor(alive)], dim=1)
+        here = table[table["step"] == last.step].set_index("feature").reindex(alive)
+        known = here["top_token"].notna()
+        columns["feature"] = [
+            f"{f} {token!r}" if k else str(f) for f, token, k in zip(alive, here["top_token"], known, strict=True)
+        ]
+        columns["class"] = here["class"].fillna("silent").tolist()
+    frequency = np.log10(features["firing_frequency"].to_numpy()[alive].clip(min=1e-9))
+    columns["firing_frequency_log10"] = [f"{value:.2f}" for value in frequency]
     name = tag("track", hookpoint, "decoder").replace("/", "_")
-    board.add_embedding(directions, metadata=labels, global_step=last.step, tag=name)
+    board.add_embedding(
+        directions,
+        metadata=list(zip(*columns.values(), strict=True)),
+        metadata_header=list(columns),
+        global_step=last.step,
+        tag=name,
+    )

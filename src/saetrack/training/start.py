@@ -73,13 +73,15 @@ def read_start(address: str | None, hookpoints: Sequence[str]) -> Start | None:
     else:
         tracks = [Track.open(path) for path in tracks_in(place)] or [Track.open(place)]
     by_module = {track.facts["hookpoint"]: track for track in tracks}
-    for hookpoint in hookpoints:
-        if module_name(hookpoint) not in by_module:
+    by_lane = by_module | {track.path.name: track for track in tracks}  # a run's folders are named by hookpoint
+    sources = {hookpoint: by_lane.get(hookpoint, by_module.get(module_name(hookpoint))) for hookpoint in hookpoints}
+    for hookpoint, track in sources.items():
+        if track is None:
             raise ValueError(
                 f"model.start {address} reads {', '.join(by_module)}, but data.hookpoints names {hookpoint}; every "
                 "hookpoint needs a snapshot to begin with."
             )
-    found = {hookpoint: _snapshot(by_module[module_name(hookpoint)], step, address) for hookpoint in hookpoints}
+    found = {h: _snapshot(track, step, address) for h, track in sources.items() if track is not None}
     steps = {snapshot.step for snapshot in found.values()}
     if len(steps) > 1:
         raise ValueError(f"model.start {address} has snapshots of the LLM steps {sorted(steps)}; give one as `@step`.")
@@ -110,8 +112,8 @@ def _snapshot(track: Track, step: int | None, address: str) -> Snapshot:
 
 
 def _fitted(module: SAEModule, hookpoint: str, snapshot: Snapshot) -> SAE:
-    given, own = snapshot.sae(), module.build_sae(module.sae(hookpoint).d_in)
-    _refuse_other_shape(given, own, snapshot, hookpoint)
+    given, own = snapshot.sae(), module.build_sae(hookpoint, module.sae(hookpoint).d_in)
+    _refuse_other_shape(given, own, snapshot, hookpoint, module.sae_setting(hookpoint))
     if isinstance(given, TopKSAE):
         norms = given.W_dec.norm(dim=1)
         norms = norms[norms > 0]
@@ -126,7 +128,7 @@ def _fitted(module: SAEModule, hookpoint: str, snapshot: Snapshot) -> SAE:
     return own.requires_grad_(False)
 
 
-def _refuse_other_shape(given: SAE, own: SAE, snapshot: Snapshot, hookpoint: str) -> None:
+def _refuse_other_shape(given: SAE, own: SAE, snapshot: Snapshot, hookpoint: str, setting: str) -> None:
     if given.d_in != own.d_in:
         raise ValueError(
             f"model.start {snapshot.path} reads activations of width {given.d_in}, but {hookpoint} of this LLM is "
@@ -134,11 +136,11 @@ def _refuse_other_shape(given: SAE, own: SAE, snapshot: Snapshot, hookpoint: str
         )
     changes: dict[str, tuple[str | int, str | int]] = {}
     if type(given) is not type(own):
-        changes["model.sae.class_path"] = (type(given).__name__, type(own).__name__)
+        changes[f"{setting}.class_path"] = (type(given).__name__, type(own).__name__)
     elif given.d_sae != own.d_sae:
-        changes["model.sae.init_args.expansion_factor"] = (given.expansion_factor, own.expansion_factor)
+        changes[f"{setting}.init_args.expansion_factor"] = (given.expansion_factor, own.expansion_factor)
     elif isinstance(given, TopKSAE) and isinstance(own, TopKSAE) and given.k != own.k:
-        changes["model.sae.init_args.k"] = (given.k, own.k)
+        changes[f"{setting}.init_args.k"] = (given.k, own.k)
     for key, (needed, configured) in changes.items():
         raise ValueError(
             f"model.start {snapshot.path} needs `{key}: {needed}`, but the configuration has {configured}; set it so."

@@ -8,10 +8,11 @@ so resuming needs one number and no buffer is ever saved.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,9 +25,92 @@ from saetrack.lm.forward import lane_numbers, module_name, read_activations
 from saetrack.lm.outliers import within
 from saetrack.lm.tokens import TokenRows, usable_counts
 
+T = TypeVar("T")
+
 ROWS_PER_FORWARD = 32
 """Token rows in one forward of the LLM. A constant, not an option: another size changes the last bits of the
 activations, and with them the hashes of the snapshots."""
+
+
+class Forward(NamedTuple):
+    """One forward of the LLM over some token rows.
+
+    Attributes:
+        number: Which of its harvest, from 0.
+        rows: Indices of the token rows, ``[n]``.
+        tokens: ``[n, context_size]``.
+        activations: By module, float32 and only where they count, ``[n_usable, d_in]``, in reading order.
+        finite: By module, whether they all are, one bool on the LLM's device.
+    """
+
+    number: int
+    rows: NDArray[np.int64]
+    tokens: Tensor
+    activations: dict[str, Tensor]
+    finite: dict[str, Tensor]
+
+
+def forwards(
+    llm: PreTrainedModel,
+    rows: TokenRows,
+    modules: list[str],
+    indices: NDArray[np.int64],
+    buffers: Mapping[str, Tensor] | None = None,
+) -> Iterator[Forward]:
+    """Run the LLM over token rows, `ROWS_PER_FORWARD` at a time; on a GPU nothing here waits for it.
+
+    Args:
+        llm: The LLM, on the device where the activations are wanted.
+        rows: The token rows of a split.
+        modules: Dotted names of the modules to read.
+        indices: Which rows, ``[n]``, in the order wanted.
+        buffers: Where the activations of all rows go, by module, float32 ``[n_usable, d_in]``: each forward's are then
+            written there and nowhere else, and what is yielded is a view. None makes new tensors.
+    """
+    filled = 0
+    for number, start in enumerate(range(0, len(indices), ROWS_PER_FORWARD)):
+        chosen = indices[start : start + ROWS_PER_FORWARD]
+        tokens = torch.from_numpy(rows.tokens[chosen].astype(np.int64)).to(llm.device)
+        usable = torch.from_numpy(np.flatnonzero(rows.usable(chosen))).to(llm.device)
+        end = filled + len(usable)
+        parts = {module: buffer[filled:end] for module, buffer in (buffers or {}).items()}
+        take = partial(_take, usable, parts)
+        activations = read_activations(llm, tokens, modules, rows.contexts(chosen), take)
+        # the extremes take one pass, where isfinite writes three tensors of this size
+        finite = {module: torch.stack(x.aminmax()).isfinite().all() for module, x in activations.items()}
+        filled = end
+        yield Forward(number, chosen, tokens, activations, finite)
+
+
+def _take(usable: Tensor, parts: Mapping[str, Tensor], module: str, x: Tensor) -> Tensor:
+    """The usable ones of a module's activations in float32, in its part of a buffer where there is one."""
+    x, part = x.flatten(0, 1), parts.get(module)
+    if part is None:
+        return x.index_select(0, usable).float()
+    if x.dtype == part.dtype:
+        return torch.index_select(x, 0, usable, out=part)
+    return part.copy_(x.index_select(0, usable))
+
+
+def refuse_infinite(
+    forward: Forward, dtype: torch.dtype, checkpoint: LLMCheckpoint, finite: Mapping[str, bool]
+) -> None:
+    """Raise ValueError where an LLM checkpoint gave NaN or infinite activations.
+
+    Args:
+        forward: The one that did.
+        dtype: Of the LLM.
+        checkpoint: What it was loaded from.
+        finite: By module, whether all are finite.
+    """
+    for module, is_finite in finite.items():
+        if not is_finite:
+            advice = "Leave" if dtype == torch.float32 else "Try `data.llm_dtype: float32`, or leave"
+            raise ValueError(
+                f"{module} of LLM checkpoint step {checkpoint.step} ({checkpoint.model}, revision "
+                f"{checkpoint.revision}) gave NaN or infinite activations in forward batch {forward.number} (token "
+                f"rows {int(forward.rows[0])} and following). {advice} this checkpoint out of `scheduler.steps`."
+            )
 
 
 def harvest(
@@ -48,24 +132,9 @@ def harvest(
     Raises:
         ValueError: If an activation is NaN or infinite.
     """
-    for start in range(0, len(indices), ROWS_PER_FORWARD):
-        chosen = indices[start : start + ROWS_PER_FORWARD]
-        tokens = torch.from_numpy(rows.tokens[chosen].astype(np.int64)).to(llm.device)
-        usable = torch.from_numpy(rows.usable(chosen)).to(llm.device)
-        modules = list(dict.fromkeys(map(module_name, hookpoints)))
-        activations = {}
-        for hookpoint, x in read_activations(llm, tokens, modules, rows.contexts(chosen)).items():
-            kept = x[usable].float()
-            if not bool(torch.isfinite(kept).all()):
-                advice = "Leave" if x.dtype == torch.float32 else "Try `data.llm_dtype: float32`, or leave"
-                raise ValueError(
-                    f"{hookpoint} of LLM checkpoint step {checkpoint.step} ({checkpoint.model}, revision "
-                    f"{checkpoint.revision}) gave NaN or infinite activations in forward batch "
-                    f"{start // ROWS_PER_FORWARD} (token rows {int(chosen[0])} and following). "
-                    f"{advice} this checkpoint out of `scheduler.steps`."
-                )
-            activations[hookpoint] = kept
-        yield tokens, {hookpoint: activations[module_name(hookpoint)] for hookpoint in hookpoints}
+    for forward in forwards(llm, rows, list(dict.fromkeys(map(module_name, hookpoints))), indices):
+        refuse_infinite(forward, llm.dtype, checkpoint, {m: bool(ok) for m, ok in forward.finite.items()})
+        yield forward.tokens, {h: forward.activations[module_name(h)] for h in hookpoints}
 
 
 @dataclass(frozen=True)
@@ -181,6 +250,57 @@ class Batch(NamedTuple):
         return Batch(*({name: x[positions[name].to(x.device)] for name, x in part.items()} for part in self))
 
 
+def finished(forwards: Generator[float, None, T]) -> T:
+    """What a harvest returns, with nothing done in between."""
+    made: list[T] = []
+
+    def run() -> Iterator[float]:
+        made.append((yield from forwards))
+
+    deque(run(), maxlen=0)
+    return made[0]
+
+
+class Filling:
+    """A chunk in the making, one forward of the LLM after another.
+
+    On a GPU the forwards can run on a stream of their own, beside the training steps that are launched between them.
+
+    Args:
+        forwards: Yields after each forward the share of the chunk that is done, and returns its activations.
+        aside: Whether other work is launched in between.
+    """
+
+    def __init__(self, forwards: Generator[float, None, Batch], aside: bool = False) -> None:
+        self._forwards = self._run(forwards)
+        self._done = 0.0
+        self._batch: Batch | None = None
+        self._stream: torch.cuda.Stream | None = None
+        if aside and torch.cuda.is_available():
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self._stream.wait_stream(torch.cuda.current_stream())  # the LLM's weights may still be on their way
+
+    def _run(self, forwards: Generator[float, None, Batch]) -> Iterator[float]:
+        self._batch = yield from forwards
+
+    def advance(self, share: float) -> None:
+        """Launch forwards until this share of the chunk is under way."""
+        with torch.cuda.stream(self._stream):  # of None it does nothing
+            while self._batch is None and self._done < share:
+                self._done = next(self._forwards, math.inf)
+
+    def finish(self) -> Batch:
+        """The activations, all there."""
+        self.advance(math.inf)
+        assert self._batch is not None
+        if self._stream is not None:
+            current = torch.cuda.current_stream()
+            current.wait_stream(self._stream)
+            for x in (x for part in self._batch for x in part.values()):
+                x.record_stream(current)  # its memory is not given to the next chunk while a step still reads it
+        return self._batch
+
+
 class ActivationStream:
     """The batches of one stage on one rank: what Lightning iterates over in an epoch.
 
@@ -189,22 +309,26 @@ class ActivationStream:
 
     Args:
         order: Rows, chunks and shuffles of the stage.
-        fill: Given the number of a chunk, returns the activations of its usable positions.
+        fill: Given the number of a chunk, makes the activations of its usable positions, as `Filling` takes it.
         norm_limits: Gives, by hookpoint, the norm over which activations are left out; asked at every chunk, for a
             stage's limits are measured when it begins. What is left out is made up for from the same chunk.
+        ahead: Make the next chunk while this one trains, a part of it before each batch, as a GPU can; two chunks are
+            then in memory. The batches are the same.
     """
 
     def __init__(
         self,
         order: StageOrder,
-        fill: Callable[[int], Batch],
+        fill: Callable[[int], Generator[float, None, Batch]],
         norm_limits: Callable[[], Mapping[str, float]] = dict,
+        ahead: bool = False,
     ) -> None:
         self.order = order
         self.end = order.batches
         """Batches after which iteration stops; a stage that has converged lowers it, ``len`` stays the budget."""
         self._fill = fill
         self._norm_limits = norm_limits
+        self._ahead = ahead
         self._position = 0
 
     def __len__(self) -> int:
@@ -217,14 +341,19 @@ class ActivationStream:
 
     def __iter__(self) -> Iterator[Batch]:
         per_chunk, batch = self.order.batches_per_chunk, self.order.local_batch
+        coming: Filling | None = None
         while self._position < self.end:
             chunk, first = divmod(self._position, per_chunk)
-            activations = self._fill(chunk)
+            activations = (coming or Filling(self._fill(chunk))).finish()
+            coming = None
             lanes = lane_numbers(list(activations.now))
             shuffles = {h: self._shuffle(chunk, h, x, lanes[h]) for h, x in activations.now.items()}
             for i in range(first, per_chunk):
                 if self._position >= self.end:
                     break
+                if self._ahead and (chunk + 1) * per_chunk < self.end:
+                    coming = coming or Filling(self._fill(chunk + 1), aside=True)
+                    coming.advance((i + 1 - first) / (per_chunk - first))
                 # counted before the batch is handed out: a resume file is written while the batch is in use
                 self._position += 1
                 yield activations.at({h: order[i * batch : (i + 1) * batch] for h, order in shuffles.items()})

@@ -75,7 +75,9 @@ class TrackLogger(SnapshotCallback):
                 if len(values):
                     board.add_histogram(panels.tag("track_features", hookpoint, name), values.to_numpy(), snapshot.step)
             if not self._laid_out:
+                scheduler = scheduler_of(trainer)
                 panels.add_layout(board, _hookpoints(trainer))
+                panels.add_about(board, list(scheduler.tracks.values()), [c.step for c in scheduler.checkpoints])
         self._laid_out = True
 
     def log_results(self, trainer: Trainer, track: Track, results: Mapping[str, AnalysisResult]) -> None:
@@ -83,9 +85,9 @@ class TrackLogger(SnapshotCallback):
         hookpoint = _hookpoint(trainer, track)
         for name, result in results.items():
             for scalar, by_step in result.scalars.items():
+                if all(_is_logged(track, step, scalar, value) for step, value in by_step.items()):
+                    continue  # by the snapshots; a curve of only the points that differ would be none
                 for step, value in by_step.items():
-                    if math.isclose(_numbers(track.at(step)).get(scalar, math.nan), value, rel_tol=1e-6):
-                        continue  # the snapshot has logged it
                     for log in trainer.loggers:
                         log.log_metrics(_named(f"track_{name}", hookpoint, {scalar: value}), step=step)
         for board in _boards(trainer):
@@ -122,6 +124,11 @@ def _numbers(snapshot: Snapshot) -> dict[str, float]:
     """The snapshot's numbers that are defined."""
     facts = snapshot.metadata
     return {name: facts[name] for name in _SNAPSHOT_SCALARS if facts[name] is not None}
+
+
+def _is_logged(track: Track, step: int, name: str, value: float) -> bool:
+    """Whether the snapshot of the step has the number under the same name, or there is none."""
+    return math.isnan(value) or math.isclose(_numbers(track.at(step)).get(name, math.nan), value, rel_tol=1e-6)
 
 
 def _named(group: str, hookpoint: str, numbers: Mapping[str, float]) -> dict[str, float]:

@@ -43,12 +43,12 @@ class Calibration:
         Raises:
             ValueError: If all of them are zero.
         """
-        x = take(x, within(x, norm_limit))
-        norm = x.double().norm(dim=1).mean().item()
+        x = take(x, within(x, norm_limit)).to(torch.float64, copy=True)
+        norm = x.norm(dim=1).mean().item()
         if norm == 0:
             raise ValueError(f"All {len(x)} calibration activations are zero, so they have no scale.")
-        mean = x.double().mean(dim=0)
-        centred = x.double() - mean
+        mean = x.mean(dim=0)
+        centred = x.sub_(mean)  # in place: in float64 a copy of these is larger than many an LLM
         return cls(mean.cpu(), (centred.T @ centred / len(x)).cpu(), x.shape[1] ** 0.5 / norm, norm_limit)
 
     @classmethod
@@ -92,8 +92,9 @@ def orthogonal_map(before: Tensor, after: Tensor) -> Tensor:
             f"The activations before have shape {tuple(before.shape)} and after {tuple(after.shape)}; "
             "they must be of the same tokens and width."
         )
-    a = before.double() - before.double().mean(dim=0)
-    b = after.double() - after.double().mean(dim=0)
+    a, b = (x.to(torch.float64, copy=True) for x in (before, after))
+    a -= a.mean(dim=0)
+    b -= b.mean(dim=0)
     u, _, vt = torch.linalg.svd((a.T @ b).cpu())
     rotation: Tensor = u @ vt
     return rotation

@@ -67,8 +67,8 @@ def track_with_chain(path: Path, steps: tuple[int, ...], chain: bool) -> Track:
     return Track.open(path)
 
 
-def plant_rates(track: Track, law: Rates, rng: np.random.Generator) -> None:
-    """Write the drift analysis' table as it would be."""
+def plant_rates(track: Track, law: Rates, rng: np.random.Generator, null_steps: bool = False) -> None:
+    """Write the drift analysis' table as it would be; with null steps at four stages if asked for."""
     cosines = 1 - np.concatenate([np.full((1, D_SAE), np.nan), law.amounts(rng)])
     columns = {
         "feature": np.tile(np.arange(D_SAE), len(track)),
@@ -81,3 +81,8 @@ def plant_rates(track: Track, law: Rates, rng: np.random.Generator) -> None:
     folder = track.analyses_dir / "drift"
     folder.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(columns).to_parquet(folder / "drift.parquet")
+    if null_steps:
+        at = np.linspace(1, len(track) - 1, 4).round().astype(int)
+        drift_null = law.null[at - 1] * np.exp(law.common * rng.normal(size=4))
+        table = pd.DataFrame({"step": np.asarray(track.steps)[at], "drift_null": drift_null})
+        table.to_parquet(folder / "calibration.parquet")

@@ -8,8 +8,14 @@ import pytest
 import scipy.sparse
 
 from saetrack.analysis import AnalysisResult, Observation
+from saetrack.analysis.causal import Causal
+from saetrack.analysis.dictionaries import Dictionaries
+from saetrack.analysis.drift import Drift
+from saetrack.analysis.formation import Formation
 from saetrack.analysis.identity import Identity
-from saetrack.analysis.identity_stretches import kept_between, read_stretches, stretch_table
+from saetrack.analysis.identity_stretches import Kept, kept_between, read_stretches, stretch_table
+from saetrack.analysis.quality import Quality
+from saetrack.analysis.semantics import Semantics
 from saetrack.analysis.sweep import run_analyses
 from saetrack.track import Track
 
@@ -109,3 +115,59 @@ def test_the_sweep_agrees_with_what_training_measured_and_says_what_controls_are
 def test_numbers_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Identity(**wrong)
+
+
+def with_stretches(track: Track) -> Track:
+    """The track with features 0 to 3 kept throughout, 4 and 5 from the second snapshot on, and all others never."""
+    steps = track.steps
+    rows = [(f, steps[0], steps[-1]) for f in range(4)] + [(f, steps[1], steps[-1]) for f in (4, 5)]
+    table = pd.DataFrame(rows, columns=["feature", "first_step", "last_step"])
+    AnalysisResult({"stretches": table}, settings={"steps": steps}).save(track.analyses_dir / "identity")
+    return track
+
+
+def test_what_is_restricted_counts_the_features_that_kept_their_identity(tiny_track: Track) -> None:
+    kept = Kept.of(with_stretches(tiny_track))
+    assert kept.into.sum(axis=1).tolist() == [64, 4, 6, 6]
+    assert kept.to_last.sum(axis=1).tolist() == [4, 6, 6, 6]
+    drift = run_analyses(tiny_track, {"drift": Drift(replicates=20)}, only_kept=True)["drift"]
+    population = drift.tables["population"].query("measure == 'decoder_to_previous'")
+    assert (population["n_features"].to_numpy()[1:] <= [4, 6, 6]).all()
+    assert drift.settings["kept"]["into"] == dict(zip(tiny_track.steps[1:], [4, 6, 6], strict=True))
+    assert "4 to 6 of 64 features in a stage, 4 from the first snapshot" in drift.summary
+    assert (tiny_track.analyses_dir / "drift-kept" / "result.json").is_file()
+    assert not (tiny_track.analyses_dir / "drift").exists()
+
+
+@pytest.mark.parametrize("name", ["semantics", "formation", "causal", "dictionaries"])
+def test_every_analysis_of_features_can_be_restricted(tiny_track: Track, name: str) -> None:
+    analysis = {
+        "semantics": Semantics(contexts=3),
+        "formation": Formation(n_positions=5, n_min=3, draws=20, replicates=20),
+        "causal": Causal(sample=6, rows=3, min_documents=2, replicates=99),
+        "dictionaries": Dictionaries(),
+    }[name]
+    result = run_analyses(with_stretches(tiny_track), {name: analysis}, only_kept=True)[name]
+    if name == "semantics":
+        last = result.tables["transitions"].drop_duplicates(["step", "from"]).groupby("step")["of"].sum()
+        assert last.tolist() == [4, 6, 6]
+        assert set(result.tables["features"].query("turnover.notna()")["feature"]) <= set(range(6))
+    elif name == "formation":
+        status = result.tables["features"]["status"]
+        assert (status[4:] == "not kept").all()
+        assert not (status[:4] == "not kept").any()
+    elif name == "causal":
+        population = result.tables["population"]
+        assert (population["n_features"] <= 6).all()
+    else:
+        assert (result.tables["neighbours"]["features"] <= [4, 6, 6]).all()
+
+
+def test_restricting_without_stretches_or_what_follows_no_feature_is_refused(tiny_track: Track) -> None:
+    with pytest.raises(FileNotFoundError, match=r"saetrack analyze .* --analyses\+=Identity"):
+        run_analyses(tiny_track, {"drift": Drift()}, only_kept=True)
+    with pytest.raises(ValueError, match="'quality' follows no feature"):
+        run_analyses(tiny_track, {"quality": Quality()}, only_kept=True)
+    AnalysisResult(settings={"steps": [0, 1]}).save(tiny_track.analyses_dir / "identity")
+    with pytest.raises(ValueError, match=r"is of LLM steps \[0, 1\], but the track has"):
+        read_stretches(tiny_track)

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from saetrack.analysis import Analysis, AnalysisResult, Observation, Probe, SweepAnalysis, sweep
+from saetrack.analysis.phases import Phases
 from saetrack.analysis.sweep import run_analyses
 from saetrack.lm.checkpoints import LLMCheckpoint, load_llm
 from saetrack.lm.forward import read_activations
+from saetrack.terminal import shown
 from saetrack.track import Snapshot, Track
 
 Counts = dict[str, Counter]
@@ -172,3 +174,31 @@ def test_an_empty_track_is_told(tmp_path: Path, tiny_track: Track) -> None:
     empty = Track.create(tmp_path / "empty", {**tiny_track.facts}, {"selection": tiny_track.tokens("selection")})
     with pytest.raises(ValueError, match="holds no snapshot yet"):
         run_analyses(empty, {"plain": Plain()})
+
+
+def test_an_analysis_that_refuses_is_one_line_and_one_that_breaks_keeps_its_traceback(
+    tiny_track: Track, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Breaks(Analysis):
+        def run(self, track: Track) -> AnalysisResult:
+            return track.no_such_thing
+
+    for name, analysis in {"phases": Phases(), "breaks": Breaks()}.items():
+        with pytest.raises(RuntimeError, match=f"Analysis failed: '{name}'"):
+            run_analyses(tiny_track, {name: analysis})
+    refused, broken = caplog.records
+    assert refused.getMessage().startswith("Analysis 'phases' failed: ")
+    assert not refused.exc_info
+    assert broken.exc_info
+
+
+def test_every_piece_of_work_is_announced_before_it_begins(
+    tiny_track: Track, capsys: pytest.CaptureFixture[str]
+) -> None:
+    analyses = {"plain": Plain(), "first": Keep(selection_rows=2), "second": Keep(evaluation_rows=1)}
+    with shown("Analysing", "pieces of work") as progress:
+        run_analyses(tiny_track, analyses, progress=progress)
+    checkpoints = [f"LLM checkpoint {n} of 4 (step {step})" for n, step in enumerate((10, 0, 1, 4), start=1)]
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "Analysing: 7 pieces of work"
+    assert said[1:] == [f"Analysing: {piece}" for piece in ("plain", *checkpoints, "first", "second")]

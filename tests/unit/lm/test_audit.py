@@ -94,14 +94,20 @@ def test_the_audit_says_whose_tokenizer_serves_the_series(tmp_path: Path, make_s
 class Hub(BaseHTTPRequestHandler):
     """Answers what the audit asks of the Hub: the branches of a repository, and the files of one."""
 
-    # branch -> content of its weights; main is the last one, and step2000 serves it as well
-    weights: ClassVar = {
-        "main": "end",
-        "step0": "a",
-        "step1": "a",
-        "step1000": "b",
-        "step2000": "end",
-        "step3000": "end",
+    # branch -> content of its weights by file. main is the last one, and step2000 serves it as well; as Pythia's
+    # branches do, some have only the older format, and then no file of theirs is one that would be loaded from main.
+    shards: ClassVar = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    weights: ClassVar[dict[str, dict[str, str]]] = {
+        "main": {"model.safetensors": "end", "pytorch_model.bin": "the same as .bin"},
+        "step0": {"model.safetensors": "a", "pytorch_model.bin": "a as .bin"},
+        "step1": {"pytorch_model.bin": "a as .bin"},
+        "step1000": {"model.safetensors": "b"},
+        "step2000": {"pytorch_model.bin": "the same as .bin"},
+        "step2500": {"pytorch_model.bin.index.json": "{}", shards[0]: "c", shards[1]: "d"},
+        "step2600": {"pytorch_model.bin.index.json": "{}", shards[0]: "c", shards[1]: "d"},
+        "step2700": {},
+        "step3000": {"model.safetensors": "end"},
+        "fp32": {},
     }
     asked: ClassVar[list[str]] = []
 
@@ -114,9 +120,10 @@ class Hub(BaseHTTPRequestHandler):
         branch = path.removeprefix("/api/models/org/llm/revision/")
         if branch not in self.weights:
             return self.answer({"error": "nothing here"}, 404, "RepoNotFound")
-        sha256 = hashlib.sha256(self.weights[branch].encode()).hexdigest()
-        lfs = {"sha256": sha256, "size": 1, "pointerSize": 1}
-        files = [{"rfilename": "config.json"}, {"rfilename": "model.safetensors", "size": 1, "lfs": lfs}]
+        files: list[dict[str, object]] = [{"rfilename": "config.json"}]
+        for name, content in self.weights[branch].items():
+            lfs = {"sha256": hashlib.sha256(content.encode()).hexdigest(), "size": 1, "pointerSize": 1}
+            files.append({"rfilename": name, "size": 1, **({} if name.endswith(".json") else {"lfs": lfs})})
         files += [{"rfilename": "tokenizer.json"}] if branch == "step1000" else []
         return self.answer({"id": "org/llm", "sha": hashlib.sha1(branch.encode()).hexdigest(), "siblings": files})
 
@@ -154,12 +161,49 @@ def test_the_audit_of_a_hub_series_downloads_nothing_and_finds_the_final_weights
         server.server_close()
     lines = done.stdout.splitlines()
     assert done.returncode == 0, done.stderr
-    assert [line.split()[0] for line in lines[1:6]] == ["0", "1", "1000", "2000", "3000"]
-    assert [line.split("ok")[1].strip() for line in lines[1:6]] == ["-", "step 0", "-", "main", "step 2000"]
+    steps = ["0", "1", "1000", "2000", "2500", "2600", "2700", "3000"]
+    assert [line.split()[0] for line in lines[1:9]] == steps
+    found = dict(zip(steps, [line.split("  ")[-1].strip() for line in lines[1:9]], strict=True))
+    assert found == {
+        "0": "-",
+        "1": "step 0",
+        "1000": "-",
+        "2000": "main",
+        "2500": "-",
+        "2600": "step 2500",
+        "2700": "-",
+        "3000": "-",
+    }
     assert "step 2000 (org/llm@step2000) has the weights of main, the finished LLM" in done.stdout
-    assert lines[-1].startswith("The tokenizer of the whole series is that of org/llm@step1000; 4 of 5")
+    assert "step 2700 (org/llm@step2700) cannot be used. org/llm@step2700 has no weights" in done.stdout
+    assert lines[-3].startswith("The tokenizer of the whole series is that of org/llm@step1000; 7 of 8")
+    assert lines[-1] == "Left out, for their names say no step: main, fp32."
     assert not [path for path in Hub.asked if not path.startswith("/api/")], "files are under org/llm/resolve"
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_what_contradicts_the_place_in_the_series_is_found(tmp_path: Path, make_series: Callable[..., Path]) -> None:
+    make_series(tmp_path, steps=[4, 8, 12], name="checkpoint-{}")
+    states = {4: {"global_step": 4, "num_input_tokens_seen": 900}, 8: {"global_step": 80}, 12: {"global_step": 12}}
+    states[12]["num_input_tokens_seen"] = 100
+    for step, state in states.items():
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    rows = audit(FolderSource(tmp_path).checkpoints())
+    assert [row.doubt is None for row in rows] == [True, False, False]
+    renamed, fewer = problems(rows)
+    assert "step 8 " in renamed
+    assert "has a trainer_state.json of step 80, so it is not what its name says." in renamed
+    assert "has seen 100 tokens, fewer than the 900 of the earlier step 4." in fewer
+    assert all(row.fault is None for row in rows)
+
+
+def test_names_that_say_no_step_are_listed(tmp_path: Path, make_series: Callable[..., Path]) -> None:
+    make_series(tmp_path, steps=[4])
+    for name in ("step-final", "resume", ".cache"):
+        (tmp_path / name).mkdir()
+    for audited in (False, True):
+        said = describe_checkpoints(FolderSource(tmp_path), audit=audited).splitlines()
+        assert said[-1] == "Left out, for their names say no step: resume, step-final."
 
 
 def test_a_revision_that_is_nowhere_is_a_fault(tmp_path: Path) -> None:

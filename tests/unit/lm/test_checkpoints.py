@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXForCausalLM
 
-from saetrack.lm import files
+from saetrack.lm import files, hub_listing
 from saetrack.lm.checkpoints import (
     FolderSource,
     HubSource,
@@ -70,9 +70,9 @@ def hub_cache(tmp_path: Path, tiny_series: Path) -> Path:
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    files.forget_hub()
+    hub_listing.forget_hub()
     yield
-    files.forget_hub()
+    hub_listing.forget_hub()
 
 
 # Folders
@@ -145,7 +145,7 @@ def test_repositories_that_are_one_checkpoint_each_are_a_series() -> None:
 def test_the_registry_and_a_chosen_branch_reach_a_hub_series() -> None:
     names = ["stage1-step1000-tokens5B", "stage2-ingredient1-step10-tokens1B", "stage2-ingredient2-step10-tokens1B"]
     source = HubSource("allenai/OLMo-2-1124-7B", revisions=names, ingredient=2)
-    assert [(c.step, c.revision) for c in source.checkpoints()] == [(1000, names[0]), (1010, names[2])]
+    assert [(c.step, c.revision) for c in source.checkpoints()] == [(1000, names[0]), (928_656, names[2])]
     with pytest.raises(ValueError, match=r"OLMo-2-1124-7B: .* parallel branches.*`ingredient`"):
         HubSource("allenai/OLMo-2-1124-7B", revisions=names).checkpoints()
     assert HubSource("EleutherAI/pythia-70m", revisions=["step2"]).checkpoints()[0].tokens == 2 * 2_097_152
@@ -268,7 +268,7 @@ class DeadHub:
 def test_the_hub_gives_order_commits_and_hashes_without_a_download(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(files, "HfApi", FakeHub)
+    monkeypatch.setattr(hub_listing, "HfApi", FakeHub)
     source = HubSource(REPO, cache_dir=tmp_path)
     series = source.checkpoints()
     assert [c.step for c in series] == [9, 10]
@@ -303,7 +303,7 @@ def test_only_weights_and_configuration_are_downloaded(
         add_revision(Path(cache_dir), "step9", tmp_path / "hub", skip=tuple(wanted))
         return ""
 
-    monkeypatch.setattr(files, "HfApi", OneRevision)
+    monkeypatch.setattr(hub_listing, "HfApi", OneRevision)
     monkeypatch.setattr(files, "hf_hub_download", download)
     checkpoint = LLMCheckpoint(REPO, "step9", 9, cache_dir=str(tmp_path / "cache"))
     loaded = load_llm(checkpoint)
@@ -317,7 +317,7 @@ def test_only_weights_and_configuration_are_downloaded(
 def test_a_hub_out_of_reach_leaves_the_cache(
     monkeypatch: pytest.MonkeyPatch, hub_cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(files, "HfApi", DeadHub)
+    monkeypatch.setattr(hub_listing, "HfApi", DeadHub)
     with caplog.at_level(logging.WARNING):
         series = HubSource(REPO, cache_dir=hub_cache).checkpoints()
     assert [c.step for c in series] == [1, 2, 4, 10]

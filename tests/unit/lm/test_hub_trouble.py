@@ -12,13 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[3]
 
 SCRIPT = """
-import contextlib, json, logging, os, sys
+import contextlib, json, logging, os, sys, types
 from tests.hub_server import HubServer
 
 hub = HubServer()
 os.environ.update(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HOME=sys.argv[1], HF_HUB_DISABLE_PROGRESS_BARS="1")
 from huggingface_hub import constants
-from saetrack.lm import files, hub_cache
+from saetrack.lm import files, hub_cache, hub_listing
 
 constants.DOWNLOAD_CHUNK_SIZE = 1000  # of 10 MB: what has come of a chunk that is not whole is asked for again
 for step in range(12):
@@ -37,8 +37,10 @@ def fetch(name, revision):
         content = {p.name: p.read_bytes() for p in folder.iterdir()}
         said[name] = {"whole": content == hub.branches[revision], "asked": list(hub.asked)}
 
+pauses = []
+hub_cache.time = types.SimpleNamespace(sleep=pauses.append)
 hub.faults = {
-    "INFO step0": [503, 429],
+    "INFO step0": [503, {"Retry-After": "7"}, {"RateLimit": '"api";r=0;t=55'}, "cut"],
     "GET step1/model.safetensors": [429],
     "GET step2/model.safetensors": ["cut"],
     "GET step3/model.safetensors": [503],
@@ -46,6 +48,7 @@ hub.faults = {
     "GET step5/model.safetensors": [503] * 5,
 }
 fetch("busy for a revision", "step0")
+said["pauses"] = list(pauses)
 fetch("busy for a file, 429", "step1")
 fetch("cut", "step2")
 fetch("busy for a file, 503", "step3")
@@ -53,7 +56,7 @@ fetch("flipped", "step4")
 fetch("flipped, again", "step4")
 fetch("down", "step5")
 fetch("down, again", "step5")
-files.hub_files("me/llm", "step6")
+hub_listing.hub_files("me/llm", "step6")
 gone = hub.branches.pop("step6")
 fetch("gone", "step6")
 fetch("there already", "step3")
@@ -108,12 +111,12 @@ said["watched"] = looks
 
 hub.stop()
 fetch("no network, asked before", "step3")
-files.forget_hub()
+hub_listing.forget_hub()
 log = []
 handler = logging.Handler()
 handler.emit = lambda record: log.append(record.getMessage())
 logging.getLogger("saetrack").addHandler(handler)
-branches = files.hub_branches("me/llm")
+branches = hub_listing.hub_branches("me/llm")
 local = {s: files.local_folder("me/llm", f"step{s}") for s in range(12)}
 held = [s for s, folder in local.items() if folder and files.fetch("me/llm", f"step{s}") == folder]
 said["no network"] = {"branches": branches, "held": held, "log": log}
@@ -144,7 +147,7 @@ WEIGHTS = "model.safetensors"
 @pytest.mark.parametrize(
     ("trouble", "asked"),
     [
-        ("busy for a revision", ["INFO step0"] * 3 + ["GET step0/config.json", f"GET step0/{WEIGHTS}"]),
+        ("busy for a revision", ["INFO step0"] * 5 + ["GET step0/config.json", f"GET step0/{WEIGHTS}"]),
         ("busy for a file, 429", ["INFO step1", "GET step1/config.json", *[f"GET step1/{WEIGHTS}"] * 2]),
         ("busy for a file, 503", ["INFO step3", "GET step3/config.json", *[f"GET step3/{WEIGHTS}"] * 2]),
         (
@@ -157,6 +160,10 @@ def test_passing_trouble_is_sat_out_and_what_has_come_is_not_asked_for_again(
     said: dict[str, dict[str, Any]], trouble: str, asked: list[str]
 ) -> None:
     assert said[trouble] == {"whole": True, "asked": asked}
+
+
+def test_the_pause_is_the_one_that_the_hub_names(said: dict[str, Any]) -> None:
+    assert said["pauses"] == [0.0, 7.0, 56.0, 8.0]  # Retry-After, the same, RateLimit, and none: the fourth of our own
 
 
 def test_a_file_with_other_bytes_is_refused_and_fetched_anew(said: dict[str, dict[str, Any]]) -> None:

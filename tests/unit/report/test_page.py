@@ -1,4 +1,5 @@
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -7,13 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from saetrack.analysis import AnalysisResult
+from saetrack.analysis import figures as look
 from saetrack.analysis.identity import Identity
 from saetrack.analysis.sweep import run_analyses
 from saetrack.cli import main
 from saetrack.report import write_report
 from saetrack.report.contexts import Vocabulary, read_text
 from saetrack.report.data import Results
-from saetrack.report.features import columns
+from saetrack.report.features import columns, curves, life, match
 from saetrack.report.overview import section, sections
 from saetrack.track import Track
 
@@ -181,3 +184,81 @@ def test_phases_show_every_perspective_and_its_boundaries(track: Track) -> None:
     (figure,) = next(s for s in sections(Results(track)) if s["id"] == "phases")["figures"]
     assert figure["perspectives"] == ["drift, step", "model loss, step"]
     assert figure["marks"] == [{"perspective": "drift, step", "step": 4, "low": 1, "high": 10}]
+
+
+def add_plugin(track: Track) -> None:
+    """The result of an analysis that the report does not know."""
+    figure, (ax,) = look.small_multiples(1)
+    ax.plot([0, 1], [0, 1])
+    table = pd.DataFrame({"step": [0, 10], "name": ["=a", None], "value": [0.5, np.nan]})
+    AnalysisResult(
+        tables={"few": table, "many": pd.DataFrame({"x": range(3000)})},
+        figures={"curve": figure},
+        scalars={"how_much": {0: 0.25, 4: 0.5, 10: math.nan}, "once": {10: 1.0}},
+        settings={"seed": 3},
+        summary="A plugin's.",
+        captions={"curve": "What it shows."},
+    ).save(track.analyses_dir / "my_plugin")
+
+
+def test_an_analysis_that_the_report_does_not_know_has_its_section(track: Track) -> None:
+    add_plugin(track)
+    found = sections(Results(track))[-1]
+    assert (found["id"], found["title"], found["summary"]) == ("my_plugin", "My plugin", "A plugin's.")
+    line, picture = found["figures"]  # a scalar of one step is no curve
+    assert line["lines"][0]["values"] == [0.25, None, 0.5, None]
+    assert picture["svg"].lstrip().startswith("<?xml")
+    assert picture["note"] == "What it shows."
+    assert found["tables"] == [{"name": "few", "rows": [["step", "name", "value"], [0, "=a", 0.5], [10, None, None]]}]
+
+
+def test_effects_are_drawn_for_each_measure_beside_another_features_direction(track: Track) -> None:
+    rows = [
+        {"step": step, "measure": measure, "quantity": quantity, "mean": size * factor, "low": 0.0, "high": 1.0}
+        for step in track.steps
+        for measure, factor in (("loss", 1), ("divergence", 2))
+        for quantity, size in (("effect", 0.5), ("null", 0.2), ("excess", 0.3))
+    ]
+    AnalysisResult(tables={"population": pd.DataFrame(rows)}).save(track.analyses_dir / "causal")
+    loss, divergence = section(Results(track), "causal")["figures"]
+    assert [(line["name"], line["values"][0], line["null"]) for line in loss["lines"]] == [
+        ("without the feature", 0.5, False),
+        ("excess", 0.3, False),
+        ("without another feature's direction", 0.2, True),
+    ]
+    assert divergence["lines"][0]["values"] == [1.0] * 4
+    assert loss["id"] != divergence["id"]
+
+
+def test_life_is_empty_where_a_feature_is_dead_and_dark_where_it_is_itself(track: Track) -> None:
+    strip = life(Results(track))
+    assert strip[5].tolist() == [0, 0, 0, 0]
+    assert strip[7, 0] == 255  # where it begins
+    correlation = track[2].features["functional_correlation"][7]
+    assert strip[7, 2] == pytest.approx(1 + 254 * max(correlation, 0), abs=0.51)
+
+
+def test_firing_frequency_has_wilsons_interval_and_the_quartiles_of_all(track: Track) -> None:
+    for snapshot in track:
+        facts = {**snapshot.metadata, "evaluation_tokens": 180}
+        (snapshot.path / "metadata.json").write_text(json.dumps(facts))
+    frequency = next(f for f in curves(Results(Track.open(track.path))).of(5) if f["title"] == "Firing frequency")
+    dead, usual = frequency["lines"]
+    assert dead["low"].tolist() == [0, 0, 0, 0]
+    assert dead["high"] == pytest.approx([1.96**2 / (180 + 1.96**2)] * 4, rel=1e-4)  # Wilson's at 0 of 180
+    firing = track[1].features["firing_frequency"].to_numpy()
+    assert usual["values"][1] == pytest.approx(np.median(firing[firing > 0]), rel=1e-5)
+
+
+def test_features_of_one_llm_are_matched_with_those_that_live_in_the_other_track(track: Track, analysed: Path) -> None:
+    other = Track.open(analysed)
+    found = match(track, other)
+    assert found is not None
+    indices, cosines, chance = found
+    living = ~other[-1].features["dead"]
+    assert indices[living].tolist() == np.flatnonzero(living).tolist()  # each is nearest to itself
+    assert cosines[living] == pytest.approx(1, abs=1e-5)
+    assert cosines[5] < 1  # which is dead there
+    assert 0.3 < chance < 0.95  # of 63 directions in 16 dimensions
+    other.facts["model"] = "another"
+    assert match(track, other) is None

@@ -1,7 +1,8 @@
 """Each class beside SAELens's training class of the same kind: equal weights, latents, reconstruction, gradients.
 
-SAELens sums the squared error over d_in where these classes divide by d_in (JumpReLU, Gated) or by the batch's variance
-(BatchTopK, Matryoshka), so each term is compared after that factor; in float64, for some are differences.
+SAELens sums the squared error over d_in where these classes divide by d_in (Standard, JumpReLU, Gated) or by the
+batch's variance (BatchTopK, Matryoshka), so each term is compared after that factor; in float64, for some are
+differences.
 ``rescale_acts_by_decoder_norm`` is off there, and decoder rows have norm 1 where SAELens weighs a penalty by it.
 """
 
@@ -12,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from saetrack.sae import SAE, BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE
+from saetrack.sae import SAE, BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, StandardSAE
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its imports (transformer_lens, ...) warn of deprecations of their own
-    from sae_lens.saes import batchtopk_sae, gated_sae, jumprelu_sae, matryoshka_batchtopk_sae
+    from sae_lens.saes import batchtopk_sae, gated_sae, jumprelu_sae, matryoshka_batchtopk_sae, standard_sae
     from sae_lens.saes.sae import TrainStepInput
 
 D, LATENTS, N = 16, 64, 48
@@ -48,6 +49,8 @@ def lens_of(sae: SAE) -> Any:
         if isinstance(sae, JumpReLUSAE):
             config = jumprelu_sae.JumpReLUTrainingSAEConfig(jumprelu_bandwidth=sae.bandwidth, **common)
             lens: Any = jumprelu_sae.JumpReLUTrainingSAE(config)
+        elif isinstance(sae, StandardSAE):
+            lens = standard_sae.StandardTrainingSAE(standard_sae.StandardTrainingSAEConfig(**common))
         elif isinstance(sae, GatedSAE):
             lens = gated_sae.GatedTrainingSAE(gated_sae.GatedTrainingSAEConfig(**common))
         else:
@@ -117,7 +120,30 @@ def test_batch_selection(sae: BatchTopKSAE | MatryoshkaSAE, n_dead: int) -> None
     assert len(theirs.losses) == (3 if isinstance(sae, MatryoshkaSAE) else 1)
 
 
-def test_jumprelu() -> None:
+def test_standard() -> None:
+    sae, free = started(StandardSAE(D, 4, l1_coefficient=0.5)), StandardSAE(D, 4, l1_coefficient=0.0).double()
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.linspace(0.5, 2.0, LATENTS)[:, None])  # the penalty is weighted by the norms in both
+    free.load_state_dict(sae.state_dict())
+    lens, x = lens_of(sae), activations(5)
+    ours, theirs = sae.loss(x), lens_step(lens, x)
+    torch.testing.assert_close(sae.encode(x), theirs.feature_acts, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.x_hat, theirs.sae_out, rtol=1e-5, atol=1e-5)
+    assert ours.terms["sparsity"].item() == pytest.approx(theirs.losses["l1_loss"].item() / D**0.5, rel=1e-5)
+    names = [name for name, _ in sae.named_parameters()]
+    error = gradients(free.loss(x).loss, free, names)
+    agree(error, gradients(theirs.losses["mse_loss"], lens, names), 1 / D)
+    both = gradients(ours.loss, sae, names)
+    penalty = {name: (both[name] - error[name]) / 0.5 for name in names}
+    agree(penalty, gradients(theirs.losses["l1_loss"], lens, names), 1 / D**0.5)
+
+
+each_step = pytest.mark.parametrize("few", [0.0, 1.0], ids=["dense step", "sparse step"])
+
+
+@each_step
+def test_jumprelu(few: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saetrack.sae.select._FEW", few)
     sae = started(JumpReLUSAE(D, 4, l0_coefficient=0.5, bandwidth=0.2))
     free = JumpReLUSAE(D, 4, l0_coefficient=0.0, bandwidth=0.2).double()
     free.load_state_dict(sae.state_dict())
@@ -136,7 +162,9 @@ def test_jumprelu() -> None:
     assert not any(penalty[name].any() for name in names if name != "threshold")
 
 
-def test_gated() -> None:
+@each_step
+def test_gated(few: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saetrack.sae.select._FEW", few)
     sae, free = started(GatedSAE(D, 4, l1_coefficient=0.5)), GatedSAE(D, 4, l1_coefficient=0.0).double()
     free.load_state_dict(sae.state_dict())
     lens, x = lens_of(sae), activations(5)

@@ -9,8 +9,9 @@ from torch import Tensor
 from saetrack.sae import SAE, BatchTopKSAE, MatryoshkaSAE
 from saetrack.sae.batch_selection import BatchSelectionSAE
 from saetrack.sae.matryoshka import default_prefixes
-from saetrack.sae.select import Workspace, select_batch_topk
+from saetrack.sae.select import select_batch_topk
 from saetrack.sae.sparse import Latents, Selection
+from saetrack.sae.workspace import Workspace
 
 MAKE: dict[str, Callable[[], BatchSelectionSAE]] = {
     "batchtopk": lambda: BatchTopKSAE(8, 4, k=3),

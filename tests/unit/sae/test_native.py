@@ -11,7 +11,8 @@ from torch import Tensor
 
 from saetrack.sae import TopKSAE, native, use_kernels
 from saetrack.sae.select import largest
-from saetrack.sae.sparse import Selection, row_dots
+from saetrack.sae.sparse import Selection, decode_at, latent_sums, row_dots
+from saetrack.sae.workspace import Workspace
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 
@@ -80,6 +81,102 @@ def test_a_step_is_that_of_pytorch_and_repeats_to_the_bit(kernels: None) -> None
         assert torch.equal(mine, second)
         torch.testing.assert_close(mine, third, rtol=1e-6, atol=1e-7)  # AuxK's dense products may differ in a bit
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("d", [7, 64, 515], ids=lambda d: f"width {d}")
+@pytest.mark.parametrize("own", [False, True], ids=["by the reconstruction", "and a gradient of their own"])
+def test_the_backward_pass_is_that_of_pytorch(d: int, own: bool, kernels: None) -> None:
+    chosen, x, grad, W_dec = selection(50, 300), numbers(50, d), numbers(50, d, seed=1), numbers(300, d, seed=2)
+    values, into_values = numbers(len(chosen.columns), seed=3).relu(), numbers(len(chosen.columns), seed=4)
+    found = native.backward(x, grad, W_dec, values, into_values if own else None, chosen, Workspace())
+    x_hat = native.decode(values, W_dec, numbers(d, seed=5), chosen.columns, chosen.offsets)
+    use_kernels("pytorch")
+    into_pre = (row_dots(grad, W_dec, chosen) + (into_values if own else 0)) * (values > 0)
+    expected = [
+        latent_sums(into_pre, x, chosen), latent_sums(into_pre, None, chosen), latent_sums(values, grad, chosen)
+    ]  # fmt: skip
+    for mine, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x_hat, decode_at(values, chosen, W_dec) + numbers(d, seed=5), rtol=1e-5, atol=1e-5)
+
+
+@needs_compiler
+def test_decoder_rows_and_their_gradient_are_put_in_order_as_by_pytorch(kernels: None) -> None:
+    sae = TopKSAE(70, 2)
+    with torch.no_grad():
+        sae.W_dec.copy_(numbers(140, 70))
+        sae.W_dec[3] = 0
+    sae.W_dec.grad = numbers(140, 70, seed=1)
+    twin = copy.deepcopy(sae)
+    twin.W_dec.grad = sae.W_dec.grad.clone()
+    for each, kind in ((sae, "native"), (twin, "pytorch")):
+        use_kernels(kind)  # type: ignore[arg-type]
+        each.remove_parallel_gradient_()
+        each.normalise_decoder_()
+    torch.testing.assert_close(sae.W_dec.grad, twin.W_dec.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae.W_dec, twin.W_dec, rtol=1e-6, atol=1e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("outlier", [1.0, 100.0], ids=["even directions", "one that is a hundred times the others"])
+@pytest.mark.parametrize("shape", [(500, 64, 1024, 16), (13, 7, 45, 45), (100, 130, 515, 1)], ids=str)
+def test_selection_by_8_bits_is_nearer_to_float32_than_bfloat16_is(
+    shape: tuple[int, int, int, int], outlier: float, kernels: None
+) -> None:
+    batch, d, d_sae, k = shape
+    x, weights, bias = numbers(batch, d), numbers(d_sae, d, seed=1), numbers(d_sae, seed=2)
+    x[:, 3] *= outlier
+    chosen = native.select(x, weights, bias, k, Workspace())
+    if chosen is None:
+        pytest.skip("this CPU has no VNNI, or has AMX")
+    columns, values = chosen
+    pre = x @ weights.T + bias
+    assert all(len(set(row)) == k for row in columns.tolist())
+    torch.testing.assert_close(values, pre.gather(1, columns), rtol=1e-4, atol=1e-4 * outlier)
+    best = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, pre.topk(k, dim=1).indices, True) & (pre > 0)
+
+    def share(taken: Tensor) -> float:
+        return (best.gather(1, taken).sum() / best.sum()).item()
+
+    low = x.bfloat16() @ weights.bfloat16().T + bias.bfloat16()
+    assert share(columns) >= max(0.995, share(low.float().topk(k, dim=1).indices))
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_activation_shows_in_the_loss(bad: float, kernels: None) -> None:
+    sae, x = TopKSAE(32, 16, k=8), numbers(64, 32)
+    sae.initialise(x, torch.Generator().manual_seed(0))
+    x[3, 2] = bad
+    for precision in (torch.float32, torch.bfloat16):
+        sae.precision = precision
+        assert not torch.isfinite(sae.loss(x).loss)
+
+
+@needs_compiler
+def test_gradients_kept_from_a_step_before_are_left_alone(kernels: None) -> None:
+    """Their memory is lent again, but only once nobody holds it."""
+    sae, x = TopKSAE(32, 16, k=8), numbers(256, 32)
+    sae.initialise(x, torch.Generator().manual_seed(0))
+    sae.loss(x).loss.backward()
+    assert sae.W_dec.grad is not None
+    memory, part, kept = sae.W_dec.grad.data_ptr(), sae.W_dec.grad[5:], sae.W_dec.grad[5:].clone()
+    sae.zero_grad()
+    sae.loss(numbers(256, 32, seed=1)).loss.backward()
+    assert sae.W_dec.grad.data_ptr() != memory
+    assert torch.equal(part, kept)
+    sae.loss(numbers(256, 32, seed=1)).loss.backward()  # a second gradient is added to the first
+    twice = sae.W_dec.grad.clone()
+    del part
+    sae.zero_grad()
+    sae.loss(numbers(256, 32, seed=1)).loss.backward()
+    memory = sae.W_dec.grad.data_ptr()
+    torch.testing.assert_close(twice, 2 * sae.W_dec.grad)
+    sae.zero_grad()
+    sae.loss(x).loss.backward()
+    assert sae.W_dec.grad.data_ptr() == memory
+    torch.testing.assert_close(sae.W_dec.grad[5:], kept)
 
 
 @needs_compiler

@@ -86,7 +86,11 @@ def test_encoding_and_decoding_match_the_formula(make: Callable[..., SAE]) -> No
 
 @each_class
 @pytest.mark.parametrize("n_dead", [None, 0, 2, 9], ids=["none given", "none dead", "fewer than aux_k", "more"])
-def test_the_loss_is_the_one_in_the_docstring(make: Callable[..., SAE], n_dead: int | None) -> None:
+@pytest.mark.parametrize("few", [0.0, 1.0], ids=["dense", "sparse"])
+def test_the_loss_is_the_one_in_the_docstring(
+    make: Callable[..., SAE], n_dead: int | None, few: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saetrack.sae.select._FEW", few)
     sae, x = started(make, aux_coefficient=0.25, aux_k=4), activations(seed=6)
     with torch.no_grad():
         sae.encoder_bias.sub_(0.8)  # so that for some activations fewer than k pre-activations are positive

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from saetrack.sae import sparse
-from saetrack.sae.select import Workspace, select_topk
+from saetrack.sae.select import select_topk
 from saetrack.sae.sparse import Selection, activation_sums, decode_at, encode_at, latent_sums, row_dots
+from saetrack.sae.workspace import Workspace
 
 D_IN, D_SAE, BATCH = 6, 12, 7
 
@@ -138,7 +139,7 @@ def test_gradients_have_the_layout_of_the_parameter_and_are_not_copied() -> None
 def test_selection_takes_the_k_largest(d_sae: int, k: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saetrack.sae.select._CHUNK_NUMBERS", chunk)
     x, W_enc, b_enc = numbers(9, D_IN), numbers(d_sae, D_IN, seed=1).T, numbers(d_sae, seed=2)
-    selection = select_topk(x, W_enc, b_enc, k, torch.float32, Workspace())
+    selection, _ = select_topk(x, W_enc, b_enc, k, torch.float32, Workspace())
     assert selection.offsets.tolist() == list(range(0, 9 * k + 1, k))
     for row, taken in zip((x @ W_enc + b_enc).tolist(), selection.columns.view(9, k).tolist(), strict=True):
         assert len(set(taken)) == k
@@ -149,13 +150,13 @@ def test_selection_takes_the_k_largest(d_sae: int, k: int, chunk: int, monkeypat
 def test_among_negative_pre_activations_the_positive_ones_are_found() -> None:
     x, W_enc = torch.ones(3, 1), torch.full((512, 1), -1.0).T.clone()
     W_enc[0, [7, 300, 511]] = torch.tensor([1e-30, 2.0, 0.5])
-    taken = select_topk(x, W_enc, torch.zeros(512), 4, torch.float32, Workspace()).columns.view(3, 4)
+    taken = select_topk(x, W_enc, torch.zeros(512), 4, torch.float32, Workspace())[0].columns.view(3, 4)
     assert all({7, 300, 511} <= set(row) for row in taken.tolist())
 
 
 def test_selection_in_bfloat16_misses_only_near_ties() -> None:
     x, W_enc, b_enc = numbers(500, 64), numbers(256, 64, seed=1).T, numbers(256, seed=2)
-    selection = select_topk(x, W_enc, b_enc, 16, torch.bfloat16, Workspace())
+    selection, _ = select_topk(x, W_enc, b_enc, 16, torch.bfloat16, Workspace())
     pre = x @ W_enc + b_enc
     taken = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, selection.columns.view(500, 16), True)
     best = torch.zeros_like(taken).scatter_(1, pre.topk(16, dim=1).indices, True)

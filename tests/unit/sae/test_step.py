@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from saetrack.sae import SAE, SAETrackSAE, StandardSAE, TopKSAE
+from saetrack.sae import (
+    SAE,
+    BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    SAETrackSAE,
+    StandardSAE,
+    TopKSAE,
+)
 from saetrack.sae.precision import has_bfloat16
 
 D_IN, BATCH = 32, 256
@@ -16,6 +25,10 @@ CLASSES: dict[str, Callable[[], SAE]] = {
     "topk": lambda: TopKSAE(D_IN, 8, k=8, aux_k=12, aux_coefficient=0.5),
     "standard": lambda: StandardSAE(D_IN, 8, aux_k=12, aux_coefficient=0.5),
     "saetrack": lambda: SAETrackSAE(D_IN, 8, l1_coefficient=0.01, aux_k=12, aux_coefficient=0.5),
+    "batchtopk": lambda: BatchTopKSAE(D_IN, 8, k=8, aux_k=12, aux_coefficient=0.5),
+    "matryoshka": lambda: MatryoshkaSAE(D_IN, 8, k=8, aux_k=12, aux_coefficient=0.5),
+    "jumprelu": lambda: JumpReLUSAE(D_IN, 8, bandwidth=0.5, aux_k=12, aux_coefficient=0.5),
+    "gated": lambda: GatedSAE(D_IN, 8, aux_k=12, aux_coefficient=0.5),
 }
 each_class = pytest.mark.parametrize("make", CLASSES.values(), ids=CLASSES.keys())
 needs_bfloat16 = pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="this CPU has no bfloat16")
@@ -29,7 +42,7 @@ def started(make: Callable[[], SAE]) -> SAE:
     sae, generator = make(), torch.Generator().manual_seed(1)
     sae.initialise(activations(0), generator)
     with torch.no_grad():
-        for parameter in (sae.W_enc, sae.b_enc, sae.b_dec):
+        for parameter in (sae.W_enc, sae.encoder_bias, sae.b_dec):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return sae
 

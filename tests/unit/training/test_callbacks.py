@@ -1,7 +1,9 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -133,10 +135,20 @@ def test_the_charts_begin_with_the_tracks_quality_and_every_one_of_them_has_curv
     layout = layout_pb2.Layout()
     layout.ParseFromString(fit.events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val[0])
     assert [category.title for category in layout.category] == ["quality by LLM step", "training by optimizer step"]
-    assert list(layout.category[0].chart[0].multiline.tag) == ["track/fvu_before", "track/fvu"]
-    named = {tag for category in layout.category for chart in category.chart for tag in chart.multiline.tag}
-    untrained = {"track/ce_recovered_zero", "track/ce_recovered_mean"}  # not defined on the tiny LLM
-    assert named - untrained <= set(fit.events.Tags()["scalars"])
+    scalars = fit.events.Tags()["scalars"]
+    charts = {
+        chart.title: [tag for pattern in chart.multiline.tag for tag in scalars if re.search(pattern, tag)]
+        for category in layout.category
+        for chart in category.chart
+    }
+    assert next(iter(charts.values())) == ["track/fvu_shift", "track/fvu_before", "track/fvu"]
+    assert all(charts.values())
+
+
+def test_a_text_says_what_was_tracked_and_how_to_read_it(fit: Fit) -> None:
+    (event,) = fit.events.Tensors("about/how_to_read/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert f"hookpoints `{HOOKPOINT}`, 3 LLM checkpoints from step 0 to 10" in text
 
 
 def test_the_recipe_stands_beside_the_last_snapshots_numbers(fit: Fit) -> None:
@@ -168,7 +180,12 @@ def test_the_projector_holds_the_alive_decoder_rows(fit: Fit) -> None:
     rows = [[float(v) for v in line.split("\t")] for line in tensors.read_text().splitlines()]
     last = fit.fitted.track[-1]
     alive = last.features.index[~last.features["dead"]].tolist()
-    assert [int(line.split()[0]) for line in labels.read_text().splitlines()] == alive
+    header, *lines = [line.split("\t") for line in labels.read_text().splitlines()]
+    assert header == ["feature", "firing_frequency_log10"]  # and the class, where semantics was run
+    assert [int(line[0]) for line in lines] == alive
+    assert [float(line[1]) for line in lines] == pytest.approx(
+        np.log10(last.features["firing_frequency"][alive]), abs=0.005
+    )
     expected = torch.nn.functional.normalize(last.tensor("W_dec")[alive], dim=1)
     torch.testing.assert_close(torch.tensor(rows), expected, rtol=1e-4, atol=1e-4)
 

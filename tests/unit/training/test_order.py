@@ -248,7 +248,7 @@ def test_an_sae_that_does_not_fit_is_refused(
     start = read_start(planted(tmp_path / "planted", make(), imported), [HOOKPOINT])
     assert start is not None
     own = TopKSAE(16, 4, k=4)
-    module: Any = SimpleNamespace(build_sae=lambda _: own, sae=lambda _: own)
+    module: Any = SimpleNamespace(build_sae=lambda *_: own, sae=lambda _: own, sae_setting=lambda _: "model.sae")
     with pytest.raises(ValueError, match=message) as refused:
         start.saes(module)
     assert "\n" not in str(refused.value)

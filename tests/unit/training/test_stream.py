@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 
 import numpy as np
@@ -7,11 +7,13 @@ import torch
 from transformers import GPTNeoXForCausalLM
 
 from saetrack.lm import LLMCheckpoint, TokenRows, read_activations
-from saetrack.training.stream import ROWS_PER_FORWARD, ActivationStream, Batch, StageOrder, harvest
+from saetrack.training.stream import ROWS_PER_FORWARD, ActivationStream, Batch, StageOrder, forwards, harvest
 
 HOOKPOINT = "gpt_neox.layers.0"
 CONTEXT = 16
 BATCH = 64
+
+Filled = Generator[float, None, Batch]
 
 
 def rows_with_bos(n: int, seed: int = 0) -> TokenRows:
@@ -33,12 +35,14 @@ def positions(indices: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(places[ROWS.usable(indices)])[:, None]
 
 
-def stream(order: StageOrder) -> ActivationStream:
-    def fill(chunk: int) -> Batch:
+def stream(order: StageOrder, ahead: bool = False) -> ActivationStream:
+    def fill(chunk: int) -> Filled:
         x = positions(order.chunk_rows(chunk))
+        yield 0.5
+        yield 1.0
         return Batch({HOOKPOINT: x, "other": -x}, {HOOKPOINT: 2 * x})
 
-    return ActivationStream(order, fill)
+    return ActivationStream(order, fill, ahead=ahead)
 
 
 def batches(order: StageOrder) -> list[torch.Tensor]:
@@ -124,8 +128,9 @@ def test_a_batch_reached_directly_is_the_batch_reached_by_reading(position: int)
 def test_a_resumed_stream_fills_no_chunk_that_is_done() -> None:
     filled: list[int] = []
 
-    def fill(chunk: int) -> Batch:
+    def fill(chunk: int) -> Filled:
         filled.append(chunk)
+        yield 1.0
         return Batch({HOOKPOINT: positions(ORDER.chunk_rows(chunk))}, {})
 
     resumed = ActivationStream(ORDER, fill)
@@ -143,14 +148,68 @@ def test_a_stage_that_ends_early_serves_the_same_batches_up_to_there() -> None:
     assert all(torch.equal(a, b) for a, b in zip(rest, batches(ORDER)[3:9], strict=True))
 
 
+@pytest.mark.parametrize("state", [{"position": 0, "end": 25}, {"position": 6, "end": 25}, {"position": 3, "end": 9}])
+def test_a_stream_that_works_ahead_serves_the_same_batches(state: dict[str, int]) -> None:
+    """From the beginning, resumed within a chunk, and where the stage ends early."""
+    usual, ahead = stream(ORDER), stream(ORDER, ahead=True)
+    for reading in (usual, ahead):
+        reading.load_state_dict(state)
+    pairs = list(zip(usual, ahead, strict=True))
+    assert len(pairs) == state["end"] - state["position"]
+    for a, b in pairs:
+        assert all(torch.equal(a.now[h], b.now[h]) for h in a.now)
+        assert all(torch.equal(a.before[h], b.before[h]) for h in a.before)
+
+
+def test_the_next_chunk_is_made_in_equal_parts_between_the_batches_of_this_one() -> None:
+    done: list[tuple[int, float]] = []
+
+    def fill(chunk: int) -> Filled:
+        for i in range(8):
+            done.append((chunk, (i + 1) / 8))
+            yield (i + 1) / 8
+        return Batch({HOOKPOINT: positions(ORDER.chunk_rows(chunk))}, {})
+
+    seen = [done[-1] for _, _ in zip(ActivationStream(ORDER, fill, ahead=True), range(8), strict=False)]
+    # the first chunk is made at once; four batches each, so a quarter of the next before each of them
+    assert seen == [(chunk, share) for chunk in (1, 2) for share in (0.25, 0.5, 0.75, 1.0)]
+    done.clear()
+    short = ActivationStream(ORDER, fill, ahead=True)
+    short.end = 4
+    assert len(list(short)) == 4
+    assert {chunk for chunk, _ in done} == {0}  # a chunk that the stage does not come to is not begun
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_works_ahead_serves_the_same_bits(make_llm: Callable[..., GPTNeoXForCausalLM]) -> None:
+    """The LLM runs on a stream of its own while the main one is kept busy, as by training."""
+    llm = make_llm(0).cuda()
+
+    def fill(chunk: int) -> Filled:
+        indices = ORDER.chunk_rows(chunk)
+        x = torch.empty(int(ROWS.usable(indices).sum()), 16, device="cuda")
+        for forward in forwards(llm, ROWS, [HOOKPOINT], indices, {HOOKPOINT: x}):
+            yield (forward.number + 1) * ROWS_PER_FORWARD / len(indices)
+        return Batch({HOOKPOINT: x}, {})
+
+    usual = [b.now[HOOKPOINT].clone() for b in ActivationStream(ORDER, fill)]
+    busy = torch.randn(2048, 2048, device="cuda")
+    ahead = []
+    for batch in ActivationStream(ORDER, fill, ahead=True):
+        busy = (busy @ busy).sin()
+        ahead.append(batch.now[HOOKPOINT].clone())
+    assert all(torch.equal(a, b) for a, b in zip(usual, ahead, strict=True))
+
+
 def test_what_was_before_is_at_the_same_positions() -> None:
     for batch in stream(ORDER):
         assert torch.equal(batch.before[HOOKPOINT], 2 * batch.now[HOOKPOINT])
 
 
 def test_lanes_of_a_module_see_the_same_activations_in_an_order_of_their_own() -> None:
-    def fill(chunk: int) -> Batch:
+    def fill(chunk: int) -> Filled:
         x = positions(ORDER.chunk_rows(chunk))
+        yield 1.0
         return Batch({"module@a": x, "module@b": x}, {"module@b": -x})
 
     got = list(ActivationStream(ORDER, fill))
@@ -214,9 +273,10 @@ def test_a_budget_below_one_batch_is_refused() -> None:
 def stream_without(order: StageOrder, over: dict[str, float], sinks: np.ndarray) -> ActivationStream:
     """Activations are their place in the corpus; those of ``sinks`` have a norm of their own, 1e6 times theirs."""
 
-    def fill(chunk: int) -> Batch:
+    def fill(chunk: int) -> Filled:
         x = positions(order.chunk_rows(chunk)).double() + 1
         x[torch.isin(x[:, 0].long() - 1, torch.from_numpy(sinks))] *= 1e6
+        yield 1.0
         return Batch({HOOKPOINT: x, "other": -x}, {HOOKPOINT: 2 * x})
 
     return ActivationStream(order, fill, lambda: over)
@@ -264,6 +324,23 @@ def test_harvest_gives_the_usable_activations_in_reading_order(
     x = read_activations(llm, tokens, [HOOKPOINT])[HOOKPOINT]
     by_hand = [x[r, c] for r in range(n) for c in range(CONTEXT) if tokens[r, c] != 0]
     torch.testing.assert_close(torch.cat([a[HOOKPOINT] for _, a in got]), torch.stack(by_hand), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_buffer_is_filled_with_what_a_harvest_gives(
+    make_llm: Callable[..., GPTNeoXForCausalLM], dtype: torch.dtype
+) -> None:
+    llm, indices = make_llm(0).to(dtype), np.arange(2 * ROWS_PER_FORWARD + 3)
+    expected = torch.cat(
+        [x[HOOKPOINT] for _, x in harvest(llm, LLMCheckpoint("m", None, 0), ROWS, [HOOKPOINT], indices)]
+    )
+    assert expected.dtype == torch.float32
+    buffer = torch.full_like(expected, torch.nan)
+    places = [
+        f.activations[HOOKPOINT].data_ptr() for f in forwards(llm, ROWS, [HOOKPOINT], indices, {HOOKPOINT: buffer})
+    ]
+    assert torch.equal(buffer, expected)
+    assert places[0] == buffer.data_ptr()  # views of it, no copies
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=["NaN", "infinite"])

@@ -17,22 +17,24 @@ function number(value, percent = false) {
   if (percent) return value !== 0 && Math.abs(value) < 0.001 ? `${+(100 * value).toPrecision(1)} %` : `${(100 * value).toFixed(1)} %`;
   const size = Math.abs(value);
   if (size >= 1000 || Number.isInteger(value)) return thousands(Math.round(value));
-  return value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : 3).replace("-", "−");
+  if (size < 0.0005) return value.toExponential(1).replaceAll("-", "−");
+  return value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3).replace("-", "−");
 }
 
 // One scale for every figure: where a step lies, and which ticks fit.
-function stepAxis(steps, kind, width) {
+function stepAxis(steps, kind, width, range) {
   const between = d3.scaleLinear(steps.length > 1 ? steps : [steps[0], steps[0] + 1], d3.range(Math.max(2, steps.length)));
   const place = { log: (s) => Math.log2(1 + s), linear: (s) => s, index: between }[kind];
   const inverse = new Map(steps.map((s) => [place(s), s]));
-  const room = width / (place(steps.at(-1)) - place(steps[0]) || 1);
+  const [first, last] = (kind === "index" || !range ? [steps[0], steps.at(-1)] : range).map(place);
+  const room = width / (last - first || 1);
   const ticks = [];
   for (const step of steps) {
     if (!ticks.length || (place(step) - ticks.at(-1)) * room > 34) ticks.push(place(step));
   }
   const axis = { label: `LLM step${kind === "log" ? ", log" : kind === "index" ? ", evenly spaced" : ""}`, labelArrow: "none",
-    type: "linear", ticks, tickFormat: (p) => shortStep(inverse.get(p)), domain: [place(steps[0]), place(steps.at(-1))] };
-  if (steps.length === 1) axis.domain = [axis.domain[0] - 1, axis.domain[0] + 1];
+    type: "linear", ticks, tickFormat: (p) => shortStep(inverse.get(p)), domain: [first, last] };
+  if (first === last) axis.domain = [first - 1, first + 1];
   return { place, axis };
 }
 
@@ -48,6 +50,7 @@ function asImage(plot) {
 }
 
 function colourOf(line, index) {
+  if (line.grey) return "var(--c6)";
   return line.null ? NULL_COLOUR : COLOURS[index % COLOURS.length];
 }
 
@@ -76,12 +79,16 @@ function yScale(figure, domain) {
 }
 
 function drawLines(figure, steps, kind, width, options = {}) {
-  const { place, axis } = stepAxis(steps, kind, width - 60);
+  const { place, axis } = stepAxis(steps, kind, width - 60, options.range);
   const marks = [Plot.ruleX([axis.domain[0]], { stroke: "var(--line)" })];
   if (options.span) marks.push(Plot.rectX([options.span.map(place)], { x1: "0", x2: "1", fill: "var(--c1)", fillOpacity: 0.15 }));
   if (figure.kind === "stack") {
     const rows = figure.lines.flatMap((line) => steps.map((s, i) => ({ x: place(s), y: line.values[i] ?? 0, name: line.name })));
-    marks.push(Plot.areaY(rows, { x: "x", y: "y", fill: (d) => COLOURS[figure.lines.findIndex((l) => l.name === d.name) % COLOURS.length], z: "name", order: figure.lines.map((l) => l.name), stroke: "var(--paper)" }));
+    marks.push(Plot.areaY(rows, { x: "x", y: "y", fill: (d) => colourOf(...lineNamed(figure, d.name)), z: "name", order: figure.lines.map((l) => l.name), stroke: "var(--paper)" }));
+    for (const [textAnchor, names] of d3.group(areaNames(figure, steps), (d) => d.anchor)) {
+      const dx = { start: 6, middle: 0, end: -6 }[textAnchor];
+      marks.push(Plot.text(names, { x: (d) => place(d.step), y: "y", text: "name", fill: "var(--paper)", fontWeight: 600, textAnchor, dx }));
+    }
   } else {
     figure.lines.forEach((line, index) => {
       const rows = steps.map((s, i) => ({ x: place(s), y: line.values[i] ?? NaN, low: line.low?.[i] ?? NaN, high: line.high?.[i] ?? NaN }));
@@ -101,7 +108,24 @@ function drawLines(figure, steps, kind, width, options = {}) {
   if (options.now !== undefined) marks.push(Plot.ruleX([place(options.now)], { stroke: "var(--ink)", strokeOpacity: 0.55 }));
   marks.push(Plot.tip(steps.map((s, i) => ({ x: place(s), i })), Plot.pointerX({ x: "x", y: () => middle(figure), fill: "var(--paper)", stroke: "var(--line)",
     title: (d) => [`LLM step ${thousands(steps[d.i])}`, ...figure.lines.map((l) => `${l.name}: ${number(l.values[d.i], figure.percent)}`)].join("\n") })));
-  return Plot.plot(base(figure, width, options.height ?? 210, { x: axis, y: yScale(figure, options.domain), marks }));
+  return Plot.plot(base(figure, width, width > 520 ? 240 : 210, { x: axis, y: yScale(figure, options.domain), marks }));
+}
+
+function lineNamed(figure, name) {
+  const index = figure.lines.findIndex((line) => line.name === name);
+  return [figure.lines[index], index];
+}
+
+// The name of an area stands in it where it is widest, if it has room there.
+function areaNames(figure, steps) {
+  const below = steps.map(() => 0);
+  return figure.lines.flatMap((line) => {
+    const widest = d3.maxIndex(line.values, (v) => v ?? 0);
+    const y = below[widest] + (line.values[widest] ?? 0) / 2;
+    line.values.forEach((v, i) => { below[i] += v ?? 0; });
+    const anchor = widest === 0 ? "start" : widest === steps.length - 1 ? "end" : "middle";
+    return line.values[widest] > 0.1 ? [{ name: line.name, step: steps[widest], y, anchor }] : [];
+  });
 }
 
 function middle(figure) {
@@ -109,8 +133,8 @@ function middle(figure) {
   return figure.kind === "stack" ? 0.5 : (Math.min(...values) + Math.max(...values)) / 2;
 }
 
-function drawPhases(figure, steps, kind, width) {
-  const { place, axis } = stepAxis(steps, kind, width - 130);
+function drawPhases(figure, steps, kind, width, range) {
+  const { place, axis } = stepAxis(steps, kind, width - 130, range);
   const names = figure.perspectives;
   const marks = figure.marks.filter((m) => m.step !== null);
   return Plot.plot(base(figure, width, 60 + 34 * names.length, { marginLeft: 130, x: axis, y: { domain: names, label: null, type: "point", padding: 0.6 },

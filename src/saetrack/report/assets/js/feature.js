@@ -12,6 +12,12 @@ function featureHead(track, feature) {
   const place = order.indexOf(feature);
   const neighbour = (by, text) => h("button", { type: "button", disabled: order[place + by] === undefined, onclick: () => go({ feature: order[place + by] }) }, text);
   const facts = track.facts.columns.map((c) => h("div", {}, h("dt", { title: c.about }, c.title), h("dd", {}, cellText(track, c, feature))));
+  facts.unshift(h("div", {}, h("dt", { title: columnsOf(track)[2].about }, "Life"), h("dd", {}, lifeStrip(track, feature))));
+  const match = track.arrays.match?.values[feature];
+  if (match !== undefined) {
+    const other = tracks[1 - track.number];
+    facts.push(h("div", {}, h("dt", { title: "By decoder rows at the last checkpoints" }, `Nearest in ${other.letter}`), h("dd", {}, h("a", { href: `#feature=${match}&step=${other.steps.at(-1)}&track=${other.letter}` }, String(match)), " ", other.label(match).map(chip))));
+  }
   return h("section", { class: "card head" },
     h("div", { class: "line" }, h("h1", {}, `Feature ${feature}`, tracks.length > 1 ? ` of ${track.letter}` : ""), h("span", { class: "chips" }, track.label(feature).map(chip)),
       h("span", { class: "buttons" }, neighbour(-1, "← previous"), neighbour(1, "next →"), h("button", { type: "button", id: "copy", onclick: copyLink }, "Copy link"))),
@@ -35,6 +41,7 @@ async function copyLink() {
 function player(track, refresh) {
   const label = h("output", { for: "slider", id: "now" });
   const slider = h("input", { type: "range", id: "slider", min: 0, max: track.last, step: 1, value: state.place, list: "stops", "aria-label": "LLM checkpoint" });
+  const stops = h("datalist", { id: "stops" }, track.steps.map((step, place) => h("option", { value: place, label: String(step) })));
   const button = h("button", { type: "button", id: "play", onclick: () => {
     if (playing) stopPlaying();
     else {
@@ -53,7 +60,7 @@ function player(track, refresh) {
   };
   slider.addEventListener("input", () => { stopPlaying(); face(); move(Number(slider.value)); });
   face();
-  return { element: h("div", { class: "player card" }, button, slider, label), move };
+  return { element: h("div", { class: "player card", title: "Also by the keys , and ." }, button, slider, stops, label), move };
 }
 
 function contextColumns(track, details) {
@@ -93,7 +100,7 @@ function nearestCard(track, details) {
 }
 
 function absent(track, title, analysis) {
-  return h("section", { class: "card absent" }, h("h2", {}, title), h("p", {}, "Not computed for this track. Run ", h("code", {}, `saetrack analyze ${track.facts.about.name} --analyses+=${track.facts.missing[analysis] ?? analysis}`), ", then write the report again."));
+  return h("section", { class: "card absent" }, h("h2", {}, title), h("p", {}, "Not computed for this track. Run ", command(track, track.facts.missing[analysis] ?? analysis), ", then write the report again."));
 }
 
 function histogramCard(track, details) {
@@ -112,16 +119,15 @@ function histogramCard(track, details) {
 function turnsCard(track, details) {
   const values = details.get("turns");
   const rows = [["step", ...track.steps], ...track.steps.map((s, i) => [s, ...track.steps.map((_, j) => values[i * track.steps.length + j] / 127)])];
-  const figure = { title: "Trajectory of its direction", y: "cosine between its decoder rows at every two checkpoints", note: "A bright block is a time in which it kept its direction; yellow 1, violet 0.", rows, lines: [] };
+  const figure = { title: "Trajectory of its direction", y: "cosine between its decoder rows at every two checkpoints", note: "A bright block is a time in which it kept its direction.", rows, lines: [], scale: ["0", "1"] };
   return frame(figure, track.steps, (width) => drawMatrix(figure, track.steps, values, track.steps[state.place], width));
 }
 
 function curveFigure(track, details, spec, index) {
   const lines = spec.lines.map((line) => {
     const values = [...details.get(line.key)].map((v) => (Number.isFinite(v) ? v : null));
-    const error = line.error ? details.get(line.error) : null;
-    const shift = (sign) => values.map((v, i) => (v === null || !Number.isFinite(error[i]) ? null : v + sign * error[i]));
-    return { name: line.name, null: line.null, values, ...(error ? { low: shift(-1), high: shift(1), band: line.band } : {}) };
+    const edge = (end) => [...details.get(line[end])].map((v) => (Number.isFinite(v) ? v : null));
+    return { name: line.name, null: line.null, values, ...(line.band ? { low: edge("low"), high: edge("high"), band: line.band } : {}) };
   });
   if (spec.null) lines.push({ ...spec.null, null: true, bandOnly: spec.null.low !== undefined });
   return { kind: "lines", id: `curve-${index}`, title: spec.title, y: spec.y, domain: spec.domain ?? [null, null], percent: spec.percent, lines, marks: spec.marks };
@@ -137,8 +143,8 @@ function curveCard(track, details, spec, index) {
     if (ends.every(Number.isFinite) && ends[0] < ends[1]) options.span = ends;
     figure.note = options.mark === undefined ? "It has not formed by the rule of this track." : "The dashed rule is where it formed, shaded the 95 % interval of that step.";
   }
-  if (figure.lines.every((l) => l.values.every((v) => v === null))) return h("section", { class: "card absent" }, h("h3", {}, figure.title), h("p", {}, "Not computed for this feature: too few positions, or dead."));
-  return frame(figure, track.steps, (width) => drawLines(figure, track.steps, state.axis, width, options));
+  if (figure.lines.every((l) => l.null || l.values.every((v) => v === null))) return h("section", { class: "card absent" }, h("h3", {}, figure.title), h("p", {}, "Not computed for this feature: too few positions, or dead."));
+  return frame(figure, track.steps, (width) => drawLines(figure, track.steps, state.axis, width, { ...options, range: sharedRange() }));
 }
 
 // What changes with the slider; the rest of the page stays, and so does the focus.

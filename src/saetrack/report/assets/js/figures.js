@@ -54,13 +54,15 @@ function standalone(figure, plot) {
   }
   const [width, height] = [plot.width.baseVal.value, plot.height.baseVal.value];
   const lines = (figure.lines ?? []).filter(() => figure.kind !== "phases");
-  const top = 26 + 16 * lines.length;
+  const named = figure.y ? 1 : 0;
+  const top = 26 + 16 * (lines.length + named);
   const svg = d3.create("svg").attr("xmlns", "http://www.w3.org/2000/svg").attr("width", width).attr("height", height + top)
     .attr("viewBox", `0 0 ${width} ${height + top}`).attr("font-family", "system-ui, sans-serif").attr("color", look.color).attr("fill", look.color);
   svg.append("rect").attr("width", width).attr("height", height + top).attr("fill", look.getPropertyValue("--paper").trim());
   svg.append("text").attr("x", 8).attr("y", 18).attr("font-size", 14).attr("font-weight", 600).text(figure.title);
+  if (named) svg.append("text").attr("x", 8).attr("y", 36).attr("font-size", 11).attr("fill", look.getPropertyValue("--quiet").trim()).text(figure.y);
   lines.forEach((line, i) => {
-    const y = 34 + 16 * i;
+    const y = 34 + 16 * (i + named);
     svg.append("line").attr("x1", 8).attr("x2", 32).attr("y1", y).attr("y2", y).attr("stroke", resolve(colourOf(line, i))).attr("stroke-width", 2).attr("stroke-dasharray", dashOf(line, i));
     if (figure.kind !== "stack" && !line.bandOnly) svg.append("path").attr("d", symbolPath(line, i)).attr("transform", `translate(20 ${y})`).attr("fill", resolve(colourOf(line, i)));
     svg.append("text").attr("x", 38).attr("y", y + 4).attr("font-size", 11).text(line.name + (line.band ? ` (band: ${line.band})` : ""));
@@ -77,6 +79,7 @@ function symbolPath(line, index) {
 }
 
 function legend(figure) {
+  if (figure.scale) return h("p", { class: "scale" }, figure.scale[0], h("span", { style: `background: linear-gradient(90deg, ${d3.range(0, 1.01, 0.125).map(d3.interpolateViridis)})` }), figure.scale[1]);
   if (!figure.lines || (figure.lines.length === 1 && !figure.lines[0].band)) return null;
   return h("ul", { class: "legend" }, figure.lines.map((line, i) => {
     const swatch = d3.create("svg").attr("width", 26).attr("height", 10).attr("aria-hidden", "true");
@@ -108,8 +111,8 @@ function frame(figure, steps, draw, level = "h3") {
     }
   });
   const card = h("figure", { class: "card", id: figure.id },
-    h("figcaption", {}, h(level, {}, figure.title), figure.y ? h("p", { class: "quiet" }, figure.y) : null, figure.note ? h("p", { class: "note" }, figure.note) : null),
-    legend(figure), box,
+    h("figcaption", {}, h(level, {}, figure.title), figure.y ? h("p", { class: "quiet" }, figure.y) : null),
+    h("div", {}, legend(figure)), box, h("p", { class: "note" }, figure.note ?? ""),
     h("div", { class: "actions" }, numbers,
       h("button", { type: "button", onclick: () => save(`${fileName(figure.title)}.svg`, "image/svg+xml", standalone(figure, box.querySelector("svg"))), "aria-label": `Save ${figure.title} as SVG` }, "SVG"),
       h("button", { type: "button", onclick: () => save(`${fileName(figure.title)}.csv`, "text/csv", csv(rows())), "aria-label": `Save the data of ${figure.title} as CSV` }, "CSV")));
@@ -121,4 +124,13 @@ function frame(figure, steps, draw, level = "h3") {
     box.replaceChildren(asImage(draw(width)));
   }).observe(box);
   return card;
+}
+
+// A picture that an analysis drew itself. As an image it can neither run nor load anything.
+function pictureCard(figure) {
+  const bytes = new TextEncoder().encode(figure.svg);
+  const source = `data:image/svg+xml;base64,${btoa(Array.from(bytes, (b) => String.fromCharCode(b)).join(""))}`;
+  return h("figure", { class: "card picture", id: figure.id }, h("figcaption", {}, h("h3", {}, figure.title)),
+    h("img", { src: source, alt: figure.note || figure.title }), figure.note ? h("p", { class: "note" }, figure.note) : null,
+    h("div", { class: "actions" }, h("button", { type: "button", onclick: () => save(`${fileName(figure.title)}.svg`, "image/svg+xml", figure.svg), "aria-label": `Save ${figure.title} as SVG` }, "SVG")));
 }

@@ -27,12 +27,13 @@ function readAddress() {
     state.place = d3.leastIndex(steps, (a, b) => Math.abs(a - step) - Math.abs(b - step));
   } else {
     state.view = words.has("features") ? "features" : "overview";
+    state.section = words.get("section");
   }
 }
 
 function go(changes) {
   if (changes.feature !== undefined && state.view !== "feature") state.place = tracks[state.track].last;
-  Object.assign(state, changes, changes.feature === undefined ? {} : { view: "feature" });
+  Object.assign(state, { section: null }, changes, changes.feature === undefined ? {} : { view: "feature" });
   state.place = Math.min(state.place, tracks[state.track].last);
   history.pushState(null, "", address());
   render();

@@ -14,8 +14,11 @@ function aboutTrack(track, several) {
 }
 
 function drawFigure(figure, track, domain) {
-  return (width) => (figure.kind === "phases" ? drawPhases(figure, track.steps, state.axis, width) : drawLines(figure, track.steps, state.axis, width, { domain }));
+  return (width) => (figure.kind === "phases" ? drawPhases(figure, track.steps, state.axis, width, sharedRange()) : drawLines(figure, track.steps, state.axis, width, { domain, range: sharedRange() }));
 }
+
+// The first and the last step of all tracks: the ends of every x axis.
+const sharedRange = () => d3.extent(tracks.flatMap((track) => track.steps));
 
 // The same ends of the y axis for both tracks, or the eye compares what cannot be compared.
 function sharedDomain(figures) {
@@ -25,29 +28,54 @@ function sharedDomain(figures) {
   return [wanted[0] ?? Math.min(...values), Math.max(wanted[1] ?? -Infinity, ...values)];
 }
 
-function overviewSection(tracks, index) {
-  const parts = tracks.map((t) => t.facts.sections[index]);
-  const [first] = parts;
-  const ids = [...new Set(parts.flatMap((p) => p.figures.map((f) => f.id)))];
-  const cards = ids.flatMap((id) => {
-    const pairs = tracks.map((t, i) => [t, parts[i].figures.find((f) => f.id === id)]);
-    const domain = sharedDomain(pairs.map(([, f]) => f).filter(Boolean));
-    return pairs.map(([track, figure]) => {
-      if (!figure) return h("div", { class: "card absent" }, h("p", {}, `Not available for ${track.letter}.`));
-      const titled = tracks.length > 1 ? { ...figure, title: `${track.letter}: ${figure.title}`, id: `${track.letter}-${id}` } : figure;
-      return frame(titled, track.steps, drawFigure(titled, track, domain));
-    });
+const sectionOf = (track, id) => track.facts.sections.find((part) => part.id === id);
+const titled = (figure, track) => (tracks.length > 1 ? { ...figure, title: `${track.letter}: ${figure.title}`, id: `${track.letter}-${figure.id}` } : figure);
+
+function overviewFigures(parts, id) {
+  const found = parts.map(([track, part]) => [track, part?.figures.find((f) => f.id === id)]);
+  const drawn = found.map(([, f]) => f).filter((f) => f && f.kind !== "picture");
+  const domain = sharedDomain(drawn);
+  return found.map(([track, figure]) => {
+    if (!figure) return h("div", { class: "card absent" }, h("p", {}, `Not available for ${track.letter}.`));
+    const own = titled(figure, track);
+    return figure.kind === "picture" ? pictureCard(own) : frame(own, track.steps, drawFigure(own, track, domain));
   });
-  const missing = parts.map((part, i) => part.class && h("p", { class: "absent card" }, tracks.length > 1 ? `${tracks[i].letter}: not` : "Not", " computed yet. Run ",
-    h("code", {}, `saetrack analyze ${tracks[i].facts.about.name} --analyses+=${part.class}`), ", then write the report again."));
-  return h("section", { "aria-labelledby": `section-${first.id}` }, h("h2", { id: `section-${first.id}` }, first.title),
-    parts.map((part, i) => part.summary && h("p", { class: "summary" }, tracks.length > 1 ? h("b", {}, `${tracks[i].letter}: `) : null, part.summary)), missing,
-    h("div", { class: tracks.length > 1 ? "grid pair" : "grid" }, cards),
-    parts.map((part, i) => part.settings && h("details", { class: "data" }, h("summary", {}, `Settings of ${first.title.toLowerCase()}${tracks.length > 1 ? `, ${tracks[i].letter}` : ""}`), h("pre", { tabindex: "0" }, JSON.stringify(part.settings, null, 2)))));
 }
 
+function overviewSection(id) {
+  const parts = tracks.map((track) => [track, sectionOf(track, id)]);
+  const { title } = parts.find(([, part]) => part)[1];
+  const ids = [...new Set(parts.flatMap(([, part]) => part?.figures.map((f) => f.id) ?? []))];
+  const several = tracks.length > 1;
+  const name = (track) => (several ? h("b", {}, `${track.letter}: `) : null);
+  const of = (track) => `${title.toLowerCase()}${several ? `, ${track.letter}` : ""}`;
+  return h("section", { id: `section-${id}`, "aria-labelledby": `title-${id}` }, h("h2", { id: `title-${id}` }, title),
+    parts.map(([track, part]) => part?.summary && h("p", { class: "summary" }, name(track), part.summary)),
+    h("div", { class: several ? "grid pair" : "grid" }, ids.flatMap((figure) => overviewFigures(parts, figure))),
+    parts.map(([track, part]) => part?.tables?.length && h("p", { class: "tables" }, name(track), "Data: ", part.tables.map((table) =>
+      h("button", { type: "button", onclick: () => save(`${id}-${table.name}.csv`, "text/csv", csv(table.rows)), "aria-label": `Save the table ${table.name} of ${of(track)} as CSV` }, `${table.name}.csv`)))),
+    parts.map(([track, part]) => part?.settings && h("details", { class: "data" }, h("summary", {}, `Settings of ${of(track)}`), h("pre", { tabindex: "0" }, JSON.stringify(part.settings, null, 2)))));
+}
+
+// What was not computed stands together at the end: a page of holes tells no story.
+function missingSections() {
+  const missing = tracks.flatMap((track) => track.facts.sections.filter((part) => part.class).map((part) => [track, part]));
+  if (!missing.length) return null;
+  return h("section", { class: "card absent", "aria-labelledby": "title-missing" }, h("h2", { id: "title-missing" }, "Not computed yet"),
+    h("p", {}, "Run a command, then write the report again."),
+    h("ul", { class: "commands" }, missing.map(([track, part]) => h("li", {}, tracks.length > 1 ? `${track.letter}, ` : null, `${part.title}: `, command(track, part.class)))));
+}
+
+const command = (track, analysis) => h("code", {}, `saetrack analyze ${track.facts.about.name} --analyses+=${analysis}`);
+
 function showOverview(main) {
+  const ids = [...new Set(tracks.flatMap((t) => t.facts.sections.filter((part) => !part.class).map((part) => part.id)))];
+  const order = (id) => Math.max(...tracks.map((t) => t.facts.sections.findIndex((part) => part.id === id)));
+  ids.sort((a, b) => order(a) - order(b));
+  const title = (id) => tracks.map((t) => sectionOf(t, id)).find(Boolean).title;
   main.replaceChildren(h("h1", {}, tracks.length > 1 ? "Two tracks compared" : "How the features came about"),
     h("div", { class: tracks.length > 1 ? "grid pair" : "" }, tracks.map((t) => aboutTrack(t, tracks.length > 1))),
-    ...tracks[0].facts.sections.map((_, i) => overviewSection(tracks, i)));
+    ids.length > 1 ? h("nav", { class: "sections", "aria-label": "Sections" }, ids.map((id) => h("a", { href: `#overview&section=${id}` }, title(id)))) : "",
+    ...ids.map(overviewSection), missingSections() ?? "");
+  document.getElementById(`section-${state.section}`)?.scrollIntoView();
 }

@@ -1,13 +1,15 @@
 // All features in one table: only the rows in sight exist, so 65,536 of them scroll as fast as 60.
 
 const ROW = 34;
-const columnsOf = (track) => [{ key: "feature", title: "Feature", kind: "index", about: "Index of the feature in the SAE" }, { key: "label", title: "Tokens", kind: "label", about: "Commonest tokens of its top contexts" }, ...track.facts.columns];
+const columnsOf = (track) => [{ key: "feature", title: "Feature", kind: "index", about: "Index of the feature in the SAE" }, { key: "label", title: "Tokens", kind: "label", about: "Commonest tokens of its top contexts" },
+  { key: "life", title: "Life", kind: "life", about: "A cell for each checkpoint: dark where the latent fires as it did at the checkpoint before, pale where it does not, empty where it is dead. Sorted by the number of checkpoints at which it lives" },
+  ...track.facts.columns];
 
 function cellText(track, column, feature) {
   const value = track.column(column.key)?.[feature];
   if (column.kind === "name") return column.names[value] ?? "–";
   if (column.kind === "share") return number(value, true);
-  if (column.kind !== "step") return number(value);
+  if (column.kind !== "step") return Math.abs(value) < 0.0005 ? "0.000" : number(value); // of one length, to compare by eye
   const ends = ["low", "high"].map((end) => track.column(`${column.key}_${end}`)?.[feature]);
   const interval = ends.every((e) => e !== undefined && !Number.isNaN(e)) && ends[0] !== ends[1] ? ` (${ends.map((e) => (Number.isFinite(e) ? shortStep(e) : "∞")).join("–")})` : "";
   return (Number.isFinite(value) ? thousands(wholeStep(value)) : "–") + interval;
@@ -44,7 +46,7 @@ function chosenFeatures(track) {
   }
   if (sort === "feature") return down ? chosen.reverse() : chosen;
   const values = track.column(sort);
-  const keys = sort === "label" ? Array.from({ length: track.facts.d_sae }, (_, f) => track.label(f).join(" ").trim().toLowerCase()) : values;
+  const keys = sort === "life" ? lifetimes(track) : sort === "label" ? Array.from({ length: track.facts.d_sae }, (_, f) => track.label(f).join(" ").trim().toLowerCase()) : values;
   const absent = (k) => k === "" || Number.isNaN(k) || (sort !== "label" && k < 0 && track.facts.columns.find((c) => c.key === sort)?.kind === "name");
   const sign = down ? -1 : 1;
   return chosen.sort((a, b) => {
@@ -52,6 +54,21 @@ function chosenFeatures(track) {
     if (absent(x) || absent(y)) return absent(x) - absent(y) || a - b; // what is not known comes last, either way
     return x < y ? -sign : x > y ? sign : a - b;
   });
+}
+
+function lifetimes(track) {
+  const { values } = track.arrays.life;
+  const n = track.steps.length;
+  return Array.from({ length: track.facts.d_sae }, (_, f) => values.subarray(f * n, (f + 1) * n).reduce((sum, v) => sum + (v > 0), 0));
+}
+
+// Cells side by side as one gradient with hard stops: a row has one element for it, however many checkpoints there are.
+function lifeStrip(track, feature) {
+  const n = track.steps.length;
+  const cells = [...track.arrays.life.values.subarray(feature * n, (feature + 1) * n)];
+  const colour = (v) => (v === 0 ? "transparent" : `color-mix(in srgb, var(--c0) ${Math.round(12 + (88 * (v - 1)) / 254)}%, var(--paper))`);
+  const stops = cells.map((v, i) => `${colour(v)} ${(100 * i) / n}% ${(100 * (i + 1)) / n}%`);
+  return h("span", { class: "life-strip", role: "img", "aria-label": `lives at ${cells.filter((v) => v > 0).length} of ${n} checkpoints`, style: `width:${Math.min(10 * n, 96)}px; background: linear-gradient(90deg, ${stops})` });
 }
 
 function tableFilters(track, update) {
@@ -92,7 +109,7 @@ function showTable(main) {
     rows = chosenFeatures(track);
     state.order = rows;
     active = 0;
-    count.textContent = `${thousands(rows.length)} of ${thousands(track.facts.d_sae)} features`;
+    count.textContent = `${thousands(rows.length)} of ${thousands(track.facts.d_sae)} features${state.table.q ? ", found in the tokens of top contexts at any checkpoint" : ""}`;
     grid.setAttribute("aria-rowcount", rows.length + 1);
     head.replaceChildren(...columns.map((c) => headerCell(c, update)));
     scroll.scrollTop = 0;
@@ -115,9 +132,18 @@ function showTable(main) {
     if (row && !event.target.closest("a")) go({ feature: Number(row.dataset.feature) });
   });
   scroll.append(grid);
-  main.replaceChildren(h("h1", {}, "Features"), trackSwitch() ?? "", tableFilters(track, update), count, scroll);
+  const saving = h("button", { type: "button", onclick: () => save("features.csv", "text/csv", csv(tableNumbers(track, rows))), "aria-label": "Save the features shown as CSV" }, "CSV");
+  main.replaceChildren(h("h1", {}, "Features"), trackSwitch() ?? "", tableFilters(track, update), h("div", { class: "below" }, count, saving), scroll);
   update();
   new ResizeObserver(fill).observe(scroll);
+}
+
+// What the table shows, in full: numbers unrounded, and the ends of the intervals in columns of their own.
+function tableNumbers(track, features) {
+  const columns = track.facts.columns.flatMap((c) => (c.kind === "step" ? [c, { key: `${c.key}_low` }, { key: `${c.key}_high` }] : [c])).filter((c) => track.column(c.key));
+  const value = (c, f) => (c.kind === "name" ? c.names[track.column(c.key)[f]] ?? "" : track.column(c.key)[f]);
+  const body = features.map((f) => [f, track.label(f).join(" | "), ...columns.map((c) => value(c, f))]);
+  return [["feature", "tokens", ...columns.map((c) => c.key)], ...body];
 }
 
 function headerCell(column, update) {
@@ -135,6 +161,7 @@ function tableRow(track, columns, feature, place, active) {
   return h("tr", { "data-feature": feature, "aria-rowindex": place + 2, class: active ? "active" : track.alive(feature) ? null : "dead" }, columns.map((c) => {
     if (c.kind === "index") return h("td", { class: "index" }, h("a", { href: featureLink({ feature }) }, String(feature)));
     if (c.kind === "label") return h("td", { class: "label" }, track.label(feature).map(chip));
+    if (c.kind === "life") return h("td", { class: "life" }, lifeStrip(track, feature));
     return h("td", { class: c.kind }, cellText(track, c, feature));
   }));
 }

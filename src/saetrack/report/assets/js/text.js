@@ -1,12 +1,16 @@
 // Text from the corpus and the vocabulary. It is data: it only ever becomes text nodes.
 
 const visible = (token) => token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍");
-const chip = (token) => h("span", { class: "chip" }, visible(token).replace(/^ +| +$/g, (s) => "␣".repeat(s.length)) || "∅");
+// Where there is little room, a long indentation is its length.
+const short = (token) => visible(token).replace(/ {4,}/g, (s) => `␣×${s.length}`);
+// Where there is room, a line ends where it ended.
+const spread = (token) => visible(token).replaceAll("↵", "↵\n");
+const chip = (token) => h("span", { class: "chip" }, short(token).replace(/^ +| +$/g, (s) => "␣".repeat(s.length)) || "∅");
 
 function shaded(text, shade) {
-  const element = h("span", { class: "token" }, visible(text));
+  const element = h("span", { class: "token" }, text);
   if (shade > 0) {
-    const strength = Math.round(8 + (72 * shade) / 254);
+    const strength = Math.round(12 + (76 * shade) / 254);
     element.style.background = `color-mix(in srgb, var(--shade) ${strength}%, transparent)`;
     if (shade > 250) element.classList.add("strongest");
   }
@@ -49,7 +53,11 @@ function wholeDocument(track, context) {
     if (documents.values[context.row * width + at] !== own) continue;
     tokens.push({ at, text: track.words[rows.values[context.row * width + at]], shade: shades.get(at) ?? 0 });
   }
-  const body = h("p", { class: "document" }, tokens.map((t) => shaded(t.text, t.shade)));
+  const body = h("p", { class: "document" }, tokens.map((t) => {
+    const token = shaded(spread(t.text), t.shade);
+    token.classList.toggle("centre", t.at === centre.at);
+    return token;
+  }));
   return { body, title: `Document ${own}, ${tokens.length} tokens of it` };
 }
 
@@ -59,6 +67,13 @@ function showDocument(track, context) {
   dialog.replaceChildren(h("h2", { id: "document-title" }, title), h("div", { class: "scrolling", tabindex: "0", role: "region", "aria-label": title }, body),
     h("form", { method: "dialog" }, h("button", {}, "Close")));
   dialog.showModal();
+  showCentre(dialog.querySelector(".scrolling"));
+}
+
+// The document may be longer than the room for it: the context's own position comes into sight.
+function showCentre(box) {
+  const token = box.querySelector(".centre").getBoundingClientRect();
+  box.scrollTop += token.top - box.getBoundingClientRect().top - box.clientHeight / 2;
 }
 
 let hovering = 0;
@@ -68,6 +83,7 @@ function hoverDocument(track, context, anchor) {
     const { body } = wholeDocument(track, context);
     const card = h("div", { class: "hover", "aria-hidden": "true" }, body);
     document.body.append(card);
+    showCentre(card);
     const box = anchor.getBoundingClientRect();
     const above = box.top > innerHeight - box.bottom;
     card.style.left = `${Math.max(8, Math.min(box.left, innerWidth - card.offsetWidth - 8))}px`;
@@ -86,5 +102,5 @@ function contextList(track, details, place) {
   return h("ol", { class: "contexts" }, contexts.map((context) => h("li", {},
     h("button", { type: "button", title: null, onclick: () => { endHover(); showDocument(track, context); },
       onpointerenter: (event) => event.pointerType === "mouse" && hoverDocument(track, context, event.currentTarget), onpointerleave: endHover },
-      h("span", { class: "text" }, context.tokens.map((t) => shaded(t.text, t.shade))), h("span", { class: "strength" }, number(context.activation)), h("span", { class: "hidden" }, " – show the document")))));
+      h("span", { class: "text" }, context.tokens.map((t) => shaded(short(t.text), t.shade))), h("span", { class: "strength" }, number(context.activation)), h("span", { class: "hidden" }, " – show the document")))));
 }

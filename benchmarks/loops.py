@@ -1,0 +1,341 @@
+"""The training loop of each package, from rows of tokens to a trained SAE, with the time of its middle.
+
+Each is built anew in every round. Its first steps are not timed: they fill buffers and warm up. Saving, logging and
+evaluation are off or outside of what is timed, in all of them.
+"""
+
+import io
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from measuring import Timing
+from peers import patched_top_k
+from pythia_shape import CONTEXT, data, load
+from torch import Tensor
+
+from saetrack.sae import TopKSAE
+from saetrack.training import CheckpointScheduler, OptimizerSettings, ResumeFile, SAEModule
+
+
+@dataclass
+class Shape:
+    """What all loops share.
+
+    Args:
+        folder: The LLM and its rows of tokens, as `pythia_shape.make` leaves them.
+        d_sae: Latents.
+        k: Active latents.
+        batch: Activations in a step; one forward of the LLM gives as many.
+        layer: Whose output is read.
+    """
+
+    folder: Path
+    d_sae: int = 16_384
+    k: int = 32
+    batch: int = 4096
+    layer: int = 3
+
+    @property
+    def rows_per_batch(self) -> int:
+        """Token rows in a step."""
+        return self.batch // CONTEXT
+
+
+@dataclass
+class Watch:
+    """When a loop began each of its steps: wall and processor time."""
+
+    times: list[tuple[float, float]] = field(default_factory=list)
+
+    def look(self) -> None:
+        """A step begins, or the last has ended."""
+        self.times.append((time.perf_counter(), time.process_time()))
+
+    def add_to(self, timing: Timing, first: int, last: int) -> None:
+        """Seconds for each step between two of the looks."""
+        (wall, cpu), (wall_end, cpu_end) = self.times[first], self.times[last]
+        timing.wall.append((wall_end - wall) / (last - first))
+        timing.cpu.append((cpu_end - cpu) / (last - first))
+
+
+class StepEnds(Callback):
+    """Looks at the clock after every step of a fit, and before the first."""
+
+    def __init__(self) -> None:
+        self.watch = Watch()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Before the first."""
+        if batch_idx == 0:
+            self.watch.look()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After each."""
+        self.watch.look()
+
+
+def ours(
+    shape: Shape, timing: Timing, llm_dtype: str = "float32", layers: tuple[int, ...] = (), batches: int = 4
+) -> None:
+    """A stage of ``saetrack fit``: DataModule, module, scheduler and Lightning's loop.
+
+    It is two chunks long; the second is timed, its harvest included.
+
+    Args:
+        shape: What to train.
+        timing: Takes the seconds of a step.
+        llm_dtype: As ``data.llm_dtype``.
+        layers: Whose outputs are read, each with an SAE of its own.
+        batches: In a chunk.
+    """
+    seed_everything(0, verbose=False)
+    hookpoints = [f"gpt_neox.layers.{layer}" for layer in layers or (shape.layer,)]
+    ends = StepEnds()
+    with tempfile.TemporaryDirectory(dir=shape.folder) as run:
+        budget = 2 * batches * shape.batch
+        module = SAEModule(
+            lambda d_in: TopKSAE(d_in, shape.d_sae // d_in, shape.k),
+            OptimizerSettings(lr=2e-4, warmup_tokens=0, tolerance=None),
+        )
+        Trainer(
+            accelerator="cpu",
+            max_epochs=-1,
+            reload_dataloaders_every_n_epochs=1,
+            logger=TensorBoardLogger(run, name="tensorboard", version=""),
+            callbacks=[CheckpointScheduler(Path(run) / "track", tokens_first=budget), ResumeFile(), ends],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=run,
+        ).fit(module, data(shape.folder, hookpoints, batches * shape.batch, llm_dtype, shape.batch))
+    ends.watch.add_to(timing, batches, 2 * batches)
+
+
+def sparsify(shape: Shape, timing: Timing, dtype: torch.dtype = torch.float32, steps: int = 3) -> None:
+    """eai-sparsify's Trainer.fit with Adam; the LLM without its head, as its own command loads it."""
+    from sparsify import SparseCoderConfig
+    from sparsify.trainer import TrainConfig, Trainer
+
+    watch = Watch()
+
+    class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+        """As its MemmapDataset; looks at the clock at the first row of a batch."""
+
+        rows = token_rows(shape, (steps + 1) * shape.rows_per_batch)
+
+        def __len__(self) -> int:
+            return len(self.rows)
+
+        def __getitem__(self, i: int) -> dict[str, Tensor]:
+            if i % shape.rows_per_batch == 0:
+                watch.look()
+            return {"input_ids": torch.from_numpy(self.rows[i])}
+
+    coder = SparseCoderConfig(num_latents=shape.d_sae, k=shape.k)
+    config = TrainConfig(
+        coder,
+        batch_size=shape.rows_per_batch,
+        optimizer="adam",
+        hookpoints=[f"layers.{shape.layer}"],
+        log_to_wandb=False,
+    )
+    with quiet():
+        trainer = Trainer(config, Rows(), load(shape.folder / "step0", dtype).base_model)
+        trainer.save = watch.look
+        trainer.fit()
+    torch.set_float32_matmul_precision("highest")
+    watch.add_to(timing, 1, steps + 1)
+
+
+class _StopForwardError(Exception):
+    """Ends a forward at the module that is read."""
+
+
+class Traced:
+    """What dictionary_learning's buffer asks of nnsight's LanguageModel: a forward that ends at the module.
+
+    nnsight pins old releases of much else, so it is not in the environment; what it costs is not counted.
+
+    Args:
+        llm: The LLM.
+        module: Whose output is read.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, llm: Any, module: torch.nn.Module) -> None:
+        self._llm, self._module = llm, module
+        self.output = SimpleNamespace(save=lambda: self._read, stop=lambda: None)
+        self.inputs = SimpleNamespace(save=lambda: self._given)
+
+    @contextmanager
+    def trace(self, rows: list[np.ndarray], **_: Any) -> Iterator[None]:
+        """Run the rows; what is saved inside has its value when the block ends, as with nnsight."""
+        tokens = torch.from_numpy(np.stack(rows))
+        self._read = SimpleNamespace(value=None)
+        self._given = SimpleNamespace(value=((), {"attention_mask": torch.ones_like(tokens)}))
+        yield
+
+        def read(_module: Any, _inputs: Any, output: Any) -> None:
+            self._read.value = output
+            raise _StopForwardError
+
+        handle = self._module.register_forward_hook(read)
+        with suppress(_StopForwardError):
+            self._llm(tokens)
+        handle.remove()
+
+
+def dictionary_learning(shape: Shape, timing: Timing, steps: int = 2) -> None:
+    """dictionary_learning's trainSAE over its ActivationBuffer, with the einsum of its trainer rewritten.
+
+    The buffer holds two batches and is filled anew when it is empty, so two steps are its period.
+    """
+    trainer = patched_top_k()
+    from dictionary_learning.buffer import ActivationBuffer
+    from dictionary_learning.training import trainSAE
+
+    watch = Watch()
+    llm = load(shape.folder / "step0")
+    traced = Traced(llm, llm.get_submodule(f"gpt_neox.layers.{shape.layer}"))
+    buffer = ActivationBuffer(
+        iter(token_rows(shape, (steps + 4) * shape.rows_per_batch)),
+        traced,
+        traced,
+        d_submodule=llm.config.hidden_size,
+        n_ctxs=2 * shape.rows_per_batch,
+        ctx_len=CONTEXT,
+        refresh_batch_size=shape.rows_per_batch,
+        out_batch_size=shape.batch,
+    )
+
+    def batches() -> Iterator[Tensor]:
+        for i in range(steps + 3):
+            watch.look()
+            if i < steps + 2:
+                yield next(buffer)
+
+    config = {"trainer": trainer, "activation_dim": llm.config.hidden_size, "dict_size": shape.d_sae, "k": shape.k}
+    config |= {"steps": 10**6, "layer": shape.layer, "lm_name": "none", "lr": 2e-4, "device": "cpu"}
+    with quiet():
+        trainSAE(batches(), [config], steps=steps + 3, device="cpu")
+    watch.add_to(timing, 2, steps + 2)
+
+
+def sae_lens(shape: Shape, timing: Timing, steps: int = 2) -> None:
+    """SAELens's LanguageModelSAETrainingRunner.run with its ActivationsStore, everything in float32 as by default."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from datasets import Dataset
+        from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, TopKTrainingSAEConfig
+        from sae_lens.config import LoggingConfig
+
+    watch = Watch()
+    rows = token_rows(shape, (steps + 4) * shape.rows_per_batch)
+    config = LanguageModelSAERunnerConfig(
+        TopKTrainingSAEConfig(d_in=hidden_size(shape), d_sae=shape.d_sae, k=shape.k),
+        hook_name=f"blocks.{shape.layer}.hook_resid_post",
+        context_size=CONTEXT,
+        prepend_bos=False,
+        training_tokens=(steps + 1) * shape.batch,
+        train_batch_size_tokens=shape.batch,
+        store_batch_size_prompts=shape.rows_per_batch,
+        n_batches_in_buffer=2 * shape.rows_per_batch,  # rows, in fact: two batches
+        lr=2e-4,
+        logger=LoggingConfig(log_to_wandb=False),
+        checkpoint_path=None,
+        output_path=None,
+        verbose=False,
+    )
+
+    class Watched:
+        """Its store, with a look at the clock before every batch."""
+
+        def __init__(self, store: Any) -> None:
+            self.store = store
+
+        def __iter__(self) -> Iterator[Tensor]:
+            return self
+
+        def __next__(self) -> Tensor:
+            watch.look()
+            return next(self.store)
+
+    with quiet():
+        runner = LanguageModelSAETrainingRunner(config, Dataset.from_dict({"input_ids": rows.tolist()}), hooked(shape))
+        runner.activations_store = Watched(runner.activations_store)
+        runner.run()
+        watch.look()
+    watch.add_to(timing, 1, steps + 1)
+
+
+def hooked(shape: Shape) -> Any:
+    """The same LLM in TransformerLens, which SAELens reads; checked to give the same activations."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_neox_weights
+
+    llm = load(shape.folder / "step0")
+    c = llm.config
+    heads = c.num_attention_heads
+    config = HookedTransformerConfig(
+        n_layers=c.num_hidden_layers,
+        d_model=c.hidden_size,
+        n_ctx=c.max_position_embeddings,
+        d_head=c.hidden_size // heads,
+        n_heads=heads,
+        d_mlp=c.intermediate_size,
+        d_vocab=c.vocab_size,
+        act_fn=c.hidden_act,
+        eps=c.layer_norm_eps,
+        normalization_type="LN",
+        positional_embedding_type="rotary",
+        rotary_dim=c.hidden_size // heads // 4,
+        rotary_adjacent_pairs=False,
+        parallel_attn_mlp=True,
+        default_prepend_bos=False,
+        init_weights=False,
+        device="cpu",
+    )
+    model = HookedTransformer(config)
+    weights = convert_neox_weights(llm, config)
+    model.load_and_process_state_dict(weights, False, False, False, False)  # as they are
+    tokens = torch.from_numpy(token_rows(shape, 2))
+    name = f"blocks.{shape.layer}.hook_resid_post"
+    with torch.inference_mode():
+        theirs = model.run_with_cache(tokens, names_filter=[name], prepend_bos=False)[1][name]
+        expected = llm(tokens, output_hidden_states=True).hidden_states[shape.layer + 1]
+    if not torch.allclose(theirs, expected, rtol=1e-3, atol=1e-3):
+        raise RuntimeError("TransformerLens gives other activations than transformers; its configuration is wrong.")
+    return model
+
+
+def hidden_size(shape: Shape) -> int:
+    """Width of the LLM."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(shape.folder / "step0").hidden_size)
+
+
+def token_rows(shape: Shape, n: int) -> np.ndarray:
+    """The first rows of our training split, int64 ``[n, CONTEXT]``."""
+    module = data(shape.folder, ["gpt_neox.layers.3"], 4096, "float32", 4096)
+    module.prepare_data()
+    module.setup("fit")
+    return np.asarray(module.corpus_rows.train.tokens[:n], dtype=np.int64)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the peers' progress bars and prints."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield

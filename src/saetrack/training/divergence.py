@@ -1,0 +1,45 @@
+"""A loss that is no number, and whose fault it is."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from saetrack.sae import SAE, Kernels, use_kernels
+
+
+def refuse_divergence(hookpoint: str, sae: SAE, loss: float, kernels: Kernels, x: Tensor, dead: Tensor) -> None:
+    """Raise if the loss of a batch is no number, and say whether the reference gives one.
+
+    Args:
+        hookpoint: Where the SAE reads.
+        sae: As it was when it gave the loss.
+        loss: Of the batch.
+        kernels: Those in use.
+        x: The batch, ``[batch, d_in]``.
+        dead: Latents that AuxK was to revive, bool ``[d_sae]``.
+
+    Raises:
+        ValueError: If the loss is NaN or infinite.
+    """
+    if math.isfinite(loss):
+        return
+    precision = sae.precision
+    sae.precision = torch.float32
+    use_kernels("pytorch")
+    try:
+        with torch.no_grad():
+            reference = float(sae.loss(x, dead).loss)
+    finally:
+        sae.precision = precision
+        use_kernels(kernels)
+    if math.isfinite(reference):
+        fast = f"model.precision {str(precision).removeprefix('torch.')} and model.kernels {kernels}"
+        raise ValueError(
+            f"The loss of {hookpoint} is {loss} with {fast}, but {reference:.4g} in float32 with PyTorch's kernels. "
+            "Set `model.precision: float32` and `model.kernels: pytorch`, and report it."
+        )
+    raise ValueError(
+        f"The SAE of {hookpoint} has diverged: its loss is {loss}. No snapshot of this stage was written. Lower "
+        "`model.optimizer.lr`, or set `trainer.gradient_clip_val: 1.0`."
+    )
