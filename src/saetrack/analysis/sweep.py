@@ -33,6 +33,7 @@ from saetrack.sae import SAE
 from saetrack.track import Snapshot, Track
 
 from .base import Analysis, AnalysisResult, Observation, Probe, SplitObservation, SweepAnalysis
+from .figures import say_order
 from .identity_stretches import Kept
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,9 @@ class _Runs:
                 settings = {**result.settings, "kept": self.kept.facts()}
                 result = replace(result, settings=settings, summary=result.summary + self.kept.summary())
                 folder = f"{name}-kept"
+            if not whole.is_forward_chain:
+                for figure in result.figures.values():
+                    say_order(figure, [s.step for s in sorted(whole, key=lambda s: s.number)])
             result.save(self.track.analyses_dir / folder)
             return result
 
