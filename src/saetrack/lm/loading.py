@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from saetrack.lm import files
+from saetrack.lm.hub_listing import label
 from saetrack.lm.local.formats import LocalFormat
 from saetrack.lm.trust import VARIABLE, is_trusted_folder
 from saetrack.lm.weight_files import stored_dtypes, weight_names
@@ -46,7 +47,7 @@ class LLMCheckpoint:
     format: LocalFormat | None = None
 
     def __str__(self) -> str:
-        return f"step {self.step} ({files.label(self.model, self.revision)})"
+        return f"step {self.step} ({label(self.model, self.revision)})"
 
 
 def commit_sha(checkpoint: LLMCheckpoint) -> str | None:
