@@ -56,11 +56,6 @@ class OneLineErrors:
         sys.exit(2)
 
 
-def wants_traceback(error: BaseException) -> bool:
-    """Whether an error's traceback is to be shown: there is no line that says enough, or the user asks for it."""
-    return bool(os.environ.get(TRACEBACK_VARIABLE)) or one_line(error) is None
-
-
 def in_plain_words(found: str) -> str:
     """What jsonargparse finds wrong, with the value first and in the words of a configuration.
 

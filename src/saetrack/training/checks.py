@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lightning import Trainer
 from lightning.pytorch.callbacks import Timer
