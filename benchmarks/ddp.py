@@ -54,7 +54,8 @@ def step_of(d_sae: int, exchange: Exchange, ddp: bool) -> Callable[[Tensor], Non
     assert isinstance(state, FeatureState)
     if ddp:
         left_alone = ["sae.W_enc", "sae.b_enc", "sae.W_dec"] if exchange == "factors" else []
-        loss._ddp_params_and_buffers_to_ignore = [*left_alone, *(f"state.{n}" for n, _ in state.named_buffers())]
+        counted = [f"state.{name}" for name, _ in state.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(loss, [*left_alone, *counted])
         loss = DistributedDataParallel(loss)
 
     def step(x: Tensor) -> None:

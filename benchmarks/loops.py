@@ -86,7 +86,7 @@ class StepEnds(Callback):
 
 
 def ours(
-    shape: Shape, timing: Timing, llm_dtype: str = "float32", layers: tuple[int, ...] = (), batches: int = 4
+    shape: Shape, timing: Timing, llm_dtype: str = "float32", layers: tuple[int, ...] = (), batches: int = 2
 ) -> None:
     """A stage of ``saetrack fit``: DataModule, module, scheduler and Lightning's loop.
 
@@ -121,7 +121,7 @@ def ours(
     ends.watch.add_to(timing, batches, 2 * batches)
 
 
-def sparsify(shape: Shape, timing: Timing, dtype: torch.dtype = torch.float32, steps: int = 3) -> None:
+def sparsify(shape: Shape, timing: Timing, dtype: torch.dtype = torch.float32, steps: int = 2) -> None:
     """eai-sparsify's Trainer.fit with Adam; the LLM without its head, as its own command loads it."""
     from sparsify import SparseCoderConfig
     from sparsify.trainer import TrainConfig, Trainer
@@ -196,43 +196,46 @@ class Traced:
         handle.remove()
 
 
-def dictionary_learning(shape: Shape, timing: Timing, steps: int = 2) -> None:
+def dictionary_learning(shape: Shape, timing: Timing, steps: int = 1) -> None:
     """dictionary_learning's trainSAE over its ActivationBuffer, with the einsum of its trainer rewritten.
 
-    The buffer holds two batches and is filled anew when it is empty, so two steps are its period.
+    The buffer holds one batch, so that every step fills it once. Python's garbage, which it collects whenever it is
+    filled, is left: with a buffer of its usual size that is once in hundreds of steps.
     """
     trainer = patched_top_k()
-    from dictionary_learning.buffer import ActivationBuffer
+    from dictionary_learning import buffer as its_buffer
     from dictionary_learning.training import trainSAE
+
+    its_buffer.gc = SimpleNamespace(collect=lambda: None)
 
     watch = Watch()
     llm = load(shape.folder / "step0")
     traced = Traced(llm, llm.get_submodule(f"gpt_neox.layers.{shape.layer}"))
-    buffer = ActivationBuffer(
+    buffer = its_buffer.ActivationBuffer(
         iter(token_rows(shape, (steps + 4) * shape.rows_per_batch)),
         traced,
         traced,
         d_submodule=llm.config.hidden_size,
-        n_ctxs=2 * shape.rows_per_batch,
+        n_ctxs=shape.rows_per_batch,
         ctx_len=CONTEXT,
         refresh_batch_size=shape.rows_per_batch,
         out_batch_size=shape.batch,
     )
 
     def batches() -> Iterator[Tensor]:
-        for i in range(steps + 3):
+        for _ in range(steps + 1):
             watch.look()
-            if i < steps + 2:
-                yield next(buffer)
+            yield next(buffer)
+        watch.look()
 
     config = {"trainer": trainer, "activation_dim": llm.config.hidden_size, "dict_size": shape.d_sae, "k": shape.k}
     config |= {"steps": 10**6, "layer": shape.layer, "lm_name": "none", "lr": 2e-4, "device": "cpu"}
     with quiet():
-        trainSAE(batches(), [config], steps=steps + 3, device="cpu")
-    watch.add_to(timing, 2, steps + 2)
+        trainSAE(batches(), [config], steps=steps + 2, device="cpu")
+    watch.add_to(timing, 1, steps + 1)
 
 
-def sae_lens(shape: Shape, timing: Timing, steps: int = 2) -> None:
+def sae_lens(shape: Shape, timing: Timing, steps: int = 1) -> None:
     """SAELens's LanguageModelSAETrainingRunner.run with its ActivationsStore, everything in float32 as by default."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

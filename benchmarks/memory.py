@@ -45,46 +45,43 @@ class Setting:
 
 SETTINGS = {
     "usual": Setting(),
-    "d_sae": Setting(d_sae=32_768),
+    "d_sae": Setting(d_sae=32_768, chunk_tokens=16_384),
     "chunk": Setting(chunk_tokens=196_608),
-    "d_in": Setting(d_in=1024, d_sae=8192),
-    "hookpoints": Setting(hookpoints=3),
-    "bfloat16": Setting(llm_dtype="bfloat16"),
-    "continuity": Setting(continuity=True),
+    "d_in": Setting(d_in=1024, d_sae=8192, chunk_tokens=16_384),
+    "hookpoints": Setting(hookpoints=3, chunk_tokens=16_384),
+    "bfloat16": Setting(llm_dtype="bfloat16", chunk_tokens=16_384),
+    "continuity": Setting(continuity=True, chunk_tokens=16_384),
 }
 
 
 def predicted(s: Setting, imports: float, context: int = 128) -> dict[str, float]:
     """The formula, by its terms, in MiB; ``imports`` is what Python and the packages hold.
 
-    Training and the end of a stage do not coincide, so the larger one counts.
+    Training, what is measured at the end of a stage, and its resume file do not coincide, so the largest counts.
     """
-    llms = 1 + s.continuity
-    llm = 2 * s.vocabulary * s.d_in + 6 * 12 * s.d_in**2
+    llms, bytes_each = 1 + s.continuity, 2 if s.llm_dtype == "bfloat16" else 4
+    parameters = 2 * s.vocabulary * s.d_in + 6 * 12 * s.d_in**2
     matrix = 4 * s.d_in * s.d_sae
-    rows = 32 * context  # of one forward
-    workspace = matrix // 2 + 64 * MIB
-    training = {
-        "gradient turned for Adam, workspace": s.hookpoints * (matrix + workspace),
-        "snapshot for continuity": s.continuity * s.hookpoints * (2 * matrix + workspace),
-        "chunk": llms * s.hookpoints * 4 * s.chunk_tokens * s.d_in,
-        "batches": s.hookpoints * llms * 2 * 4 * s.batch * s.d_in,
-        "forward of the LLM": rows * s.d_in * 4 * 10,
-    }
-    logits = min(2**26, rows * s.vocabulary)
-    ending = {
-        "SAEs in the LLM's units": s.hookpoints * 2 * matrix,
-        "dense latents of a piece": 28 * 1024 * s.d_sae,
-        "logits": 4 * 2 * logits,
-    }
-    longer = max((training, ending), key=lambda part: sum(part.values()))
+    workspace = matrix // 2 + 64 * MIB  # the encoder in bfloat16, and pre-activations
+    forward = 32 * context
+    logit = 8 if bytes_each == 4 else bytes_each + 8  # itself, in float32, and its logarithm
+    rows = max(1, min(32, 2**26 // (context * s.vocabulary)))
     terms = {
         "imports": imports * MIB,
-        "LLM": llms * llm * (2 if s.llm_dtype == "bfloat16" else 4),
+        "LLM": llms * parameters * bytes_each,
         "SAEs, gradients, Adam": s.hookpoints * 8 * matrix,
+        "workspace": s.hookpoints * workspace,
+        "snapshot for continuity": s.continuity * s.hookpoints * (2 * matrix + workspace),
         "calibration and held-out": s.hookpoints * (CALIBRATION + HELD_OUT) * 4 * s.d_in,
-        **longer,
     }
+    parts = {
+        "chunk, batches, a gradient turned for Adam": s.hookpoints
+        * (llms * s.d_in * (bytes_each * s.chunk_tokens + 2 * 4 * s.batch) + matrix),
+        "measuring": s.hookpoints * 2 * matrix + max(20 * 1024 * s.d_sae, logit * rows * context * s.vocabulary),
+        "resume file": s.hookpoints * 6 * matrix,
+    }
+    longest = max(parts, key=lambda name: parts[name])
+    terms |= {longest: parts[longest], "forward of the LLM": forward * s.d_in * bytes_each * 10}
     return {name: round(value / MIB, 1) for name, value in terms.items()}
 
 

@@ -3,8 +3,8 @@
 python benchmarks/planted_recall.py SERIES          a folder that benchmarks/planted.py wrote, with --documents 15000
 
 Trains the SAE of benchmarks/validation.py on the series' last LLM checkpoint, from the planted directions and from a
-random start, by learning rate and tokens. Prints a JSON line for each: the loss at the end, FVU, recall, and for each
-feature missed the other one that it fires with most often, and how often.
+random start, by width, learning rate and tokens. Prints a JSON line for each: the loss at the end, FVU, recall, and for
+each feature missed the other one that it fires with most often, and how often.
 """
 
 import argparse
@@ -22,11 +22,14 @@ from saetrack.lm.checkpoints import load_llm
 from saetrack.lm.forward import read_activations
 from saetrack.sae import BatchTopKSAE
 
-ROW, BATCH, EXPANSION, WARMUP, DEAD_AFTER, DECAY = 64, 256, 4, 5000, 20_000, 0.2
-RUNS = (  # start, seed, learning rate, tokens
-    ("truth", 0, 3e-3, 300_000),
-    *(("random", seed, 3e-3, 300_000) for seed in (0, 1)),
-    *(("random", seed, lr, 1_000_000) for seed in (0, 1, 2) for lr in (3e-3, 1e-2)),
+ROW, BATCH, WARMUP, DEAD_AFTER, DECAY = 64, 256, 5000, 20_000, 0.2
+RUNS = (  # start, seed, latents for each dimension, learning rate, tokens
+    ("truth", 0, 4, 3e-3, 300_000),
+    *(("random", seed, width, 3e-3, 800_000) for seed in (0, 1) for width in (3, 4)),
+    *(
+        ("random", seed, 8, lr, tokens)
+        for seed, lr, tokens in ((0, 3e-3, 600_000), (0, 6e-3, 150_000), (0, 6e-3, 400_000))
+    ),
 )
 
 
@@ -55,11 +58,11 @@ def activations(series: Path, truth: Truth) -> tuple[torch.Tensor, NDArray[np.bo
 
 
 def train(
-    x: torch.Tensor, directions: torch.Tensor | None, seed: int, lr: float, tokens: int
+    x: torch.Tensor, width: int, directions: torch.Tensor | None, seed: int, lr: float, tokens: int
 ) -> tuple[float, BatchTopKSAE]:
     """Loss over the last tenth of the budget, and the SAE; it begins with ``directions`` where they are given."""
     generator = torch.Generator().manual_seed(seed)
-    sae = BatchTopKSAE(x.shape[1], EXPANSION, k=2)
+    sae = BatchTopKSAE(x.shape[1], width, k=2)
     with torch.no_grad():
         sae.initialise(x[:8192], generator)
         if directions is not None:
@@ -96,14 +99,22 @@ def main() -> None:
     x, fires = activations(series, truth)
     together = fires_with(fires.T, np.ones(len(fires)))
     directions = torch.from_numpy(truth.directions[-1, there]).float()
-    for start, seed, lr, tokens in RUNS:
-        loss, sae = train(x, directions if start == "truth" else None, seed, lr, tokens)
+    for start, seed, width, lr, tokens in RUNS:
+        loss, sae = train(x, width, directions if start == "truth" else None, seed, lr, tokens)
         with torch.no_grad():
             some = x[:16384]
             fvu = float((some - sae(some)).square().sum() / (some - some.mean(0)).square().sum())
         best = torch.nn.functional.normalize(sae.W_dec.detach()) @ directions.T
         missed = there[(best.amax(0) < 0.9).numpy()]
-        facts = {"start": start, "seed": seed, "lr": lr, "tokens": tokens, "loss": round(loss, 5), "fvu": round(fvu, 4)}
+        facts = {
+            "start": start,
+            "seed": seed,
+            "latents": sae.d_sae,
+            "lr": lr,
+            "tokens": tokens,
+            "loss": round(loss, 5),
+            "fvu": round(fvu, 4),
+        }
         facts["recall"] = round(1 - len(missed) / len(there), 3)
         facts["missed"] = [
             {

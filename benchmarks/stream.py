@@ -5,7 +5,10 @@ python benchmarks/stream.py FOLDER [--rounds 3] [--only loops | hookpoints]
 
 import argparse
 import itertools
+import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,29 +21,50 @@ from pythia_shape import D_IN, make
 
 from saetrack.sae import TopKSAE
 
+LAYERS = (3, 2, 1)
+"""Whose outputs are read with one hookpoint, two, three: the further ones need no further layer of the LLM."""
 
-def in_turn(variants: dict[str, Callable[[Timing], None]], rounds: int) -> dict[str, Timing]:
-    """Run every loop, again and again; each adds the seconds of its step."""
-    timings = {name: Timing() for name in variants}
+
+def one_step(shape: Shape, timing: Timing) -> None:
+    """The step of one SAE alone, on activations that are there."""
+    turns = itertools.cycle(activations(shape.batch, D_IN))
+    alone = step_of(TopKSAE(D_IN, shape.d_sae // D_IN, shape.k))
+    measured = interleaved({"step": lambda: alone(next(turns))}, rounds=3, warm_up=1)["step"]
+    timing.wall.append(statistics.median(measured.wall))
+    timing.cpu.append(statistics.median(measured.cpu))
+
+
+LOOPS: dict[str, Callable[[Shape, Timing], None]] = {
+    "ours": loops.ours,
+    "ours_bfloat16": lambda shape, timing: loops.ours(shape, timing, "bfloat16"),
+    "sparsify": loops.sparsify,
+    "sparsify_bfloat16": lambda shape, timing: loops.sparsify(shape, timing, torch.bfloat16),
+    "dictionary_learning": loops.dictionary_learning,
+    "sae_lens": loops.sae_lens,
+    "step": one_step,
+    "hookpoints_1": lambda shape, timing: loops.ours(shape, timing, layers=LAYERS[:1]),
+    "hookpoints_2": lambda shape, timing: loops.ours(shape, timing, layers=LAYERS[:2]),
+    "hookpoints_3": lambda shape, timing: loops.ours(shape, timing, layers=LAYERS),
+}
+
+
+def in_turn(names: list[str], folder: Path, rounds: int) -> dict[str, Timing]:
+    """Run every loop, again and again, each time in a process of its own, so that none has another's memory."""
+    timings = {name: Timing() for name in names}
     for _ in range(rounds):
-        for name, run in variants.items():
-            run(timings[name])
+        for name in names:
+            command = [sys.executable, __file__, str(folder), "--loop", name]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            wall, cpu = json.loads(output.splitlines()[-1])
+            print(f"{name}: {wall:.3f} s a step, {cpu:.3f} s of processor time", file=sys.stderr, flush=True)
+            timings[name].wall.append(wall)
+            timings[name].cpu.append(cpu)
     return timings
 
 
 def beside_the_peers(shape: Shape, rounds: int) -> None:
     """Ours with the LLM in float32, as theirs, and in bfloat16."""
-    times = in_turn(
-        {
-            "ours": lambda t: loops.ours(shape, t),
-            "ours_bfloat16": lambda t: loops.ours(shape, t, "bfloat16"),
-            "sparsify": lambda t: loops.sparsify(shape, t),
-            "sparsify_bfloat16": lambda t: loops.sparsify(shape, t, torch.bfloat16),
-            "dictionary_learning": lambda t: loops.dictionary_learning(shape, t),
-            "sae_lens": lambda t: loops.sae_lens(shape, t),
-        },
-        rounds,
-    )
+    times = in_turn([name for name in LOOPS if name != "step" and "hookpoints" not in name], shape.folder, rounds)
     for name, timing in times.items():
         value = round(shape.batch / statistics.median(timing.wall))
         report("stream", f"tokens_per_second_{name}", **facts(shape, rounds), value=value, **timing.facts("step"))
@@ -62,39 +86,26 @@ def beside_the_peers(shape: Shape, rounds: int) -> None:
 
 
 def further_hookpoints(shape: Shape, rounds: int) -> None:
-    """What a second and a third hookpoint, in layers before the first, add to a step, in steps of one SAE alone."""
-    layers = (shape.layer, shape.layer - 1, shape.layer - 2)
-    turns = itertools.cycle(activations(shape.batch, D_IN))
-    alone = step_of(TopKSAE(D_IN, shape.d_sae // D_IN, shape.k))
-
-    def one_sae(timing: Timing) -> None:
-        measured = interleaved({"step": lambda: alone(next(turns))}, rounds=3, warm_up=1)["step"]
-        timing.wall.append(statistics.median(measured.wall))
-        timing.cpu.append(statistics.median(measured.cpu))
-
-    variants: dict[str, Callable[[Timing], None]] = {"step": one_sae}
-    for n in (1, 2, 3):
-        variants[str(n)] = lambda t, n=n: loops.ours(shape, t, layers=layers[:n])  # type: ignore[misc]
-    times = in_turn(variants, rounds)
-    step = times.pop("step")
-    for fewer, more in (("1", "2"), ("2", "3")):
-        added = Timing(*([b - a for a, b in zip(*pair, strict=True)] for pair in pairs(times[fewer], times[more])))
+    """What a second and a third hookpoint add to a step, in steps of one SAE alone."""
+    names = ["hookpoints_1", "hookpoints_2", "hookpoints_3"]
+    times = in_turn(["step", *names], shape.folder, rounds)
+    step = times["step"]
+    for fewer, more in itertools.pairwise(names):
+        a, b = times[fewer], times[more]
+        added = Timing(
+            [y - x for x, y in zip(a.wall, b.wall, strict=True)], [y - x for x, y in zip(a.cpu, b.cpu, strict=True)]
+        )
         report(
             "stream",
-            f"hookpoint_{more}_in_steps_of_its_own",
+            f"{more}_added_in_steps_of_its_own",
             **facts(shape, rounds),
             **ratio(added, step),
             bar=1.0,
             at_most=True,
             **step.facts("step"),
-            **times[fewer].facts("fewer"),
-            **times[more].facts("more"),
+            **a.facts("fewer"),
+            **b.facts("more"),
         )
-
-
-def pairs(a: Timing, b: Timing) -> tuple[tuple[list[float], list[float]], tuple[list[float], list[float]]]:
-    """Wall and processor times of two variants, round by round."""
-    return (a.wall, b.wall), (a.cpu, b.cpu)
 
 
 def facts(shape: Shape, rounds: int) -> dict[str, int]:
@@ -108,8 +119,14 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=["loops", "hookpoints"])
+    parser.add_argument("--loop", choices=LOOPS)
     asked = parser.parse_args()
     make(asked.folder)
+    if asked.loop:
+        taken = Timing()
+        LOOPS[asked.loop](Shape(asked.folder), taken)
+        print(json.dumps([taken.wall[0], taken.cpu[0]]))
+        sys.exit()
     if asked.only != "hookpoints":
         beside_the_peers(Shape(asked.folder), asked.rounds)
     if asked.only != "loops":

@@ -52,7 +52,7 @@ def null_excess(folder: Path, arms: tuple[int, int], repeats: int, learning: flo
 
 
 def drift_recovered(folder: Path, repeats: int) -> Row:
-    """Energy over the planted displacement of the unit rows, the rotation known."""
+    """Energy over the planted displacement of the unit rows, which a rotation of the whole space turns too."""
     ratios = []
     for seed in range(repeats):
         rng = np.random.default_rng(seed)
@@ -63,7 +63,7 @@ def drift_recovered(folder: Path, repeats: int) -> Row:
         # rows are scaled back to length 1: what arms have in common shrinks by the same factor
         shrunk = 1 / (1 + 2 * (moves.llm + moves.noise + moves.learning))
         ratios.append(found["energy"] / (moves.llm * shrunk))
-    what = "planted drift recovered (energy; the rotation known)"
+    what = "planted drift recovered (energy; the space turned too)"
     return Row(what, "0.9-1.1", float("nan"), repeats, float(np.mean(ratios)))
 
 

@@ -1,177 +1,214 @@
-"""What each way to begin a stage costs in FVU and keeps of the features' identity; writes docs/warm-starts.md.
+"""What each way to begin a stage costs in FVU, and keeps of the features' identity.
 
 make bench-warm-starts
 
-The series is any folder of `saetrack pretrain`. A run that is there already is read and
-not trained again, so the command may be stopped and given again. Each run prints one JSON line.
+Trains the series of `matrix` on harvested activations (warm_start_series.py) and appends a JSON line for each to
+OUT/results.jsonl. A line that is there is not made again, so the command may be stopped and given again, and --minutes
+cuts it into pieces. warm_start_page.py makes the tables and figures of docs/warm-starts.md of the lines. Two LLMs are
+read: LLM, the quickstart's, and LLM6, one of 6 layers, each the folder of a `saetrack pretrain`.
 """
 
 import argparse
-import itertools
 import json
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import pandas as pd
-import scipy.sparse
+from measuring import machine
+from warm_start_forms import FORMS
+from warm_start_series import Arm, HarvestedData, Recipe, Trained, cold, run_series
 
-from saetrack import Track
-from saetrack.analysis import figures
-from saetrack.cli import main as saetrack
-from saetrack.lm.loading import load_llm
-from saetrack.metrics import functional_correlation
-from saetrack.track import Snapshot
-from saetrack.training.stream import harvest
+from saetrack.sae import SAE, StandardSAE, TopKSAE
+from saetrack.training.module import OptimizerSettings
 
-STARTS = {
-    "prior": ("prior", 0.0),
-    "recentred": ("recentred", 0.0),
-    "transported": ("transported", 0.0),
-    "prior + continuity": ("prior", None),
-    "transported + continuity": ("transported", None),
-    "scratch": ("scratch", 0.0),
-}
-"""Name to warm start and weight of continuity; None is the default of `saetrack fit`."""
-COLD = "scratch, long"
-ALIVE = 1e-4  # firing frequency
 SAES = {
-    "TopK": ["--model.sae=TopKSAE", "--model.sae.expansion_factor=16", "--model.sae.k=24"],
-    "Standard": ["--model.sae=StandardSAE", "--model.sae.expansion_factor=16"],
+    "TopK": partial(TopKSAE, expansion_factor=8, k=24),
+    "Standard": partial(StandardSAE, expansion_factor=8),
+}
+HOOKPOINTS = {"4 layers": "gpt_neox.layers.2", "6 layers": "gpt_neox.layers.3"}
+LAST = 256
+"""The last LLM step: of 320, the learning rate falls in the last fifth, and what is followed is its constant phase."""
+FIRST, LATER = 125_000, 25_000
+OPTIMIZER = OptimizerSettings(lr=2e-3, warmup_tokens=10_000, warmup_tokens_next=2_500)
+DEAD_AFTER = 12_500
+COLD = "cold"
+DEFAULT = "transported + continuity"
+ARMS = {
+    "prior": Arm("prior"),
+    DEFAULT: Arm("transported", 0.1),
+    "transported": Arm("transported"),
+    "regressed + continuity": Arm("regressed", 0.1),
+    "regressed": Arm("regressed"),
+    "regressed rows": Arm("regressed rows"),
+    "regressed rows + continuity": Arm("regressed rows", 0.1),
+    "scratch": Arm("scratch"),
+    "recentred": Arm("recentred"),
+    "prior + continuity": Arm("prior", 0.1),
+    "affine": Arm("affine"),
+    "affine + continuity": Arm("affine", 0.1),
+    "transported + moments": Arm("transported", moments=True),
+    "transported + moments + continuity": Arm("transported", 0.1, moments=True),
+}
+TRIED = {
+    "package": (0.03, 0.3, 0.05, 1.0),
+    "equal": (0.1, 0.03, 0.3),
+    "between": (0.1, 0.03, 0.3),
+    "alive": (0.1, 0.3),
+    "latents": (0.1, 0.3),
+    "not_new": (0.3,),
+}
+FRONTIER = {
+    f"{form}, {w}": Arm("transported", w, moved=FORMS[form]) for form, weights in TRIED.items() for w in weights
+}
+FRONTIER |= {
+    "package, 0.3, fading to 0": Arm("transported", 0.3, fade=lambda share: 1 - share),
+    "package, 0.3, half of the stage": Arm("transported", 0.3, fade=lambda share: float(share < 0.5)),
 }
 
+BUDGETS = {f"{tokens:,} tokens": Arm("transported", 0.1, tokens=tokens) for tokens in (12_500, 50_000)}
+BUDGETS |= {f"tolerance {t}": Arm("transported", 0.1, tokens=50_000, tolerance=t) for t in (0.03, 0.1, 0.01)}
 
-def fit(llm: Path, folder: Path, sae: str, start: str, steps: list[int], tokens: tuple[int, int]) -> Track:
-    """Train one series, or open it when it is complete."""
-    warm_start, weight = STARTS["scratch" if start == COLD else start]
-    config = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-    arguments = [
-        "fit",
-        f"--config={config}",
-        f"--scheduler.track_dir={folder}",
-        f"--scheduler.steps={steps}",
-        f"--scheduler.warm_start={warm_start}",
-        f"--scheduler.tokens_first={tokens[0]}",
-        f"--scheduler.tokens_next={tokens[0] if start == COLD else tokens[1]}",
-        "--data.source=FolderSource",
-        f"--data.source.path={llm}",
-        f"--data.tokens.cache_dir={llm}/tokens",
-        *SAES[sae],
-        "--model.optimizer.tolerance=null",  # equal tokens, so that the FVUs can be compared
-        "--analyze.analyses=null",
-        "--trainer.logger=false",
-        "--trainer.enable_progress_bar=false",
-        "--ckpt_path=last",
-    ]
-    if weight is not None:
-        arguments.append(f"--model.continuity={weight}")
-    sys.argv = ["saetrack"]  # LightningCLI warns of arguments beside those it is given
-    try:
-        saetrack(arguments)
-    except SystemExit as stopped:  # the track was complete
-        if stopped.code:
-            raise
-    return Track.open(folder)
+CLIMBING = ("prior", DEFAULT, "transported", "transported + moments", "transported + moments + continuity")
+"""Arms whose stages are also trained with more and fewer tokens."""
 
 
-def correlation(first: Snapshot, last: Snapshot, track: Track) -> np.ndarray:
-    """Functional correlation of every feature between two snapshots, on the evaluation rows; NaN where constant."""
-    rows = track.tokens("evaluation")
-    latents = []
-    for snapshot in (first, last):
-        llm, sae, site = load_llm(snapshot.llm), snapshot.sae(), track.facts["hookpoint"]
-        batches = harvest(llm, snapshot.llm, rows, [site], np.arange(len(rows.tokens)))
-        latents.append([sae.encode_sparse(x[site]) for _, x in batches])
-    return functional_correlation(*(scipy.sparse.vstack(parts, format="csr") for parts in latents)).numpy()
+@dataclass(frozen=True)
+class Job:
+    """One series.
+
+    Args:
+        llm: A name in `HOOKPOINTS`.
+        sae: A name in `SAES`.
+        thin: Every how many LLM checkpoints one is visited, counted from the last.
+        seed: Of fresh SAEs and of the order of the batches.
+        arm: A name in `ARMS`, `FRONTIER` or `BUDGETS`; or `COLD`, SAEs from scratch with the first stage's tokens.
+        null: Whether every snapshot is also trained once more where it is.
+        ladder: Whether stages are also trained with more and fewer tokens.
+    """
+
+    llm: str
+    sae: str
+    thin: int
+    seed: int
+    arm: str
+    null: bool = False
+    ladder: bool = False
 
 
-def measure(track: Track) -> dict[str, object]:
-    """The numbers of one series, a list with one entry for each snapshot where they differ by snapshot."""
-    metrics = track.metrics()
-    identity = [None]
-    for before, after in itertools.pairwise(track):
-        alive = (before.features["firing_frequency"] > ALIVE) & (after.features["firing_frequency"] > ALIVE)
-        identity.append(float(after.features["functional_correlation"][alive].median()))
-    r = np.nan_to_num(correlation(track[0], track[-1], track))
-    alive = (track[0].features["firing_frequency"] > ALIVE).to_numpy()
-    return {
-        "steps": track.steps,
-        "tokens": [int(t) for t in metrics["tokens_trained"]],
-        "fvu_before": [round(v, 4) for v in metrics["fvu_before"]],
-        "fvu": [round(v, 4) for v in metrics["fvu"]],
-        "dead_share": [round(v, 4) for v in metrics["dead_share"]],
-        "functional_correlation": [v if v is None else round(v, 3) for v in identity],
-        "first_to_last_above_half": round(float((r[alive] > 0.5).mean()), 4),
-        "first_to_last_above_0.7": round(float((r[alive] > 0.7).mean()), 4),
-    }
+def matrix() -> Iterator[Job]:
+    """All series, the more important ones first."""
+    dense = partial(Job, "4 layers", "TopK", 1)
+    main = ("prior", DEFAULT, "transported")
+    yield dense(0, COLD)
+    yield from (dense(0, arm, null=arm in ("prior", DEFAULT)) for arm in (*main, "scratch"))
+    yield from (dense(0, f"package, {weight}") for weight in (0.03, 0.05, 0.3))
+    yield from (dense(1, arm) for arm in (*main, "package, 0.03"))
+    yield from (dense(0, arm) for arm in ARMS if arm not in (*main, "scratch"))
+    yield from (Job("4 layers", "TopK", 8, 0, arm, ladder=arm in CLIMBING) for arm in ARMS)
+    yield from (dense(0, arm) for arm in FRONTIER)
+    for sae, llm in (("Standard", "4 layers"), ("TopK", "6 layers")):
+        yield from (Job(llm, sae, 1, 0, arm) for arm in main)
+    yield from (dense(0, arm) for arm in BUDGETS)
+    yield from (Job("4 layers", "TopK", thin, 0, arm) for thin in (2, 4) for arm in main)
+    yield from (dense(0, arm, ladder=True) for arm in main)
+    yield from (Job("4 layers", "TopK", 8, 1, arm) for arm in ARMS)
+    for sae, llm in (("Standard", "4 layers"), ("TopK", "6 layers")):
+        yield from (Job(llm, sae, thin, 0, arm) for thin in (1, 8) for arm in ARMS if thin == 8 or arm not in main)
+    yield from (Job("4 layers", "TopK", thin, 0, arm) for thin in (2, 4) for arm in ARMS if arm not in main)
+    yield from (dense(2, arm) for arm in main)
 
 
-def thinned(steps: list[int], factor: int) -> list[int]:
-    """Every ``factor``-th step, counted from the last, which stays."""
-    return steps[::-1][::factor][::-1]
+class Bench:
+    """Runs jobs, and keeps what they share.
+
+    Args:
+        llms: Folder of each LLM's checkpoints.
+        out: Where the lines and the harvested activations go.
+    """
+
+    def __init__(self, llms: dict[str, Path], out: Path) -> None:
+        self.llms, self.results, self.cache = llms, out / "results.jsonl", out / "activations"
+        out.mkdir(parents=True, exist_ok=True)
+        self.data = lru_cache(maxsize=1)(self._data)
+        self.first = lru_cache(maxsize=4)(self._first)
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """What is there already."""
+        if not self.results.is_file():
+            return []
+        return [json.loads(line) for line in self.results.read_text().splitlines()]
+
+    def _data(self, llm: str) -> HarvestedData:
+        hookpoint = HOOKPOINTS[llm]
+        return HarvestedData(self.llms[llm], self.cache / llm.replace(" ", "-"), hookpoint, round(1.06 * FIRST))
+
+    def _first(self, llm: str, sae: str, seed: int, step: int) -> Trained:
+        """The first stage, or a cold SAE: the same for all arms."""
+        data = self.data(llm)
+        file = self.cache.parent / "cold" / f"{llm.replace(' ', '-')}-{sae}-{seed}-step{step}.safetensors"
+        return cold(data, recipe(sae, seed), data.place(data.at(step)), file)
+
+    def run(self, job: Job) -> None:
+        """Do one job and append its line."""
+        began = time.process_time()
+        data = self.data(job.llm)
+        steps = [c.step for c in data.checkpoints if c.step <= LAST][::-1][:: job.thin][::-1]
+        if job.arm == COLD:
+            result = {"stages": [self._first(job.llm, job.sae, job.seed, step).measures for step in steps]}
+        else:
+            first = self.first(job.llm, job.sae, job.seed, steps[0])
+            arm = (ARMS | FRONTIER | BUDGETS)[job.arm]
+            ladder = self._cold_fvu(job) if job.ladder else None
+            result = run_series(data, recipe(job.sae, job.seed), arm, first, steps, job.null, ladder)
+        facts = {**vars(job), **result, "cpu_s": round(time.process_time() - began), **machine()}
+        with self.results.open("a") as lines:
+            lines.write(json.dumps(facts) + "\n")
+        print(summary(facts), flush=True)
+
+    def _cold_fvu(self, job: Job) -> dict[int, float]:
+        for line in self.lines:
+            if (line["llm"], line["sae"], line["seed"], line["arm"]) == (job.llm, job.sae, job.seed, COLD):
+                return {trained["step"]: trained["fvu"] for trained in line["stages"]}
+        raise RuntimeError(f"{self.results} has no line of the cold SAEs that {job} is held against.")
 
 
-def table(runs: pd.DataFrame) -> str:
-    """One row for each run: what a reader compares."""
-    rows = []
-    for run in runs.to_dict("records"):
-        r = [v for v in run["functional_correlation"] if v is not None]
-        rows.append(
-            {
-                "SAE": run["sae"],
-                "every": run["thin"],
-                "start": run["start"],
-                "FVU before (mean)": f"{np.mean(run['fvu_before'][1:]):.3f}",
-                "FVU after (mean)": f"{np.mean(run['fvu'][1:]):.4f}",
-                "dead (worst)": f"{max(run['dead_share']):.1%}",
-                "r to the one before: least": f"{min(r):.2f}",
-                "mean": f"{np.mean(r):.2f}",
-                "first to last above 0.5": f"{run['first_to_last_above_half']:.1%}",
-                "above 0.7": f"{run['first_to_last_above_0.7']:.1%}",
-            }
-        )
-    frame = pd.DataFrame(rows)
-    lines = ["| " + " | ".join(frame.columns) + " |", "|" + "---|" * len(frame.columns)]
-    return "\n".join(lines + ["| " + " | ".join(str(v) for v in row) + " |" for row in frame.to_numpy()])
+def recipe(sae: str, seed: int) -> Recipe:
+    """The settings of all series of one class."""
+    build: partial[SAE] = SAES[sae]
+    return Recipe(build, FIRST, LATER, OPTIMIZER, seed, DEAD_AFTER)
 
 
-def draw(runs: pd.DataFrame, path: Path) -> None:
-    """FVU after and functional correlation by LLM step, one row of panels for each SAE and grid."""
-    groups = list(runs.groupby(["sae", "thin"], sort=False))
-    figure, axes = figures.small_multiples(2 * len(groups), title="Warm starts")
-    for left, right, ((sae, thin), group) in zip(axes[::2], axes[1::2], groups, strict=True):
-        for colour, run in zip(itertools.cycle(figures.PALETTE), group.to_dict("records"), strict=False):
-            figures.line(left, run["steps"][1:], run["fvu"][1:], color=colour, label=run["start"])
-            r = run["functional_correlation"][1:]
-            figures.line(right, run["steps"][1:], r, color=colour, label=run["start"])
-        for ax, what in ((left, "FVU after"), (right, "median functional correlation")):
-            figures.step_axis(ax, group["steps"].iloc[0])
-            figures.describe(ax, title=f"{sae}, every {thin}", ylabel=what)
-            figures.legend(ax)
-    figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
+def summary(facts: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    stages = facts["stages"]
+    r = " ".join(f"{trained['r']:.2f}" for trained in stages[1:] if "r" in trained)
+    fvu = " ".join(f"{trained['fvu']:.3f}" for trained in stages)
+    kept = f", first to last {facts['first_to_last']['above_half']:.1%}" if "first_to_last" in facts else ""
+    dead = max(trained["dead"] for trained in stages)
+    where = f"{facts['llm']} {facts['sae']} /{facts['thin']} seed {facts['seed']} {facts['arm']}"
+    return f"{where}: FVU {fvu}, r {r}, dead up to {dead:.1%}{kept} ({facts['cpu_s']} s)"
 
 
 def main() -> None:
-    """Train what is missing, print a JSON line for each series, write the table and the figure."""
+    """Do what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("llm", type=Path, help="Folder of LLM checkpoints.")
-    parser.add_argument("out", type=Path, help="Folder of the tracks; results.jsonl, table.md and curves.svg too.")
-    parser.add_argument("--saes", nargs="+", choices=SAES, default=list(SAES))
-    parser.add_argument("--starts", nargs="+", choices=[*STARTS, COLD], default=[*STARTS, COLD])
-    parser.add_argument("--thin", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--tokens", nargs=2, type=int, default=[500_000, 200_000], help="First stage, later stages.")
+    parser.add_argument("llm", type=Path, help="Folder of the 4-layer LLM's checkpoints.")
+    parser.add_argument("llm6", type=Path, help="Folder of the 6-layer LLM's.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, help="Begin no series after so many.")
     options = parser.parse_args()
-    steps = sorted(int(p.name.removeprefix("step")) for p in options.llm.glob("step*"))
-    runs = []
-    for sae, thin, start in itertools.product(options.saes, options.thin, options.starts):
-        name = f"{sae}-every{thin}-{start.replace(' ', '')}-{options.tokens[0]}-{options.tokens[1]}"
-        track = fit(options.llm, options.out / name, sae, start, thinned(steps, thin), tuple(options.tokens))
-        runs.append({"sae": sae, "thin": thin, "start": start, **measure(track)})
-        print(json.dumps(runs[-1]), flush=True)
-        frame = pd.DataFrame(runs)
-        (options.out / "results.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
-        (options.out / "table.md").write_text(table(frame) + "\n")
-        draw(frame, options.out / "curves.svg")
+    bench, began = Bench({"4 layers": options.llm, "6 layers": options.llm6}, options.out), time.monotonic()
+    for job in matrix():
+        if any(all(line[name] == value for name, value in vars(job).items()) for line in bench.lines):
+            continue
+        if options.minutes is not None and time.monotonic() - began > 60 * options.minutes:
+            sys.exit(75)  # there is more
+        bench.run(job)
 
 
 if __name__ == "__main__":

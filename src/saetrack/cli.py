@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
+from safetensors import SafetensorError
 
 from saetrack.analysis import Analysis, SweepAnalysis
 from saetrack.analysis.plugins import discover, list_analyses, load_plugins, name_analyses
 from saetrack.analysis.sweep import run_analyses
-from saetrack.errors import OneLineErrors, wants_traceback
+from saetrack.errors import OneLineErrors, one_line, said_by_rank_zero, wants_traceback
 from saetrack.exchange import EXPORT_FORMATS, ImportedFacts, export_track, import_map, import_sae
 from saetrack.hub import push_folder
 from saetrack.lm import describe_checkpoints, source_from_string
-from saetrack.terminal import shown
+from saetrack.terminal import quiet_lightning, shown
 from saetrack.track import Track
 
 
@@ -35,6 +36,7 @@ def pretrain(args: list[str]) -> None:
     config = parser.instantiate(parser.parse_args(args)).as_dict()
     config.pop("config")
     folder = config.pop("folder")
+    quiet_lightning()
     pretrain(folder, PretrainConfig(**config))
     _say(describe_checkpoints(source_from_string(str(folder))))
 
@@ -71,13 +73,12 @@ def analyze(args: list[str]) -> None:
         help="Count features only while they kept their identity, by the result of Identity; written to NAME-kept.",
     )
     config = parser.instantiate(parser.parse_args(args))
-    if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {config.device}, but this machine has no GPU that PyTorch can use; use cpu.")
+    _refuse_device(config.device)
     track = Track.open(config.track)
     chosen = name_analyses(config.analyses) if config.analyses else _built_in_analyses(len(track.distinct()))
     if config.only_kept and not config.analyses:
         chosen = {name: analysis for name, analysis in chosen.items() if analysis.restrictable}
-    with shown("Analysing", "pieces of work") as progress:
+    with shown("Analysing", "to do") as progress:
         results = run_analyses(track, chosen, device=config.device, only_kept=config.only_kept, progress=progress)
     for name, result in results.items():
         _say(f"{name}: {result.summary}\n  {track.analyses_dir / name}{'-kept' if config.only_kept else ''}")
@@ -179,11 +180,23 @@ def main(args: list[str] | None = None) -> None:
             from saetrack.training.cli import fit
 
             fit(args, "; ".join(f"{name}: {_first_line(command)}" for name, command in COMMANDS.items()))
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         if wants_traceback(error):
             raise
-        sys.stderr.write(f"saetrack: error: {error}\n")
+        if not said_by_rank_zero():
+            sys.stderr.write(f"saetrack: error: {one_line(error)}\n")
         sys.exit(1)
+
+
+def _refuse_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(
+            f"--device is {device!r}, which PyTorch does not know; expected cpu, cuda or cuda:1."
+        ) from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {device}, but this machine has no GPU that PyTorch can use; use cpu.")
 
 
 def _parser(name: str, command: Callable[..., Any]) -> ArgumentParser:

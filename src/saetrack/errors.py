@@ -1,10 +1,12 @@
-"""Errors in one line: what a library's says, and what was typed wrong, where argparse prints a page of usage."""
+"""How a command says what is wrong: in one line, where argparse prints a page of usage and Python a traceback."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import NoReturn
@@ -12,7 +14,20 @@ from typing import NoReturn
 PACKAGE = Path(__file__).parent
 TRACEBACK_VARIABLE = "SAETRACK_TRACEBACK"
 
-_NO_CLASS = re.compile(r'(?:Parser )?key "([^"]*)".*?Expected a dot import path string: (\S+)')
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SECONDS_TO_END = 10.0
+"""Within which a process that has failed is gone."""
+_STARTED_BY = os.getppid()
+
+_KEY = r'Parser key "(?P<key>[^"]*)"'
+_MISSING = re.compile(rf"{_KEY}: Not of type .* not NoneType")
+_NO_CLASS = re.compile(r'(?:Parser )?key "(?P<key>[^"]*)".*?Expected a dot import path string: (?P<value>\S+)')
+_NO_IMPORT = re.compile(rf"{_KEY}.*?Problem with given class_path '(?P<value>[^']*)': (?P<why>.*?)(?: - | Given |$)")
+_UNION = re.compile(
+    rf"{_KEY}:.* Union subtypes Subtypes: \[(?P<type>.*?)\] Errors: .* Given value: (?P<value>(?:(?! Given value).)*)$"
+)
+_TYPE = re.compile(rf"{_KEY}: Expected an? (?P<type>.*?)\. Got value: (?P<value>.*)$")
+_TYPE_NAME = re.compile(r"<class '(?:[^']*\.)?(\w+)'>|typing\.Literal\[([^]]*)\]|(?:\w+\.)+(\w+)")
 
 
 def first_line(error: BaseException) -> str:
@@ -32,20 +47,80 @@ class OneLineErrors:
             message: What the parser found; its line breaks are dropped.
             ex: The error that it comes from, which the message contains.
         """
-        found = " ".join(message.split()).rstrip(".")
-        if (no_class := _NO_CLASS.search(found)) is not None:
-            found = f"{no_class[1]}: there is no class {no_class[2]!r}"
+        found = in_plain_words(" ".join(message.split()).rstrip("."))
         program = self.prog.replace(" [options]", "")
-        listing = "saetrack analyses" if "analyses" in found else f"{program} --help"
+        if program == "saetrack" and "unrecognized arguments" not in found:
+            program = "saetrack fit"  # its parser lies in one of this name, which finds what is wrong with its values
+        listing = "saetrack analyses" if "analyses" in found.split(" ")[0] else f"{program} --help"
         sys.stderr.write(f"{program}: error: {found}. `{listing}` lists what there is.\n")
         sys.exit(2)
 
 
-def wants_traceback(error: BaseException) -> bool:
-    """Whether an error's message is not enough: no check of ours raised it, nor the file system, or it is asked for."""
-    if os.environ.get(TRACEBACK_VARIABLE):
-        return True
+def in_plain_words(found: str) -> str:
+    """What jsonargparse finds wrong, with the value first and in the words of a configuration.
+
+    Example:
+        >>> in_plain_words('''Parser key "model.lr": Expected a <class 'float'>. Got value: fast''')
+        'model.lr is fast; expected float'
+        >>> in_plain_words('''Parser key "hookpoints": Expected a <class 'list'>. Got value: layers.0''')
+        'hookpoints is layers.0; expected a list, which is written [layers.0]'
+    """
+    if missing := _MISSING.search(found):
+        return f"{missing['key']} is missing. Begin with a configuration, such as --config configs/quickstart.yaml"
+    if no_class := _NO_CLASS.search(found):
+        return f"{no_class['key']}: there is no class {no_class['value']!r}"
+    if no_import := _NO_IMPORT.search(found):
+        return f"{no_import['key']}: {no_import['value']} cannot be used: {no_import['why']}"
+    if wrong := _UNION.search(found) or _TYPE.search(found):
+        types = _TYPE_NAME.sub(lambda name: next(filter(None, name.groups())), wrong["type"])
+        expected = types.replace("NoneType", "null")
+        if expected.startswith("list"):
+            expected = f"a list, which is written [{wrong['value'].strip('[], ')}]"
+        return f"{wrong['key']} is {wrong['value']}; expected {expected}"
+    return re.sub(rf"^{_KEY}", r"\g<key>", found)
+
+
+def one_line(error: BaseException) -> str | None:
+    """What a user should read of an error in place of its traceback; None where the traceback is what there is to say.
+
+    A line is enough for what a check of ours found, and for the file system's own errors.
+    """
+    ours = is_ours(error)
+    full = error.errno in _FULL if isinstance(error, OSError) else f"(os error {errno.ENOSPC})" in str(error)
+    if full and not ours:
+        return "The disk is full. What is finished is whole: make room, then go on (`fit` with `--ckpt_path last`)."
     if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}. Give another place, or make this one readable and writable."
+    return str(error) if ours else None
+
+
+def wants_traceback(error: BaseException) -> bool:
+    """Whether a line is not enough for an error, or the user asks for more."""
+    return bool(os.environ.get(TRACEBACK_VARIABLE)) or one_line(error) is None
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether a check of this package raised it, with a message that is made to be read.
+
+    What a library's compiled code raises ends in a frame of ours too, but not at a ``raise``.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    return (
+        isinstance(error, ValueError | OSError | RuntimeError)
+        and bool(frames)
+        and Path(frames[-1].filename).is_relative_to(PACKAGE)
+        and (frames[-1].line or "raise").startswith("raise")
+    )
+
+
+def said_by_rank_zero() -> bool:
+    """Whether this process is one of several, and the one that started it has failed too and has said why.
+
+    When only this one fails, rank zero waits for it in vain and is ended by Lightning: then it is for this one to say.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0:
         return False
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return not Path(last.filename).is_relative_to(PACKAGE)
+    deadline = time.monotonic() + _SECONDS_TO_END
+    while os.getppid() == _STARTED_BY and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return os.getppid() != _STARTED_BY

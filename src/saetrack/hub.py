@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -36,12 +36,13 @@ class HubFolder:
     path: Path
 
     @classmethod
-    def open(cls, address: str, patterns: Sequence[str]) -> HubFolder:
-        """Find a folder and download some of its files.
+    def open(cls, address: str, patterns: Sequence[str], above: Sequence[str] = ()) -> HubFolder:
+        """Find a folder, or a file, and download some of its files.
 
         Args:
             address: ``hf://owner/name``, ``hf://owner/name/folder``, each with ``@revision`` where it is not main.
-            patterns: What to download now, with ``*``.
+            patterns: What to download now of a folder, with ``*``; a file is downloaded itself.
+            above: What to download of every folder that it lies in.
 
         Raises:
             ValueError: If the address is of another form.
@@ -54,8 +55,9 @@ class HubFolder:
             )
         folder = match["folder"].strip("/")
         wanted = [f"{folder}/{pattern}" if folder else pattern for pattern in patterns]
+        wanted += [folder, *(str(parent / name) for parent in PurePosixPath(folder).parents for name in above)]
         try:
-            root = snapshot_download(match["repo"], revision=match["revision"], allow_patterns=wanted)
+            root = snapshot_download(match["repo"], revision=match["revision"], allow_patterns=[*filter(None, wanted)])
         except NETWORK_ERRORS as error:
             raise _absent(address, error) from error
         return cls(match["repo"], folder, Path(root) / folder)
@@ -65,6 +67,14 @@ class HubFolder:
         """The commit that was found when it was opened; later downloads are of the same."""
         root = self.path.parents[self.folder.count("/")] if self.folder else self.path
         return root.name
+
+    def folders_with(self, names: Sequence[str]) -> list[str]:
+        """Folders in the whole repository that have a file of one of these names; empty without a network."""
+        try:
+            files = HfApi().list_repo_files(self.repo, revision=self.commit)
+        except NETWORK_ERRORS:
+            return []
+        return sorted({str(PurePosixPath(file).parent) for file in files if PurePosixPath(file).name in names})
 
     def fetch(self, name: str) -> Path:
         """One of its files, downloaded unless it is here.

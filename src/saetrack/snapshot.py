@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 from torch import Tensor
 
 from saetrack.hub import HubFolder
 from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.lm.local.recognise import format_from_record
 from saetrack.sae import SAE, sae_from_record
-from saetrack.tensor_files import read_tensor, read_tensors
+from saetrack.tensor_files import RESTORE, read_tensor, read_tensors
 
 SNAPSHOT_NAME = re.compile(r"^(?P<number>\d{4,})-step(?P<step>\d+)$")
 SNAPSHOTS = "snapshots"
@@ -57,8 +58,7 @@ class Snapshot:
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """The facts of ``metadata.json``: the LLM checkpoint, the SAE's class, and the quality of the snapshot."""
-        facts: dict[str, Any] = json.loads(self.file(METADATA).read_text(encoding="utf-8"))
-        return facts
+        return read_json(self.file(METADATA))
 
     @property
     def norm_limit(self) -> float:
@@ -107,5 +107,28 @@ class Snapshot:
 
     @cached_property
     def features(self) -> pd.DataFrame:
-        """One row per feature: firing statistics on the evaluation split, revivals, identity."""
-        return pd.read_parquet(self.file(FEATURES))
+        """One row per feature: firing statistics on the evaluation split, revivals, identity.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        path = self.file(FEATURES)
+        try:
+            return pd.read_parquet(path)
+        except pa.ArrowException as error:
+            raise ValueError(f"{path} is damaged ({error}). {RESTORE}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a json file of a track holds.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). {RESTORE}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{path} is damaged (it holds a {type(facts).__name__}, no facts). {RESTORE}")
+    return facts

@@ -6,7 +6,6 @@ without the dot is complete and the listing is the list: there is no index that 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby, pairwise
@@ -25,9 +24,9 @@ from torch import Tensor
 from saetrack.hub import HubFolder, is_hub_address
 from saetrack.lm.tokens import TokenRows
 from saetrack.sae import SAE, save_saelens
-from saetrack.snapshot import FEATURES, METADATA, SNAPSHOT_NAME, SNAPSHOTS, STATISTICS, WEIGHTS, Snapshot
+from saetrack.snapshot import FEATURES, METADATA, SNAPSHOT_NAME, SNAPSHOTS, STATISTICS, WEIGHTS, Snapshot, read_json
 from saetrack.storage import make_readable, whole_folder, write_json
-from saetrack.tensor_files import damage, read_rows
+from saetrack.tensor_files import RESTORE, damage, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,8 +71,8 @@ class Track(Sequence[Snapshot]):
 
         Raises:
             FileNotFoundError: If there is no track.
-            ValueError: If a run holds several hookpoints, the schema is newer than this version reads, or a
-                snapshot's weights are damaged.
+            ValueError: If a run holds several hookpoints, the schema is newer than this version reads, or
+                ``track.json`` or a snapshot's weights are damaged.
         """
         hub: HubFolder | None = None
         if is_hub_address(path):
@@ -82,7 +81,9 @@ class Track(Sequence[Snapshot]):
         path = Path(path)
         if not (path / _TRACK_FILE).is_file():
             path = _only_track_in(path)
-        facts = json.loads((path / _TRACK_FILE).read_text(encoding="utf-8"))
+        facts = read_json(path / _TRACK_FILE)
+        if not isinstance(facts.get("schema"), int):
+            raise ValueError(f"{path / _TRACK_FILE} is damaged (it names no schema). {RESTORE}")
         if facts["schema"] > SCHEMA:
             raise ValueError(
                 f"{path} was written with track schema {facts['schema']}, but this saetrack reads schemas up to "
@@ -315,7 +316,11 @@ class Track(Sequence[Snapshot]):
 
     @cached_property
     def _token_arrays(self) -> dict[str, np.ndarray]:
-        arrays: dict[str, np.ndarray] = load_arrays(self.file(_TOKENS))
+        path = self.file(_TOKENS)
+        try:
+            arrays: dict[str, np.ndarray] = load_arrays(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}). {RESTORE}") from error
         return arrays
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -395,7 +400,4 @@ def _only_track_in(path: Path) -> Path:
 def _check_weights(path: Path) -> None:
     error = damage(path / WEIGHTS)
     if error is not None:
-        raise ValueError(
-            f"{path} is damaged: {WEIGHTS} cannot be read ({error}). Restore it from a "
-            "copy, or begin again in another `scheduler.track_dir`."
-        )
+        raise ValueError(f"{path} is damaged: {WEIGHTS} cannot be read ({error}). {RESTORE}")

@@ -1,6 +1,7 @@
 """Whatever is wrong with the input, the user reads one line and loses nothing."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from saetrack import Track
 from saetrack.cli import main
 from saetrack.storage import claimed
+from tests.trees import hashes
 
 Config = dict[str, Any]
 
@@ -80,6 +83,7 @@ def test_corpus_shorter_than_the_budget(config: Config, fails: Callable[..., str
     line = fails(config)
     assert "10,000,000" in line
     assert "scheduler.tokens_first" in line
+    assert not Path(config["scheduler"]["track_dir"]).exists()
 
 
 def test_context_longer_than_the_llm_reads(config: Config, fails: Callable[..., str]) -> None:
@@ -146,6 +150,11 @@ def test_analyze_names_what_it_cannot_open(tmp_path: Path, capsys: pytest.Captur
     ("options", "named"),
     [
         (["--trainer.max_steps", "5"], "trainer.max_steps is 5"),
+        (["--trainer.max_epochs", "3"], "trainer.max_epochs is 3"),
+        (["--trainer.devices", "two"], "`devices` selected with `CPUAccelerator`"),
+        (["--trainer.strategy", "dpp"], "strategy='dpp'"),
+        (["--ckpt_path", "lst"], "`--ckpt_path lst` needs lst, which is not there"),
+        (["--data.tokens.split_share", "0.5"], "data.tokens.split_share is 0.5"),
         (["--trainer.max_time", "00:00:00:01"], "trainer.max_time is set"),
         (["--trainer.limit_train_batches", "3"], "trainer.limit_train_batches is 3"),
         (["--trainer.accumulate_grad_batches", "2"], "trainer.accumulate_grad_batches is 2"),
@@ -197,6 +206,98 @@ def test_a_finished_run_is_kept_from_another_hookpoint_and_from_changed_weights_
     assert Track.open(run).steps == [0, 4, 8]
 
 
+def test_a_complete_track_is_complete_wherever_its_llm_lies_and_however_its_steps_are_spelt(
+    config: Config,
+    fails: Callable[..., str],
+    fit_here: Callable[..., Any],
+    make_series: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    llm = make_series(tmp_path / "llm", steps=(0, 4))
+    config["data"]["source"]["init_args"]["path"] = str(llm)
+    config["scheduler"]["steps"] = [0, 4]
+    assert fit_here(config).returncode == 0
+    before = hashes(tmp_path / "run")
+    llm.rename(tmp_path / "moved")
+    moved = ("--data.source.init_args.path", os.path.relpath(tmp_path / "moved"), "--scheduler.steps", "0,4")
+    assert "complete; nothing was changed" in fit_here(config, *moved).stdout
+    other = make_series(tmp_path / "other", steps=(0, 4), seed=3)
+    line = fails(config, "--data.source.init_args.path", str(other))
+    assert f"made with data.source.init_args.path {llm}, not {other}" in line
+    assert hashes(tmp_path / "run") == before
+    later = make_series(tmp_path / "later", steps=(0, 4, 8))
+    shutil.copytree(later / "step4", tmp_path / "moved" / "step8")  # half as far as the step 4 that is there
+    assert fit_here(config, *moved[:2], "--scheduler.steps", "all", "--ckpt_path", "last").returncode == 0
+    assert Track.open(tmp_path / "run").steps == [0, 4, 8]
+
+
+def test_a_stage_goes_on_only_with_the_weights_it_began_with(
+    config: Config, fails: Callable[..., str], make_series: Callable[..., Path], tmp_path: Path
+) -> None:
+    llm = make_series(tmp_path / "llm", steps=(0, 4))
+    (tmp_path / "stopper.py").write_text(STOPPER)
+    config["data"]["source"]["init_args"]["path"] = str(llm)
+    config["scheduler"]["steps"] = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        stopping = {**config, "trainer": {**config["trainer"], "callbacks": [{"class_path": "stopper.Stop"}]}}
+        assert "as a test asked" in fails(stopping)
+    weights = llm / "step0" / "model.safetensors"
+    shutil.copy(make_series(tmp_path / "other", steps=(0,), seed=7) / "step0" / "model.safetensors", weights)
+    assert "LLM checkpoint of step 0 has other weights now than when its stage began" in fails(
+        config, "--ckpt_path", "last"
+    )
+
+
+STOPPER = """
+from lightning import Callback
+
+class Stop(Callback):
+    def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+        if trainer.global_step == 13:
+            raise OSError(5, "as a test asked", "nowhere")
+"""
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [(None, "is damaged"), (b"nonsense", "is damaged"), ({"epoch": 1}, "is no resume file of saetrack")],
+    ids=["cut", "nonsense", "another"],
+)
+def test_a_damaged_resume_file_is_named_and_the_snapshots_can_be_begun_from(
+    content: bytes | dict[str, int] | None, found: str, config: Config, fails: Callable[..., str], begun: Path
+) -> None:
+    path = begun / "resume" / "last.ckpt"
+    if isinstance(content, dict):
+        torch.save(content, path)
+    else:
+        path.write_bytes(path.read_bytes()[:-1000] if content is None else content)
+    before = hashes(begun)
+    line = fails({**config, "scheduler": {**config["scheduler"], "track_dir": str(begun)}}, "--ckpt_path", "last")
+    assert f"{path} {found}" in line
+    assert f"`--model.start {begun}@0`" in line
+    assert hashes(begun) == before
+
+
+@pytest.fixture
+def begun(configure: Callable[[Path], Config], fit_here: Callable[..., Any], tmp_path: Path) -> Path:
+    """The folder of a run of one stage."""
+    config = configure(tmp_path / "begun")
+    config["scheduler"] |= {"steps": [0], "tokens_first": 1_000}
+    assert fit_here(config).returncode == 0
+    return tmp_path / "begun"
+
+
+def test_a_damaged_configuration_of_a_complete_track_is_named(
+    config: Config, fails: Callable[..., str], begun: Path
+) -> None:
+    (begun / "config.yaml").write_text("data: [")
+    config["scheduler"] |= {"track_dir": str(begun), "steps": [0]}
+    assert f"{begun / 'config.yaml'} cannot be read" in fails(config)
+    (begun / "config.yaml").unlink()
+    assert f"{begun / 'config.yaml'} cannot be read" in fails(config)
+
+
 def test_a_complete_track_gets_the_analyses_that_a_killed_run_did_not_come_to(
     config: Config, fit_here: Callable[..., Any]
 ) -> None:
@@ -206,6 +307,11 @@ def test_a_complete_track_gets_the_analyses_that_a_killed_run_did_not_come_to(
     track = Track.open(config["scheduler"]["track_dir"])
     shutil.rmtree(track.analyses_dir / "drift")
     assert "complete; ran drift, which had no result yet" in fit_here(config).stdout
+    events = EventAccumulator(str(track.path.parent / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("track_drift/drift")] == [10, 10], (
+        "by the first run, and by this one"
+    )
     facts = json.loads((track.analyses_dir / "drift" / "result.json").read_text())
     assert facts["settings"]["steps"] == [0, 10]
     facts["settings"]["steps"] = [0]  # as if the track had been extended since

@@ -1,6 +1,5 @@
 """Controls, trained on a tiny track by the command that a user types."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from saetrack.cli import main
 from saetrack.lm import load_llm
 from saetrack.training.control import ControlScheduler
 from saetrack.training.control_plan import ControlSettings, plan_controls
+from tests.trees import hashes
 
 Config = dict[str, Any]
 
@@ -47,11 +47,6 @@ def control(track: Track, *options: str) -> None:
 
 def weights(track: Track, position: int) -> torch.Tensor:
     return torch.nn.functional.normalize(track[position].tensor("W_dec"), dim=1)
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_a_null_step_trains_the_snapshot_before_once_more_on_its_own_llm_checkpoint(track: Track) -> None:

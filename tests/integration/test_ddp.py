@@ -1,6 +1,5 @@
 """Two processes give one track: the tokens and quality of one process, and the same bytes when killed and continued."""
 
-import hashlib
 import os
 import socket
 import subprocess
@@ -12,7 +11,9 @@ from typing import Any
 import pytest
 
 from saetrack import Track
+from tests.trees import hashes
 
+TRACKS = "gpt_neox*/**/*"
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 AS_MANY_LATENTS_AS_ACTIVATIONS = 8
 """The expansion factor, in a batch: from there on the ranks of a sparse SAE exchange factors."""
@@ -40,11 +41,6 @@ class RecordThreshold(Callback):
 """
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    files = [p for p in folder.glob("gpt_neox*/**/*") if p.is_file()]
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
 def test_two_processes_agree_with_one_and_a_killed_pair_continues_to_the_same_bytes(
     config: dict[str, Any],
     run: Callable[..., subprocess.CompletedProcess[str]],
@@ -67,8 +63,8 @@ def test_two_processes_agree_with_one_and_a_killed_pair_continues_to_the_same_by
         assert done.returncode == 0, done.stderr
         tracks.append(Track.open(tmp_path / name))
     one, two, _ = tracks
-    assert hashes(tmp_path / "two") == hashes(tmp_path / "killed")
-    assert set(hashes(tmp_path / "one")) == set(hashes(tmp_path / "two"))
+    assert hashes(tmp_path / "two", TRACKS) == hashes(tmp_path / "killed", TRACKS)
+    assert hashes(tmp_path / "one", TRACKS).keys() == hashes(tmp_path / "two", TRACKS).keys()
     for a, b in zip(one, two, strict=True):
         assert a.metadata["tokens_trained"] == b.metadata["tokens_trained"]
         assert a.metadata["evaluation_tokens"] == b.metadata["evaluation_tokens"]

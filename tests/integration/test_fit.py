@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from saetrack import Track
 from saetrack.cli import main
+from tests.trees import hashes
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -26,10 +27,6 @@ FEATURE_COLUMNS = [
     "functional_correlation",
     "decoder_cosine_previous",
 ]
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture
@@ -67,17 +64,17 @@ def test_fit_writes_the_documented_track_and_a_second_run_changes_nothing(
         assert words in done.stdout
     assert yaml.safe_load((folder / "config.yaml").read_text())["scheduler"]["tokens_first"] == 6_000
 
-    before = tree(folder)
+    before = hashes(folder)
     again = fit_here(analysed)
     assert again.returncode == 0, again.stderr
     assert "complete; nothing was changed" in again.stdout
-    assert tree(folder) == before
+    assert hashes(folder) == before
 
     analysed["model"]["sae"]["init_args"]["k"] = 5
     other = fit_here(analysed)
     assert other.returncode == 1
     assert "Choose another `scheduler.track_dir`" in other.stderr
-    assert tree(folder) == before
+    assert hashes(folder) == before
 
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "histograms": 0})
     events.Reload()
@@ -111,9 +108,9 @@ def test_a_dry_run_writes_nothing(config: dict[str, Any], fit_here: Run) -> None
     assert not folder.exists()
     config["scheduler"]["steps"] = [0, 2]
     assert fit_here(config).returncode == 0
-    before = tree(folder)
+    before = hashes(folder)
     assert fit_here(config, "--trainer.fast_dev_run", "true").returncode == 0
-    assert tree(folder) == before
+    assert hashes(folder) == before
 
 
 def test_several_saes_on_one_hookpoint_each_of_its_own_class_and_size(config: dict[str, Any], fit_here: Run) -> None:
@@ -149,6 +146,7 @@ def test_several_saes_on_one_hookpoint_each_of_its_own_class_and_size(config: di
 def test_two_hookpoints_give_two_tracks_from_one_forward(config: dict[str, Any], fit_here: Run) -> None:
     config["data"]["hookpoints"] = ["gpt_neox.layers.1", "gpt_neox.layers.0"]
     config["scheduler"] |= {"steps": [0, 10], "direction": "backward"}
+    config["analyze"] = {"analyses": ["Quality"]}
     done = fit_here(config)
     assert done.returncode == 0, done.stderr
     folder = Path(config["scheduler"]["track_dir"])
@@ -156,6 +154,7 @@ def test_two_hookpoints_give_two_tracks_from_one_forward(config: dict[str, Any],
     assert first.steps == second.steps == [0, 10]
     assert [s.number for s in first] == [1, 0]
     assert first[0].metadata["warm_started_from"] == {"track": None, "snapshot": "0000-step10", "step": 10}
+    assert "SAEs trained backward, from LLM step 10 to 0." in (first.analyses_dir / "quality/quality.svg").read_text()
     assert first.facts["hookpoint"] == "gpt_neox.layers.1"
     assert first[0].metadata["fvu"] != second[0].metadata["fvu"]
     with pytest.raises(ValueError, match="holds 2 tracks; open one of"):
@@ -206,10 +205,10 @@ def test_a_series_begins_from_an_imported_sae_and_is_complete_afterwards(
     done = fit_here(config)
     assert done.returncode == 0, done.stderr
     assert "from step" in done.stdout
-    before = tree(tmp_path / "back")
+    before = hashes(tmp_path / "back")
     again = fit_here(config)
     assert "complete; nothing was changed" in again.stdout
-    assert tree(tmp_path / "back") == before
+    assert hashes(tmp_path / "back") == before
     events = EventAccumulator(str(tmp_path / "back" / "tensorboard"))
     events.Reload()
     assert sorted(event.step for event in events.Scalars("track/fvu")) == [2, 10]

@@ -1,6 +1,5 @@
 """Stopping anywhere and going on gives the bytes of a run that was never stopped."""
 
-import hashlib
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,9 @@ from typing import Any
 import pytest
 
 from saetrack import Track
+from tests.trees import hashes
+
+TRACKS = "gpt_neox*/**/*"
 
 KILLER = '''
 import os
@@ -27,12 +29,6 @@ class KillAt(Callback):
 '''
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of the tracks in a run's folder."""
-    files = [p for p in folder.glob("gpt_neox*/**/*") if p.is_file()]
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
 @pytest.fixture
 def killable(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     (tmp_path / "killer.py").write_text(KILLER)
@@ -46,7 +42,7 @@ def test_killed_and_continued_equals_uninterrupted(
 ) -> None:
     killable["scheduler"]["warm_start"] = warm_start
     assert run(killable).returncode == 0
-    expected = hashes(tmp_path / "run")
+    expected = hashes(tmp_path / "run", TRACKS)
     killable["scheduler"]["track_dir"] = str(tmp_path / "killed")
     # stages have 46, 23 and 23 steps, and a resume file is written every 11: before the first of them, just after
     # a snapshot, and in the last stage
@@ -56,7 +52,7 @@ def test_killed_and_continued_equals_uninterrupted(
         assert dying.returncode == -9, dying.stderr
     done = run(killable, "--ckpt_path", "last")
     assert done.returncode == 0, done.stderr
-    assert hashes(tmp_path / "killed") == expected
+    assert hashes(tmp_path / "killed", TRACKS) == expected
 
 
 @pytest.mark.parametrize(
@@ -74,7 +70,7 @@ def test_thresholds_are_in_the_resume_file(
     killable["model"]["sae"] = {"class_path": sae, "init_args": {"expansion_factor": 4, **arguments}}
     killable["scheduler"]["steps"] = [0, 10]
     assert run(killable).returncode == 0
-    expected = hashes(tmp_path / "run")
+    expected = hashes(tmp_path / "run", TRACKS)
     thresholds = [snapshot.tensor("threshold") for snapshot in Track.open(tmp_path / "run")]
     assert (thresholds[0] != thresholds[1]).all()
     killable["scheduler"]["track_dir"] = str(tmp_path / "killed")
@@ -82,7 +78,7 @@ def test_thresholds_are_in_the_resume_file(
     assert run({**killable, "trainer": {**killable["trainer"], "callbacks": [killer]}}).returncode == -9
     done = run(killable, "--ckpt_path", "last")
     assert done.returncode == 0, done.stderr
-    assert hashes(tmp_path / "killed") == expected
+    assert hashes(tmp_path / "killed", TRACKS) == expected
 
 
 def test_a_run_stopped_by_sigterm_says_how_to_go_on_and_does(

@@ -1,6 +1,5 @@
 """`fit` follows an LLM that is still being trained."""
 
-import hashlib
 import os
 import shutil
 import signal
@@ -15,12 +14,9 @@ import pytest
 
 from saetrack import Track
 from saetrack.lm import watching
+from tests.trees import hashes
 
-
-def hashes(run: Path) -> dict[str, str]:
-    """SHA-256 of every file of a run's snapshots."""
-    files = [p for p in run.glob("gpt_neox*/snapshots/**/*") if p.is_file()]
-    return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+SNAPSHOTS = "gpt_neox*/snapshots/**/*"
 
 
 class Clock:
@@ -80,7 +76,7 @@ def test_a_watched_series_gives_the_track_of_a_finished_one_however_the_waiting_
     del config["data"]["source"]["init_args"]["watch"]
     config["scheduler"]["track_dir"] = str(tmp_path / "whole")
     assert fit_here(config).returncode == 0
-    assert hashes(tmp_path / "whole") == hashes(tmp_path / "run")
+    assert hashes(tmp_path / "whole", SNAPSHOTS) == hashes(tmp_path / "run", SNAPSHOTS)
 
 
 def test_what_needs_the_whole_series_is_refused_in_one_line(

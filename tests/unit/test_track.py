@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import warnings
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from saetrack.lm import LLMCheckpoint, TokenRows, load_llm, read_activations
 from saetrack.sae import SAE, StandardSAE, TopKSAE, sae_from_record, sae_record
 from saetrack.track import SCHEMA, Snapshot, Track, tracks_in
+from tests.trees import hashes
 
 HOOKPOINT = "gpt_neox.layers.0"
 ROWS = TokenRows(np.arange(12, dtype=np.uint16).reshape(3, 4), np.ones((3, 4), dtype=np.int32), bos_token_id=0)
@@ -47,10 +49,6 @@ def write(track: Track, position: int, step: int, sae: SAE | None = None, **more
     statistics = {"mean": torch.arange(16.0) + position, "scale": torch.tensor([2.0])}
     features = pd.DataFrame({"feature": np.arange(sae.d_sae), "dead": np.arange(sae.d_sae) == 3})
     return track.write(position, sae, {**metadata, **more}, statistics, features)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture
@@ -160,7 +158,7 @@ def test_metadata_without_a_cache_is_read_too(track: Track) -> None:
 def test_a_full_disk_leaves_every_finished_snapshot_and_nothing_else(
     track: Track, monkeypatch: pytest.MonkeyPatch, failing: str, error: Exception, cause: str
 ) -> None:
-    before = contents(track.path)
+    before = hashes(track.path)
 
     def fail(*_: Any, **__: Any) -> None:
         raise error
@@ -173,7 +171,7 @@ def test_a_full_disk_leaves_every_finished_snapshot_and_nothing_else(
     assert cause in message
     assert "0003-step512" in message
     assert "`--ckpt_path last`" in message
-    assert contents(track.path) == before
+    assert hashes(track.path) == before
     assert len(list((track.path / "snapshots").iterdir())) == 3
     monkeypatch.undo()
     write(track, 3, 512)
@@ -187,18 +185,18 @@ def test_another_failure_is_not_taken_for_a_full_disk(
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    before = contents(track.path)
+    before = hashes(track.path)
     monkeypatch.setattr(pd.DataFrame, "to_parquet", fail)
     with pytest.raises(type(error)):
         write(track, 3, 512)
-    assert contents(track.path) == before
+    assert hashes(track.path) == before
 
 
 def test_a_number_that_json_cannot_hold_leaves_no_snapshot(track: Track) -> None:
-    before = contents(track.path)
+    before = hashes(track.path)
     with pytest.raises(ValueError, match="JSON"):
         write(track, 3, 512, l0=float("nan"))
-    assert contents(track.path) == before
+    assert hashes(track.path) == before
 
 
 def test_what_a_killed_run_left_is_ignored_and_replaced(track: Track) -> None:
@@ -215,9 +213,9 @@ def test_what_a_killed_run_left_is_ignored_and_replaced(track: Track) -> None:
 
 
 def test_a_snapshot_that_is_there_is_replaced_by_the_same_bytes(track: Track) -> None:
-    before = contents(track.path)
+    before = hashes(track.path)
     write(track, 2, 100)
-    assert contents(track.path) == before
+    assert hashes(track.path) == before
     write(track, 2, 100, fvu=0.125)
     assert Track.open(track.path)[2].metadata["fvu"] == 0.125
     assert len(list((track.path / "snapshots").iterdir())) == 3
@@ -239,6 +237,37 @@ def test_weights_that_are_missing_name_the_directory(track: Track) -> None:
     (track[2].path / "sae_weights.safetensors").unlink()
     with pytest.raises(ValueError, match=r"0002-step100 is damaged"):
         Track.open(track.path)
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "features.parquet", "statistics.safetensors"])
+@pytest.mark.parametrize("keep", [0, 100], ids=["empty", "cut"])
+def test_a_damaged_file_of_a_snapshot_is_named(name: str, keep: int, track: Track) -> None:
+    path = track[1].path / name
+    path.write_bytes(path.read_bytes()[:keep])
+    read = {
+        "metadata.json": lambda s: s.metadata,
+        "features.parquet": lambda s: s.features,
+        "statistics.safetensors": lambda s: s.statistics("mean"),
+    }
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged .* Restore it from a copy"):
+        read[name](Track.open(track.path)[1])
+
+
+@pytest.mark.parametrize("content", ["", '{"schema": 1', "[]", "{}", '{"schema": "new"}'])
+def test_a_damaged_track_file_is_named(content: str, track: Track) -> None:
+    (track.path / "track.json").write_text(content)
+    with pytest.raises(ValueError, match=r"track.json is damaged \(.* Restore it from a copy"):
+        Track.open(track.path)
+
+
+def test_damaged_token_rows_are_named(track: Track) -> None:
+    path = track.path / "tokens.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged"):
+        Track.open(track.path).tokens("selection")
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged"):
+        Track.open(track.path).tokens("selection")
 
 
 def test_a_newer_schema_names_both_numbers(track: Track) -> None:
@@ -272,10 +301,10 @@ def test_a_folder_without_a_track_says_what_to_give(tmp_path: Path) -> None:
 
 
 def test_a_second_track_is_not_created_over_the_first(track: Track) -> None:
-    before = contents(track.path)
+    before = hashes(track.path)
     with pytest.raises(FileExistsError, match=r"already holds a track; choose another `scheduler.track_dir`"):
         new_track(track.path.parent)
-    assert contents(track.path) == before
+    assert hashes(track.path) == before
 
 
 def test_a_track_may_be_moved(track: Track, tmp_path: Path) -> None:

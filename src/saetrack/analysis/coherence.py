@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .positions import matched_positions
+from .positions import Kinds, matched_positions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -86,10 +86,10 @@ def matched_sets(members: Integers, keys: Integers, draws: int, seed: tuple[int,
     Returns:
         ``[F, draws, n]`` int32, -1 for unused places.
     """
-    rng = np.random.default_rng(seed)
+    rng, kinds = np.random.default_rng(seed), Kinds.of(keys)
     sets = np.empty((len(members), draws, members.shape[1]), dtype=np.int32)
     for draw in range(draws):
-        sets[:, draw] = matched_positions(members, keys, rng)
+        sets[:, draw] = matched_positions(members, kinds, rng)
     return sets
 
 

@@ -192,7 +192,10 @@ class Drift(Analysis):
             "trajectory_axes": TRAJECTORIES,
             "trajectory_explained": plane.explained.tolist(),
         }
-        result = AnalysisResult(tables, figures, scalars, settings, drift_summary(scalars, steps, lengths), CAPTIONS)
+        summary = drift_summary(scalars, steps, lengths)
+        if not len(calibration.stages) and "control" not in track.facts:
+            summary += f" {settings['controls']}"
+        result = AnalysisResult(tables, figures, scalars, settings, summary, CAPTIONS)
         return result if steps == track.steps else _by_place(result, track.steps)
 
     def _paths(self, track: Track, table: pd.DataFrame) -> pd.DataFrame:

@@ -3,9 +3,11 @@
 At a stage of the track the arms all begin with the same snapshot. The real ones, the track itself and its ``replica``
 controls, were trained on the next LLM checkpoint, the ``null`` ones again on the snapshot's own, each with another
 order of the data. A feature's displacement in an arm is what its unit decoder row moved while it was trained, in the
-frame of the snapshot: the rotation that a `transported` stage begins with is taken out (where there is none, the
-Procrustes map that all compared rows have in common). Its drift is half the square of the displacement's length,
-which is 1 - cosine.
+frame of the snapshot: the rotation that all compared rows have in common is taken out. Fitted to F rows, it also takes
+``d_in / (2 F)`` of what rows move on their own (``d_in (d_in - 1) / 2`` free numbers of ``F (d_in - 1)``), so lengths
+are scaled up by that, as a variance is by its degrees of freedom. With fewer than ``2 d_in`` rows it is the rotation
+that a `transported` stage begins with, of which it is not known what it takes, or none. A feature's drift is half the
+square of its displacement's length, which is 1 - cosine.
 """
 
 from __future__ import annotations
@@ -154,8 +156,10 @@ def _displacements(before: Snapshot, start: Floats, ends: list[Snapshot]) -> tup
         use &= alive(end) & ~flags(end, "revived") & ~frozen(start, row, rotation)
     moved: list[Floats] = []
     for row, known in zip(rows, maps, strict=True):
-        rotation = known if known is not None else fitted_rotation(start, row, use)
-        moved.append((row if rotation is None else row @ rotation.T) - start)
+        fitted = fitted_rotation(start, row, use)
+        rotation = known if fitted is None else fitted
+        left = 1.0 if fitted is None else 1 - start.shape[1] / (2 * use.sum())
+        moved.append(((row if rotation is None else row @ rotation.T) - start) / np.sqrt(left))
     return moved, use
 
 

@@ -182,7 +182,7 @@ def step_axis(ax: Axes, steps: Sequence[int], *, label: str = STEP_LABEL, min_ga
     span = max(float(places[-1] - places[0]), 1e-9)
     labelled: list[int] = []
     for i in reversed(range(len(steps))):
-        width = 0.6 + 0.2 * (len(step_label(steps[i])) + (len(step_label(steps[labelled[-1]])) if labelled else 0))
+        width = 0.5 + 0.15 * (len(step_label(steps[i])) + (len(step_label(steps[labelled[-1]])) if labelled else 0))
         if not labelled or (places[labelled[-1]] - places[i]) / span >= min_gap * width:
             labelled.append(i)
     labelled.reverse()
@@ -192,6 +192,27 @@ def step_axis(ax: Axes, steps: Sequence[int], *, label: str = STEP_LABEL, min_ga
     margin = 0.03 * span if len(steps) > 1 else 0.5
     ax.set_xlim(float(places[0]) - margin, float(places[-1]) + margin)
     ax.set_xlabel(label, fontsize=_LABEL_SIZE)
+
+
+def say_order(figure: Figure, trained: Sequence[int]) -> None:
+    """Say at the foot of a figure over LLM steps that its SAEs were not trained in their order.
+
+    Args:
+        figure: The figure.
+        trained: The LLM steps in the order of training.
+    """
+    order = sorted(trained, reverse=True)
+    said = f"backward, from LLM step {order[0]} to {order[-1]}"
+    if list(trained) != order:
+        said = f"in the order of the LLM steps {', '.join(map(str, trained))}"
+    foot(figure, f"SAEs trained {said}.")
+
+
+def foot(figure: Figure, text: str, *, size: float = _TICK_SIZE) -> None:
+    """Write below all that a figure shows so far, from its left edge."""
+    drawn = figure.get_tightbbox()  # in inches
+    x, y = drawn.x0 / figure.get_figwidth(), (drawn.y0 - 0.08) / figure.get_figheight()
+    figure.text(x, y, text, fontsize=size, va="top", parse_math=False)
 
 
 def label_places(figure: Figure) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .coherence import matched_sets
-from .positions import TOP_SHARE, firing_quantiles, first_of_context, matched_positions, spread_positions
+from .positions import TOP_SHARE, Kinds, firing_quantiles, first_of_context, matched_positions, spread_positions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -115,7 +115,7 @@ def _false_features(
     As for a real feature, of several positions in a document only the first one stays.
     """
     drawn = np.sort(rng.choice(len(members), size=min(count, len(members)), replace=False))
-    matched = matched_positions(members[drawn], split.tokens, rng)
+    matched = matched_positions(members[drawn], Kinds.of(split.tokens), rng)
     document = np.where(matched >= 0, split.documents[matched], -1)
     order = np.argsort(document, axis=1, kind="stable")
     ordered = np.take_along_axis(document, order, axis=1)

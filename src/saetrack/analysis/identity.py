@@ -159,7 +159,7 @@ class Identity(SweepAnalysis):
             figures={"correlation": correlation_figure(curves, steps), "survival": survival_figure(survival)},
             scalars=scalars,
             settings=self._settings(),
-            summary=_summary(curves, survival),
+            summary=_summary(curves, survival, self._track),
             captions=CAPTIONS,
         )
 
@@ -297,7 +297,7 @@ def _by_step(table: pd.DataFrame, name: str) -> dict[int, float]:
     return {int(step): float(value) for step, value in zip(known["step"], known[name], strict=True)}
 
 
-def _summary(curves: pd.DataFrame, survival: pd.DataFrame) -> str:
+def _summary(curves: pd.DataFrame, survival: pd.DataFrame, track: Track) -> str:
     rows = curves[(curves["comparison"] == "to_previous") & curves["mean"].notna()]
     if rows.empty:
         return "No feature is alive in two neighbouring snapshots."
@@ -307,5 +307,7 @@ def _summary(curves: pd.DataFrame, survival: pd.DataFrame) -> str:
         f"({lowest['mean']:.2f}, {lowest['low']:.2f} to {lowest['high']:.2f}). {last['unbroken']:.1%} of the first "
         f"snapshot's {int(last['n_features'])} features kept their identity in every stage"
     )
-    null = "" if np.isnan(last["null"]) else f"; null steps alone would leave {last['null']:.1%}"
-    return text + null + "."
+    if np.isnan(last["null"]):
+        command = f"`saetrack control {track.path} --kind null`"
+        return f"{text}. Not available: what null steps alone would leave; run {command}."
+    return f"{text}; null steps alone would leave {last['null']:.1%}."

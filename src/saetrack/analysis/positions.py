@@ -6,6 +6,7 @@ have equal activations. Either would make a feature's positions look alike for a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -108,7 +109,27 @@ def spread_positions(
     return np.take_along_axis(chosen, used_first, axis=1)
 
 
-def matched_positions(members: Integers, keys: Integers, rng: np.random.Generator) -> Integers:
+@dataclass(frozen=True)
+class Kinds:
+    """Positions by a key, for many draws of `matched_positions`.
+
+    Args:
+        kind: Number of each position's key ``[P]``; 16 bits wide where they suffice, for these are sorted by radix.
+        size: Positions of each kind.
+    """
+
+    kind: Integers
+    size: Integers
+
+    @classmethod
+    def of(cls, keys: Integers) -> Kinds:
+        """Those of keys ``[P]``."""
+        kinds, kind = np.unique(keys, return_inverse=True)
+        narrow = len(kinds) <= np.iinfo(np.uint16).max
+        return cls(kind.astype(np.uint16) if narrow else kind, np.bincount(kind))
+
+
+def matched_positions(members: Integers, kinds: Kinds, rng: np.random.Generator) -> Integers:
     """One random set for each feature with the same keys (tokens, or columns) at other positions.
 
     Positions with the same key stand on a ring in random order; all members of a feature with that key move on by one
@@ -116,23 +137,22 @@ def matched_positions(members: Integers, keys: Integers, rng: np.random.Generato
 
     Args:
         members: ``[F, n]`` positions, -1 for unused places.
-        keys: ``[P]``, what must be equal.
+        kinds: Of the keys that must be equal.
         rng: Source of the draw.
 
     Returns:
         ``[F, n]``, -1 where ``members`` is.
     """
-    kinds, kind = np.unique(keys, return_inverse=True)
-    size = np.bincount(kind)
+    kind, size = kinds.kind, kinds.size
     start = np.cumsum(size) - size
-    shuffled = rng.permutation(len(keys))
+    shuffled = rng.permutation(len(kind))
     ring = shuffled[np.argsort(kind[shuffled], kind="stable")]
-    place = np.empty(len(keys), dtype=np.int64)
-    place[ring] = np.arange(len(keys)) - start[kind[ring]]
+    place = np.empty(len(kind), dtype=np.int64)
+    place[ring] = np.arange(len(kind)) - start[kind[ring]]
     mine = kind[members]
     # one number for each feature and key: a random multiplier of the feature hashes the key
     multiplier = rng.integers(1, 2**31, size=(len(members), 1)) * 2 + 1
-    hashed = (multiplier * (rng.permutation(len(kinds))[mine] + 1)) % (2**31 - 1)
+    hashed = (multiplier * (rng.permutation(len(size))[mine] + 1)) % (2**31 - 1)
     step = 1 + (hashed / (2**31 - 1) * (size[mine] - 1)).astype(np.int64)
     drawn = ring[start[mine] + (place[members] + step) % size[mine]]
     return np.where(members >= 0, drawn, -1)

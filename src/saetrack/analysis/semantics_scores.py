@@ -15,7 +15,7 @@ import torch
 
 from .coherence import mean_cosine, unit_vectors
 from .columns import token_statistics
-from .positions import first_of_context, matched_positions, spread_positions
+from .positions import Kinds, first_of_context, matched_positions, spread_positions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -169,10 +169,8 @@ class Scorer:
         z = np.full(width, np.nan)
         if not len(enough):
             return z
-        members = members[enough]
-        drawn = np.stack(
-            [mean_cosine(self._contexts, matched_positions(members, selection.tokens, rng)) for _ in range(DRAWS)]
-        )
+        members, kinds = members[enough], Kinds.of(selection.tokens)
+        drawn = np.stack([mean_cosine(self._contexts, matched_positions(members, kinds, rng)) for _ in range(DRAWS)])
         spread = drawn.std(axis=0, ddof=1)
         excess = mean_cosine(self._contexts, members) - drawn.mean(axis=0)
         z[enough] = np.divide(excess, spread, out=np.zeros(len(enough)), where=spread > 0)
@@ -188,9 +186,9 @@ class Scorer:
         members, weights = top[several], shares[several]
         weights = weights / weights.sum(axis=1, keepdims=True)
         dispersion[several] = self._spread(members, weights)
-        nearer = np.zeros(len(several))
+        nearer, kinds = np.zeros(len(several)), Kinds.of(self._classes)
         for _ in range(DISPERSION_DRAWS):
-            nearer += self._spread(matched_positions(members, self._classes, rng), weights) <= dispersion[several]
+            nearer += self._spread(matched_positions(members, kinds, rng), weights) <= dispersion[several]
         p[several] = (1 + nearer) / (DISPERSION_DRAWS + 1)
         return dispersion, p
 

@@ -42,7 +42,7 @@ tags: [sparse-autoencoder, saelens, training-dynamics]{_base_model(facts["model"
 
 A {sae_class} with {facts["d_sae"]} latents on the output of `{facts["hookpoint"]}` (width {facts["d_in"]}), at
 {len(snapshots)} LLM checkpoint{plural}, steps {snapshots[0].step} to {last.step}.
-Each was trained from the one before, so feature *i* can be followed by its index.
+{_origin(snapshots)}
 They read the LLM's activations as they are: nothing needs to be normalised.
 
 ## Quality by step
@@ -79,6 +79,16 @@ For sparsify, dictionary_learning and llamascopium, write their files first; wha
 saetrack export hf://{name} --format sparsify --step {last.step} --to exported
 ```
 {_loaders(f"exported/step{last.step}/{facts['hookpoint']}")}"""
+
+
+def _origin(snapshots: Sequence[Snapshot]) -> str:
+    """How the snapshots came to be, in a sentence."""
+    if all(snapshot.metadata.get("imported") for snapshot in snapshots):
+        formats = sorted({snapshot.metadata["imported"]["format"] for snapshot in snapshots})
+        return f"They were trained elsewhere, and imported from files of {' and '.join(formats)}."
+    if snapshots[0].metadata["warm_start"] == "scratch":
+        return "Each was trained from a fresh beginning, so feature *i* of one is not feature *i* of the next."
+    return "Each was trained from a neighbour in the series, so feature *i* can be followed by its index."
 
 
 def _base_model(model: str) -> str:

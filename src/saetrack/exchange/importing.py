@@ -16,12 +16,13 @@ import torch
 import saetrack
 from saetrack.hub import HubFolder, is_hub_address
 from saetrack.lm.checkpoints import LLMCheckpoint
+from saetrack.lm.names import NamedStep, family_of, parse_name, series_of_names
 from saetrack.sae import SAE, sae_record
-from saetrack.sae.formats import ForeignSAE, detect_format, read_foreign, read_reference_map
+from saetrack.sae.formats import CONFIGURATIONS, FILES, ForeignSAE, detect_format, read_foreign, read_reference_map
 from saetrack.storage import whole_folder
 from saetrack.track import Track
 
-_REVISION_STEP = re.compile(r"(?:step|checkpoint)[-_]?(\d+)")
+_ON_HUB = re.compile(r"[\w.-]+/[\w.-]+(/[\w.+=-]+)*(@[\w./-]+)?")
 _PYTHIA = re.compile(r"pythia-[\w.-]+")
 _TRANSFORMER_LENS = re.compile(r"blocks\.(\d+)\.hook_resid_(pre|post)")
 
@@ -112,9 +113,15 @@ def _located(source: str) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    if is_hub_address(source) or re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w.+=-]+)*(@[\w./-]+)?", source):
-        return HubFolder.open(source, ["*.json", "*.safetensors", "*.pt"]).path
-    raise FileNotFoundError(f"{source} is neither a file or folder here nor the name of a repository on the Hub.")
+    if not (is_hub_address(source) or _ON_HUB.fullmatch(source)):
+        raise FileNotFoundError(f"{source} is neither a file or folder here nor the name of a repository on the Hub.")
+    found = HubFolder.open(source, FILES, above=[CONFIGURATIONS[1]])
+    if not found.path.is_file() and not any((found.path / name).is_file() for name in CONFIGURATIONS):
+        there = found.folders_with(CONFIGURATIONS)
+        more = f" and {len(there) - 6} more" if there[6:] else ""
+        hint = f"; it has some in {', '.join(there[:6])}{more}: type {found.repo}/{there[0]}" if there else ""
+        raise FileNotFoundError(f"{source} is no SAE that saetrack reads{hint}.")
+    return found.path
 
 
 def _create(track: Path, foreign: ForeignSAE, llm: LLMCheckpoint, given: ImportedFacts, source: str) -> Track:
@@ -142,9 +149,21 @@ def _llm(foreign: ForeignSAE, given: ImportedFacts, source: str) -> LLMCheckpoin
         # The reference implementation and TransformerLens leave the owner out.
         model = f"EleutherAI/{model}"
         revision = revision or (None if given.step is None else f"step{given.step}")
-    named = _REVISION_STEP.fullmatch(revision or Path(model or "").name)
-    step = given.step if given.step is not None else int(named[1]) if named else None
-    return LLMCheckpoint(_needed("--model", model, source), revision, _needed("--step", step, source), None)
+    model = _needed("--model", model, source)
+    named = _named_step(model, revision or Path(model).name)
+    step = given.step if given.step is not None or named is None else named.step
+    tokens = named.tokens if named is not None and step == named.step else None
+    return LLMCheckpoint(model, revision, _needed("--step", step, source), tokens)
+
+
+def _named_step(model: str, name: str) -> NamedStep | None:
+    """The place in its series that the name of a revision or folder says; None where it says none for certain."""
+    parsed, family = parse_name(name), family_of(model)
+    if parsed is None or parsed.bare:
+        return None
+    (named,) = series_of_names([name], family, whole=False)
+    begins_anew = (parsed.stage or family.unprefixed) not in ("", "stage1")
+    return None if begins_anew and named.tokens is None else named
 
 
 def _add(track: Track, foreign: ForeignSAE, llm: LLMCheckpoint, imported: dict[str, Any]) -> None:

@@ -6,11 +6,13 @@ the final weights), and then a track shows no drift, or a jump, that the LLM's t
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from saetrack.lm import files
-from saetrack.lm.loading import LLMCheckpoint, commit_sha, fingerprints
+from saetrack.lm.finite import not_finite
+from saetrack.lm.hub_listing import label
+from saetrack.lm.loading import LLMCheckpoint, commit_sha, fingerprints, read_config
 from saetrack.lm.names import parse_name
 from saetrack.lm.selection import Selection
 from saetrack.lm.source import CheckpointSource
@@ -25,7 +27,8 @@ class AuditRow:
         commit: The commit of its revision; None for a folder.
         weight_hash: As ``weight_hash``; None when ``fault`` is set.
         equal_to: Step of the first checkpoint of the series with the same weights; None when there is no earlier one.
-        fault: Why it cannot be loaded: weights or config.json missing, incomplete or truncated; None when it can.
+        fault: Why it cannot be used: weights or config.json missing, incomplete or truncated, or weights that are no
+            numbers (which only ``saetrack checkpoints --audit`` looks for); None when it can.
         doubt: What contradicts its place in the series: another step in its ``trainer_state.json``, or fewer tokens
             than an earlier one; None when nothing does.
         is_main: Whether it serves the weights of its repository's ``main`` although a later checkpoint follows.
@@ -107,7 +110,7 @@ def describe_checkpoints(source: CheckpointSource, audit: bool = False, select: 
     """
     series = Selection(select).of(source.checkpoints())
     if audit:
-        parts = [format_audit(_audited(series, {})), _describe_tokenizer(source, series)]
+        parts = [format_audit([_with_values(row) for row in _audited(series, {})]), _describe_tokenizer(source, series)]
     else:
         parts = [_table(["step", "tokens", "LLM checkpoint"], [_columns(checkpoint) for checkpoint in series])]
     return "\n\n".join([*parts, *_describe_left_out(source.left_out())])
@@ -119,7 +122,6 @@ def _audited(checkpoints: Sequence[LLMCheckpoint], known: Mapping[str, int]) -> 
     mains = _main_fingerprints(checkpoints)
     # the last one may well be the finished LLM
     last = max((checkpoint.step for checkpoint in checkpoints), default=0)
-    most: LLMCheckpoint | None = None
     for checkpoint in checkpoints:
         try:
             commit, found = commit_sha(checkpoint), _loadable(checkpoint)
@@ -128,21 +130,30 @@ def _audited(checkpoints: Sequence[LLMCheckpoint], known: Mapping[str, int]) -> 
             continue
         equal_to = next((first[digest] for digest in found if digest in first), None)
         is_main = checkpoint.step < last and not mains.get(checkpoint.model, set()).isdisjoint(found)
-        rows.append(AuditRow(checkpoint, commit, found[0], equal_to, None, _doubt(checkpoint, most), is_main))
+        rows.append(AuditRow(checkpoint, commit, found[0], equal_to, None, _doubt(checkpoint, checkpoints), is_main))
         first = {**dict.fromkeys(found, checkpoint.step), **first}
-        if checkpoint.tokens is not None and (most is None or checkpoint.tokens > (most.tokens or 0)):
-            most = checkpoint
     return rows
 
 
-def _doubt(checkpoint: LLMCheckpoint, most: LLMCheckpoint | None) -> str | None:
-    """What contradicts its place, in words that follow its name; ``most`` is the earlier one of the most tokens."""
+def _with_values(row: AuditRow) -> AuditRow:
+    """The row, with a fault where the weights hold a NaN or an infinity; weights that are not on this disk do not."""
+    try:
+        name = not_finite(row.checkpoint) if row.fault is None else None
+    except (FileNotFoundError, ValueError) as error:
+        return replace(row, fault=str(error))
+    return row if name is None else replace(row, fault=f"Its tensor {name} holds NaN or infinite values: it diverged.")
+
+
+def _doubt(checkpoint: LLMCheckpoint, series: Sequence[LLMCheckpoint]) -> str | None:
+    """What contradicts its place in a series, in whatever order that is given, in words that follow its name."""
     said = files.trainer_state(Path(checkpoint.model)).get("global_step") if files.is_folder(checkpoint.model) else None
     if said is not None and said != (parse_name(Path(checkpoint.model).name) or checkpoint).step:
         return f"has a trainer_state.json of step {said}, so it is not what its name says"
-    if checkpoint.tokens is None or most is None or most.tokens is None or checkpoint.tokens >= most.tokens:
+    earlier = [(c.tokens, c.step) for c in series if c.step < checkpoint.step and c.tokens is not None]
+    most, at = max(earlier, default=(0, 0))
+    if checkpoint.tokens is None or checkpoint.tokens >= most:
         return None
-    return f"has seen {checkpoint.tokens:,} tokens, fewer than the {most.tokens:,} of the earlier step {most.step}"
+    return f"has seen {checkpoint.tokens:,} tokens, fewer than the {most:,} of the earlier step {at}"
 
 
 def _loadable(checkpoint: LLMCheckpoint) -> list[str]:
@@ -152,9 +163,11 @@ def _loadable(checkpoint: LLMCheckpoint) -> list[str]:
         checkpoint.model, checkpoint.revision, checkpoint.cache_dir
     ):
         raise FileNotFoundError(
-            f"{files.label(checkpoint.model, checkpoint.revision)} has weights but no config.json, which says what LLM "
+            f"{label(checkpoint.model, checkpoint.revision)} has weights but no config.json, which says what LLM "
             f"they are of. Put that of another checkpoint beside them, or leave this one out."
         )
+    if checkpoint.format is None and files.is_folder(checkpoint.model):
+        read_config(checkpoint, Path(checkpoint.model))
     return found
 
 
@@ -174,9 +187,9 @@ def _describe_tokenizer(source: CheckpointSource, series: Sequence[LLMCheckpoint
     except (FileNotFoundError, ValueError) as error:
         return str(error)
     if not files.has_tokenizer(name, revision, series[-1].cache_dir):
-        return f"There is no tokenizer in {files.label(name, revision)}. Name one as `tokenizer` of the source."
+        return f"There is no tokenizer in {label(name, revision)}. Name one as `tokenizer` of the source."
     absent = f"; {without} of {len(series)} LLM checkpoints have none of their own" if without else ""
-    return f"The tokenizer of the whole series is that of {files.label(name, revision)}{absent}."
+    return f"The tokenizer of the whole series is that of {label(name, revision)}{absent}."
 
 
 def _describe_left_out(names: Sequence[str]) -> list[str]:
@@ -188,7 +201,7 @@ def _describe_left_out(names: Sequence[str]) -> list[str]:
 
 def _columns(checkpoint: LLMCheckpoint) -> list[str]:
     tokens = "-" if checkpoint.tokens is None else f"{checkpoint.tokens:,}"
-    return [str(checkpoint.step), tokens, files.label(checkpoint.model, checkpoint.revision)]
+    return [str(checkpoint.step), tokens, label(checkpoint.model, checkpoint.revision)]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

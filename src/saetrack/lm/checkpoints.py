@@ -112,8 +112,9 @@ class FolderSource(CheckpointSource):
         return [LLMCheckpoint(str(folders[n.name]), None, n.step, seen[n.name]) for n in series]
 
     def left_out(self) -> list[str]:
-        """The other folders that say no step; hidden ones are nobody's checkpoints."""
-        return [name for name in without_step(self._folders()) if not name.startswith(".")]
+        """The other folders that hold a model, but whose names say no step."""
+        folders = self._folders()
+        return [name for name in without_step(folders) if (folders[name] / "config.json").is_file()]
 
     def _folders(self) -> dict[str, Path]:
         return {path.name: path for path in sorted(self.path.glob("*")) if path.is_dir()}

@@ -3,21 +3,21 @@
 import ctypes
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
 from saetrack.lm import files
+from saetrack.lm.hub_listing import label
 from saetrack.lm.local.formats import LocalFormat
-from saetrack.lm.local.torch_files import objects_in
 from saetrack.lm.trust import VARIABLE, is_trusted_folder
-from saetrack.lm.weight_files import weight_names
-from saetrack.pickles import DAMAGED, reason
+from saetrack.lm.weight_files import stored_dtypes, weight_names
+from saetrack.pickles import DAMAGED, objects_in, reason
 from saetrack.storage import whole_folder
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class LLMCheckpoint:
     format: LocalFormat | None = None
 
     def __str__(self) -> str:
-        return f"step {self.step} ({files.label(self.model, self.revision)})"
+        return f"step {self.step} ({label(self.model, self.revision)})"
 
 
 def commit_sha(checkpoint: LLMCheckpoint) -> str | None:
@@ -127,20 +127,11 @@ def load_llm(
 
 
 def _load_hugging_face(checkpoint: LLMCheckpoint, dtype: torch.dtype) -> "PreTrainedModel":
-    import transformers
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     folder = files.fetch(checkpoint.model, checkpoint.revision, checkpoint.cache_dir)
     names = weight_names(folder)
-    own_code = files.is_folder(checkpoint.model) and is_trusted_folder(checkpoint.model)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=own_code, local_files_only=True)
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{checkpoint} has a config.json that transformers {transformers.__version__} does not know "
-            f"({reason(error)}). If it needs code that lies in its folder, and you trust that, set `trust_remote_code` "
-            f"of the FolderSource or ListSource, or {VARIABLE} to the folder; a repository's: download it first."
-        ) from error
+    config = read_config(checkpoint, folder)
     try:
         with silent_transformers():
             # use_safetensors=False where there are none: by default transformers would look for a converted copy of
@@ -151,7 +142,7 @@ def _load_hugging_face(checkpoint: LLMCheckpoint, dtype: torch.dtype) -> "PreTra
                 dtype=dtype,
                 use_safetensors=names[0].endswith(".safetensors"),
                 weights_only=True,
-                trust_remote_code=own_code,
+                trust_remote_code=_may_run_code(checkpoint),
                 ignore_mismatched_sizes=True,  # reported below, in one line
                 local_files_only=True,
                 output_loading_info=True,
@@ -171,7 +162,43 @@ def _load_hugging_face(checkpoint: LLMCheckpoint, dtype: torch.dtype) -> "PreTra
             f"{checkpoint} has no value for {len(missing)} of its LLM's weights, the first is {missing[0]}; they would "
             f"be random. Fetch it again, or check that config.json belongs to these weights."
         )
+    _refuse_whole_numbers(checkpoint, [folder / name for name in names], {n for n, _ in llm.named_parameters()})
     return llm
+
+
+def _refuse_whole_numbers(checkpoint: LLMCheckpoint, paths: Sequence[Path], parameters: Set[str]) -> None:
+    """Parameters are real numbers; transformers would cast whole ones without a word. Masks and counts may be whole."""
+    for path in paths:
+        for name in parameters & (dtypes := stored_dtypes(path)).keys():
+            if not dtypes[name].startswith(("F", "BF", "torch.float", "torch.bfloat")):
+                raise ValueError(
+                    f"{checkpoint}: {path.name} has a tensor {name} of {dtypes[name]}; expected floating-point "
+                    f"numbers, for it is a weight of the LLM. Fetch it again, or save it unquantised."
+                )
+
+
+def read_config(checkpoint: LLMCheckpoint, folder: Path) -> Any:
+    """The configuration that lies in the folder with a checkpoint's files; its code runs only by the user's word.
+
+    Raises:
+        ValueError: If it is damaged, or of an architecture that transformers does not know.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=_may_run_code(checkpoint), local_files_only=True
+        )
+    except Exception as error:  # each configuration class has errors of its own
+        raise ValueError(
+            f"{checkpoint} has a config.json that transformers {transformers.__version__} does not know "
+            f"({reason(error)}). If it needs code that lies in its folder, and you trust that, set `trust_remote_code` "
+            f"of the FolderSource or ListSource, or {VARIABLE} to the folder; a repository's: download it first."
+        ) from error
+
+
+def _may_run_code(checkpoint: LLMCheckpoint) -> bool:
+    return files.is_folder(checkpoint.model) and is_trusted_folder(checkpoint.model)
 
 
 def vocabulary_size(checkpoint: LLMCheckpoint) -> int | None:

@@ -11,6 +11,10 @@ from safetensors import SafetensorError, safe_open
 
 from saetrack.errors import first_line
 from saetrack.lm import hub_cache
+from saetrack.pickles import is_archive, load_weights_only
+
+_SHORTEST = 16
+"""Bytes that no file of weights is shorter than; of fewer it cannot be told what they begin."""
 
 # In the order in which transformers prefers them; in shards, beside an index.
 _FORMATS = ("model.safetensors", "pytorch_model.bin")
@@ -112,11 +116,25 @@ def damage(path: Path) -> str | None:
                 return None
         except SafetensorError as error:
             return first_line(error)
-    with path.open("rb") as file:
-        begin = file.read(2)
-    if begin == b"":
-        return "it is empty"
-    return "it begins as an archive but has no directory" if begin == b"PK" and not zipfile.is_zipfile(path) else None
+    if (size := path.stat().st_size) < _SHORTEST:
+        return f"it has {size} bytes"
+    try:
+        is_archive(path)
+    except (ValueError, zipfile.BadZipFile) as error:
+        return first_line(error)
+    return None
+
+
+def stored_dtypes(path: Path) -> dict[str, str]:
+    """The data types of the tensors in a weight file, by name, as the file calls them: ``F32``, ``torch.int8``.
+
+    No weights are read. Of a ``.bin`` from before torch 1.6, which is no archive, nothing is known without reading it.
+    """
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    content = load_weights_only(path, mmap=True) if is_archive(path) else {}
+    return {name: str(tensor.dtype) for name, tensor in content.items() if hasattr(tensor, "dtype")}
 
 
 def _index(single: str) -> str:

@@ -94,10 +94,10 @@ def columns(results: Results) -> Columns:
 
 
 def alive(results: Results) -> NDArray[np.uint8]:
-    """1 for every feature and step at which it fires, ``[d_sae, T]``."""
+    """1 for every feature and step at which it fires, or is not known not to, ``[d_sae, T]``."""
     dead = results.snapshot_grid("dead")
     firing = results.snapshot_grid("firing_frequency")
-    lives = np.ones((results.d_sae, len(results.steps))) if firing is None else firing > 0
+    lives = np.ones((results.d_sae, len(results.steps))) if firing is None else firing != 0
     return (lives if dead is None else dead == 0).astype(np.uint8)
 
 
@@ -114,12 +114,12 @@ def match(track: Track, other: Track) -> tuple[NDArray[np.integer], Floats, floa
     """
     if any(track.facts[name] != other.facts[name] for name in ("model", "d_in")):
         return None
-    living = np.flatnonzero(~other[-1].features["dead"].to_numpy(dtype=bool))
+    living = np.flatnonzero(alive(Results(other))[:, -1])
     if not len(living):
         return None
     rows, targets = (normalize(t[-1].tensor("W_dec").float(), dim=-1) for t in (track, other))
     random = torch.randn(512, rows.shape[1], generator=torch.Generator().manual_seed(0))
-    best = [(part @ targets[living].T).max(dim=1) for part in (*rows.split(1024), normalize(random, dim=-1))]
+    best = [(part @ targets[living].T).max(dim=1) for part in (*torch.split(rows, 1024), normalize(random, dim=-1))]
     places, cosines = (torch.cat([getattr(b, name) for b in best]).numpy() for name in ("indices", "values"))
     return living[places[: len(rows)]], cosines[: len(rows)], float(np.quantile(cosines[len(rows) :], 0.95))
 
@@ -133,10 +133,11 @@ def life(results: Results) -> NDArray[np.uint8]:
     """
     same, lives = results.snapshot_grid("functional_correlation"), alive(results)
     if same is None:
-        return 255 * lives
+        same = np.ones(lives.shape)
     level = 1 + np.rint(254 * np.nan_to_num(same, nan=0.0).clip(0, 1))
     level[:, 0] = 255
-    return (lives * level).astype(np.uint8)
+    strip: NDArray[np.uint8] = (lives * level).astype(np.uint8)
+    return strip
 
 
 @dataclass

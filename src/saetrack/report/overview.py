@@ -134,27 +134,43 @@ def _classes(results: Results) -> list[dict[str, Any] | None]:
 
 
 def _phases(results: Results) -> list[dict[str, Any] | None]:
-    """Boundaries between phases with their intervals, one row for each perspective."""
-    table, scores = (results.table("phases", name) for name in ("boundaries", "scores"))
-    if table is None or not {"perspective", "step"} <= set(table.columns):
+    """Rates of change and the boundaries between phases with their intervals, one row for each perspective."""
+    boundaries, scores, rates = (_on_log(results.table("phases", name)) for name in ("boundaries", "scores", "rates"))
+    if boundaries is None or not {"perspective", "step"} <= set(boundaries.columns):
         return []
-    step, low, high = (plain(table[c if c in table else "step"].to_numpy()) for c in ("step", "low", "high"))
+    ends = (plain(boundaries[c if c in boundaries else "step"].to_numpy()) for c in ("step", "low", "high"))
+    robust = boundaries.get("robust", [True] * len(boundaries))
     marks = [
-        {"perspective": p, "step": s, "low": a, "high": b}
-        for p, s, a, b in zip(_perspectives(table), step, low, high, strict=True)
+        {"perspective": p, "step": s, "low": a, "high": b, "robust": bool(r)}
+        for p, s, a, b, r in zip(_perspectives(boundaries), *ends, robust, strict=True)
     ]
+    cells: list[dict[str, Any]] = []
+    if rates is not None and {"from_step", "step", "rate"} <= set(rates.columns):
+        share = rates["rate"] / rates.groupby("perspective")["rate"].transform("max")
+        values = (plain(rates[c].to_numpy()) for c in ("from_step", "step", "rate"))
+        columns = zip(_perspectives(rates), *values, plain(share.to_numpy()), strict=True)
+        cells = [{"perspective": p, "from": a, "to": b, "rate": r, "share": s} for p, a, b, r, s in columns]
     return [
         {
             "kind": "phases",
             "id": "phases-boundaries",
             "title": "Where a phase ends and the next begins",
-            "y": "",
-            "note": "A dot is a boundary, the line its interval; a perspective without a dot is one phase.",
-            "source": "analyses/phases/boundaries.parquet",
-            "perspectives": sorted(set(_perspectives(table if scores is None else scores))),
+            "y": "rate of change per decade of LLM steps, darkest where it is fastest",
+            "note": "A dot ends a phase, the line is its 95 % interval; it is hollow where other spacings of the steps "
+            "do not agree. A row without a dot is one phase: no cut is better than chance.",
+            "source": "analyses/phases/rates.parquet and boundaries.parquet",
+            "perspectives": list(dict.fromkeys(_perspectives(boundaries if scores is None else scores))),
             "marks": marks,
+            "rates": cells,
         }
     ]
+
+
+def _on_log(table: pd.DataFrame | None) -> pd.DataFrame | None:
+    """The rows that were cut on the log of the step, where the table has some: the other axes are a check of them."""
+    if table is None or "axis" not in table or not (table["axis"] == "log-step").any():
+        return table
+    return table[table["axis"] == "log-step"].drop(columns="axis")
 
 
 def _perspectives(table: pd.DataFrame) -> list[str]:

@@ -62,8 +62,11 @@ def gather(x: Tensor, lengths: list[int] | None = None) -> Tensor:
     width = max(lengths)
     # collectives want equal shapes
     sent = x if len(x) == width else torch.cat([x, x.new_zeros(width - len(x), *x.shape[1:])])
-    parts = list(x.new_empty(len(lengths) * width, *x.shape[1:]).chunk(len(lengths)))
+    everywhere = x.new_empty(len(lengths) * width, *x.shape[1:])
+    parts = list(everywhere.view(len(lengths), width, *x.shape[1:]).unbind())
     dist.all_gather(parts, sent.contiguous())
+    if min(lengths) == width:
+        return everywhere
     return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
 

@@ -62,7 +62,11 @@ class ResumeFile(Checkpoint):
         path = self.path(scheduler_of(trainer).track_dir)
         # Lightning writes into the system's temporary folder, and from another disk a move is no rename
         unfinished = path.with_name(f".{path.name}")
-        trainer.save_checkpoint(unfinished)
+        try:
+            trainer.save_checkpoint(unfinished)
+        except OSError:  # a full disk needs its room
+            unfinished.unlink(missing_ok=True)
+            raise
         if trainer.is_global_zero:
             unfinished.replace(path)
 
@@ -95,7 +99,7 @@ class AnalyzeTrack(SnapshotCallback):
         if not trainer.is_global_zero or not self.analyses or not scheduler_of(trainer).finished:
             return
         for track in scheduler_of(trainer).tracks.values():
-            with shown("Analysing", "pieces of work") as progress:
+            with shown("Analysing", "to do") as progress:
                 results = run_analyses(track, self.analyses, device=pl_module.device, progress=progress)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, TrackLogger):

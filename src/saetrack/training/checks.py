@@ -48,11 +48,13 @@ def refuse_what_cuts_stages(trainer: Trainer) -> None:
             "Every stage has its own activations, so the trainer must ask for a new loader in every epoch; "
             "give Trainer(reload_dataloaders_every_n_epochs=1)."
         )
-    options = {
+    options: dict[str, tuple[float | None, float]] = {
         "max_steps": (trainer.max_steps, -1),
         "limit_train_batches": (trainer.limit_train_batches, 1.0),
         "accumulate_grad_batches": (trainer.accumulate_grad_batches, 1),
     }
+    if trainer.max_epochs != 1000:  # Lightning's own, where none is given
+        options["max_epochs"] = (trainer.max_epochs, -1)
     changed = [f"trainer.{name} is {value}" for name, (value, default) in options.items() if value != default]
     if any(isinstance(callback, Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         changed.append("trainer.max_time is set")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import sys
-import warnings
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pandas as pd
 import yaml
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -21,11 +21,18 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import saetrack
 from saetrack.analysis.base import RESULT_FILE
 from saetrack.analysis.sweep import run_analyses
-from saetrack.errors import OneLineErrors
+from saetrack.errors import OneLineErrors, is_ours, one_line
+from saetrack.pickles import reason
 from saetrack.storage import claimed, write_text
-from saetrack.terminal import shown
+from saetrack.terminal import quiet_lightning, shown
 from saetrack.track import Track, tracks_in
 from saetrack.training.callbacks import AnalyzeTrack, ResumeFile
+from saetrack.training.complete import (
+    complete_tracks,
+    how_to_go_on_without,
+    refuse_another_configuration,
+    refuse_damage,
+)
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.downloads import HubDownloads
 from saetrack.training.module import SAEModule
@@ -35,19 +42,9 @@ from saetrack.training.start import read_start
 from saetrack.training.track_logger import TrackLogger
 from saetrack.training.tracks import trained
 
-_SERIES = ("data", "model", "scheduler")
-"""The sections of a configuration that say what the track is; the others say how it is made."""
-
 ADMISSIBLE_RISE = 0.5
 """Relative rise of FVU after the warm start up to which features kept 90 % of their identity's ceiling where it was
 measured (the density analysis, docs/validation.md)."""
-
-_EXPECTED_WARNINGS = (
-    ".*does not have many workers.*",  # the stream is a forward of the LLM in this process; workers would each load it
-    ".*LeafSpec.*is deprecated.*",  # lightning's own pytree helper with torch 2.13
-    "LightningCLI.s args parameter is intended to run from within Python.*",  # a control does
-    ".*is smaller than the logging interval.*",  # what is logged, and when, is the module's own business
-)
 
 
 def fit(args: list[str] | None, other_commands: str) -> None:
@@ -57,6 +54,7 @@ def fit(args: list[str] | None, other_commands: str) -> None:
         args: What was typed after ``saetrack``, or None for the process's own arguments.
         other_commands: What ``saetrack --help`` says below Lightning's own command.
     """
+    threading.excepthook = _say_in_thread
     try:
         with ExitStack() as held:
             FitCLI(args, SaveTrackConfig, epilog=f"Other commands: {other_commands}", held=held)
@@ -65,6 +63,12 @@ def fit(args: list[str] | None, other_commands: str) -> None:
     except SIGTERMException:  # Lightning's is a SystemExit that says nothing and means success
         sys.stderr.write("saetrack: stopped by SIGTERM. Go on with the same command and `--ckpt_path last`.\n")
         sys.exit(128 + signal.SIGTERM)
+
+
+def _say_in_thread(failed: threading.ExceptHookArgs) -> None:
+    """Nothing of what TensorBoard's thread could not write: it is raised again where the next is written."""
+    if failed.exc_value is None or one_line(failed.exc_value) is None:
+        threading.__excepthook__(failed)
 
 
 class FitParser(OneLineErrors, LightningArgumentParser):
@@ -106,11 +110,7 @@ class FitCLI(LightningCLI):
         held: ExitStack | None = None,
     ) -> None:
         self._held = held or ExitStack()
-        # Lightning's news about hardware, tips, and defaults that are set here would bury what a user must read
-        for name in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        for message in _EXPECTED_WARNINGS:
-            warnings.filterwarnings("ignore", message)
+        quiet_lightning()
         super().__init__(
             SAEModule,
             ActivationDataModule,
@@ -157,7 +157,13 @@ class FitCLI(LightningCLI):
         """Lightning's trainer with our progress bar, unless the user wants none."""
         if self.config_init[self.subcommand].trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(TrackProgressBar())
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:  # it names what it was given
+            if is_ours(error):
+                raise
+            found = reason(error).rstrip("!")
+            raise ValueError(f"Lightning cannot make a trainer of these `trainer.` options: {found}.") from error
 
     def before_fit(self) -> None:
         """Pretrain the LLM if the source asks for it, and say so when the track is complete already."""
@@ -174,29 +180,37 @@ class FitCLI(LightningCLI):
         data.source.prepare()
         if data.source.watcher is not None and not data.source.watcher.look().ended:
             return
-        start = read_start(self.model.start, data.hookpoints)
-        wanted = scheduler.wanted(data.source.checkpoints(), start)
-        tracks = [Track.open(path) for path in tracks_in(scheduler.track_dir)]
-        complete = (
-            bool(tracks)
-            and all((scheduler.track_dir / h / "track.json").is_file() for h in data.hookpoints)
-            and all(_covers(track.steps, [c.step for c in wanted], scheduler.max_rise is not None) for track in tracks)
+        wanted = scheduler.wanted(data.source.checkpoints(), read_start(self.model.start, data.hookpoints))
+        tracks = complete_tracks(scheduler.track_dir, data.hookpoints, wanted, scheduler.max_rise is not None)
+        if not tracks:
+            return
+        parser = self._subcommand_parser
+        now, default = (
+            yaml.safe_load(parser.dump(options, skip_none=False, skip_validation=True))
+            for options in (self.config[self.subcommand], parser.get_defaults())
         )
-        if complete:
-            self._refuse_other_configuration(scheduler.track_dir)
-            ran = [name for track in tracks for name in self._run_missing_analyses(track)]
-            did = f"ran {', '.join(sorted(set(ran)))}, which had no result yet" if ran else "nothing was changed"
-            self._say_summary(f"The track in {scheduler.track_dir} is complete; {did}.")
-            sys.exit(0)
+        refuse_another_configuration(scheduler.track_dir, tracks.values(), wanted, now, default)
+        scheduler.tracks = tracks
+        ran = {name for track in tracks.values() for name in self._run_missing_analyses(track)}
+        did = f"ran {', '.join(sorted(ran))}, which had no result yet" if ran else "nothing was changed"
+        self._say_summary(f"The track in {scheduler.track_dir} is complete; {did}.")
+        sys.exit(0)
 
     def _run_missing_analyses(self, track: Track) -> list[str]:
         """Run the configured analyses that a killed run did not come to, and give their names."""
-        asked = next(c for c in self.trainer.callbacks if isinstance(c, AnalyzeTrack)).analyses  # type: ignore[attr-defined]
-        missing = {name: a for name, a in asked.items() if not _is_of(track, track.analyses_dir / name)}
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        asked = next(c for c in callbacks if isinstance(c, AnalyzeTrack)).analyses
+        missing = {name: a for name, a in asked.items() if not _is_result_of(track, track.analyses_dir / name)}
         if not missing:
             return []
-        with shown("Analysing", "pieces of work") as progress:
-            return list(run_analyses(track, missing, progress=progress))
+        with shown("Analysing", "to do") as progress:
+            results = run_analyses(track, missing, device=self.trainer.strategy.root_device, progress=progress)
+        for callback in callbacks:
+            if isinstance(callback, TrackLogger):
+                callback.log_results(self.trainer, track, results)
+        for log in self.trainer.loggers:
+            log.finalize("success")
+        return list(results)
 
     def after_fit(self) -> None:
         """Say what was made and where to look."""
@@ -212,26 +226,15 @@ class FitCLI(LightningCLI):
         """Make ``--ckpt_path last`` the run's resume file; Lightning would look in its own folders."""
         options = self.config_init[self.subcommand]
         options.weights_only = True  # the one file here that is unpickled may hold tensors and plain values only
-        if options.ckpt_path != "last":
+        if options.ckpt_path is None:
             return
-        path = ResumeFile.path(track_dir)
-        if not path.is_file() and any(trained(Track.open(track)) for track in tracks_in(track_dir)):
-            raise FileNotFoundError(
-                f"`--ckpt_path last` needs {path}, which is not there, but the track in {track_dir} has begun. "
-                "Restore the file, or choose another `scheduler.track_dir`."
-            )
+        last = options.ckpt_path == "last"
+        path = ResumeFile.path(track_dir) if last else Path(options.ckpt_path)
+        if not path.is_file() and (not last or any(trained(Track.open(track)) for track in tracks_in(track_dir))):
+            go_on = how_to_go_on_without(track_dir) if last else "Give `--ckpt_path last`, or leave it out to begin."
+            raise FileNotFoundError(f"`--ckpt_path {options.ckpt_path}` needs {path}, which is not there. {go_on}")
+        refuse_damage(path, track_dir)
         options.ckpt_path = str(path) if path.is_file() else None
-
-    def _refuse_other_configuration(self, track_dir: Path) -> None:
-        parser = self._subcommand_parser
-        saved = yaml.safe_load((track_dir / "config.yaml").read_text(encoding="utf-8"))
-        now = yaml.safe_load(parser.dump(self.config[self.subcommand], skip_none=False))
-        default = yaml.safe_load(parser.dump(parser.get_defaults(), skip_none=False, skip_validation=True))
-        for section in _SERIES:
-            if found := _difference(section, now[section], saved.get(section, {}), default.get(section, {})):
-                raise FileExistsError(
-                    f"{track_dir} holds a complete track made with {found}. Choose another `scheduler.track_dir`."
-                )
 
     @property
     def _subcommand_parser(self) -> LightningArgumentParser:
@@ -258,41 +261,13 @@ class FitCLI(LightningCLI):
         sys.stdout.write("\n".join(lines) + "\n")
 
 
-def _difference(name: str, now: Any, saved: Any, default: Any) -> str | None:
-    """What of two configurations makes another track, in words; None where nothing does.
-
-    Where the track and caches lie does not matter, nor who waits. What the saved one does not name is newer than
-    the track, which is as the default says.
-
-    Example:
-        >>> defaults, saved = {"k": 32, "layout": "packed"}, {"k": 24, "cache_dir": "here"}
-        >>> _difference("sae", {"k": 24, "layout": "packed", "cache_dir": "there"}, saved, defaults)
-        >>> _difference("sae", {"k": 24, "layout": "masked"}, saved, defaults)
-        'sae.layout packed, not masked'
-    """
-    if not (isinstance(now, dict) and isinstance(saved, dict)):
-        return None if now == saved else f"{name} {saved}, not {now}"
-    default = default if isinstance(default, dict) else {}
-    for key in sorted(now.keys() - {"track_dir", "cache_dir", "watch"}):
-        before = saved.get(key, default.get(key))
-        if found := _difference(f"{name}.{key}", now[key], before, default.get(key)):
-            return found
-    return None
-
-
-def _is_of(track: Track, result: Path) -> bool:
-    """Whether a result is there and is of all the track's snapshots, and not from before it was extended."""
-    if not (result / RESULT_FILE).is_file():
+def _is_result_of(track: Track, result: Path) -> bool:
+    """Whether an analysis' result is there and is of all the track's snapshots, not from before it was extended."""
+    try:
+        settings = json.loads((result / RESULT_FILE).read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, LookupError, TypeError):  # none, or damaged: it is made again
         return False
-    settings = json.loads((result / RESULT_FILE).read_text(encoding="utf-8"))["settings"]
     return bool(settings.get("steps", track.steps) == track.steps)
-
-
-def _covers(have: list[int], wanted: list[int], may_skip: bool) -> bool:
-    """Whether a track has all the LLM steps that are wanted, or all that its grid has chosen of them."""
-    if not may_skip:
-        return have == wanted
-    return (have[:1], have[-1:]) == (wanted[:1], wanted[-1:]) and set(have) <= set(wanted)
 
 
 def wide_gaps(metrics: pd.DataFrame) -> list[int]:

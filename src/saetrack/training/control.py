@@ -150,6 +150,8 @@ class ControlScheduler(CheckpointScheduler):
     def _begin_track(self, module: SAEModule, data: ActivationDataModule, hookpoint: str, replica: int) -> None:
         facts = tracks.track_facts(module, data, hookpoint)
         tracks.refuse_another(self.of, facts)
+        if self.control.llm_seed is None:
+            tracks.refuse_other_weights(self.of, self._weight_hashes)
         was = self.of.training_recipe
         refuse_changes(was, {key: self.recipe[key] for key in was}, str(self.of.path / "track.json"))
         path = self._path(replica)

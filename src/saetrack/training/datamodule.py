@@ -75,6 +75,11 @@ class TokenSettings:
     def __post_init__(self) -> None:
         for name in ("calibration", "selection", "evaluation", "held_out", "ce"):
             require_positive(f"data.tokens.{name}_tokens", getattr(self, f"{name}_tokens"))
+        if not 0 < self.split_share < 0.5:
+            raise ValueError(
+                f"data.tokens.split_share is {self.split_share}, but it is taken twice, and the rest trains; give a "
+                "share between 0 and 0.5, such as 0.05."
+            )
         if self.outlier_norm is not None and not self.outlier_norm > 1:
             raise ValueError(
                 f"data.tokens.outlier_norm is {self.outlier_norm}, but half of the activations have a norm over the "
@@ -102,8 +107,8 @@ class ActivationDataModule(LightningDataModule):
         corpus: The text. By default the source code of Python's standard library, which is on every machine.
         tokens: How the corpus becomes token rows.
         batch_size: Activations in an optimizer step, over all processes.
-        chunk_tokens: Activations that one process holds and shuffles together; float32, so memory is
-            4 x chunk_tokens x d_in bytes for each hookpoint.
+        chunk_tokens: Activations that one process holds and shuffles together, in the LLM's dtype; docs/stream.md says
+            what memory a run takes.
         llm_dtype: Data type of the LLM's weights and forward, apart from the SAE's, which is float32.
         seed: Seed of every draw in the run. On the command line it is ``seed_everything``.
     """
@@ -269,7 +274,13 @@ class ActivationDataModule(LightningDataModule):
         )
         order.chunk_rows(0)  # holds the budget against the corpus before the LLM is loaded
         self.checkpoint, self.before, self.arm = checkpoint, before, arm
-        self.stream = ActivationStream(order, self._fill, self._scaled_limits, ahead=self.device.type == "cuda")
+        self.stream = ActivationStream(
+            order,
+            self._fill,
+            lambda: self.scales,
+            lambda: self.norm_limits,
+            ahead=self.device.type == "cuda",
+        )
 
     def train_dataloader(self) -> ActivationStream:
         """The batches of the current stage on this rank."""
@@ -281,11 +292,12 @@ class ActivationDataModule(LightningDataModule):
         """Make the activations of a chunk, as `Filling` takes them."""
         assert self.stream is not None
         train, rows = self.corpus_rows.train, self.stream.order.chunk_rows(chunk)
+        dtype = getattr(torch, self.llm_dtype)
         before: dict[str, Tensor] = {}
         if self.before is not None:
-            before = yield from self._harvesting(self.before, train, rows, {}, (0.0, 0.5))
+            before = yield from self._harvesting(self.before, train, rows, dtype, (0.0, 0.5))
         span = (0.0 if self.before is None else 0.5, 1.0)
-        now = yield from self._harvesting(self.checkpoint, train, rows, self.scales, span)
+        now = yield from self._harvesting(self.checkpoint, train, rows, dtype, span)
         return Batch(now, before)
 
     def _harvesting(
@@ -293,21 +305,19 @@ class ActivationDataModule(LightningDataModule):
         checkpoint: LLMCheckpoint,
         rows: TokenRows,
         indices: NDArray[np.int64],
-        scales: Mapping[str, float],
+        dtype: torch.dtype = torch.float32,
         span: tuple[float, float] = (0.0, 1.0),
     ) -> Generator[float, None, dict[str, Tensor]]:
-        """Activations of token rows, times their scale (1 where none is given), in one buffer per module.
+        """Activations of token rows in the LLM's own units, in one buffer per module.
 
         Yields after each forward how far it is between the two ends of ``span``.
         """
         n = int(rows.usable(indices).sum())
-        modules = {module_name(h): h for h in self.hookpoints}  # lanes of one module have one scale
-        buffers = {module: torch.empty(n, self.widths[h], device=self.device) for module, h in modules.items()}
+        widths = {module_name(hookpoint): width for hookpoint, width in self.widths.items()}
+        buffers = {module: torch.empty(n, d, dtype=dtype, device=self.device) for module, d in widths.items()}
         llm = self.llm(checkpoint)
         read: list[Forward] = []
-        for forward in forwards(llm, rows, list(modules), indices, buffers):
-            for module, x in forward.activations.items():
-                x.mul_(scales.get(modules[module], 1.0))
+        for forward in forwards(llm, rows, list(widths), indices, buffers):
             read.append(forward)
             yield span[0] + (span[1] - span[0]) * len(read) * ROWS_PER_FORWARD / len(indices)
         # all at once and not after each, for the look at a result waits until a GPU has it
@@ -318,7 +328,7 @@ class ActivationDataModule(LightningDataModule):
 
     def _harvested(self, checkpoint: LLMCheckpoint, rows: TokenRows, indices: NDArray[np.int64]) -> dict[str, Tensor]:
         """Activations of token rows in the LLM's own units, ``[n, d_in]`` by hookpoint."""
-        return finished(self._harvesting(checkpoint, rows, indices, {}))
+        return finished(self._harvesting(checkpoint, rows, indices))
 
     def held_out_activations(self, checkpoint: LLMCheckpoint) -> dict[str, Tensor]:
         """Activations of an LLM checkpoint that no SAE is trained on, in its own units, ``[n, d_in]`` by hookpoint.
@@ -333,10 +343,6 @@ class ActivationDataModule(LightningDataModule):
         """Take what was measured of the current LLM checkpoint, by hookpoint."""
         self.scales = {hookpoint: calibration.scale for hookpoint, calibration in calibrations.items()}
         self.norm_limits = {hookpoint: calibration.norm_limit for hookpoint, calibration in calibrations.items()}
-
-    def _scaled_limits(self) -> dict[str, float]:
-        """The norm limits of the activations that are served."""
-        return {hookpoint: limit * self.scales[hookpoint] for hookpoint, limit in self.norm_limits.items()}
 
     @property
     def _calibration_rows(self) -> NDArray[np.int64]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from saetrack.sae import Exchange, use_exchange
 
@@ -25,7 +27,7 @@ def share_gradients(module: SAEModule, trainer: Trainer, batch_size: int) -> Non
         batch_size: Activations in an optimizer step, over all ranks.
 
     Raises:
-        ValueError: If several processes are to share a step in another way than DDP's.
+        ValueError: If several processes are to share a step in another way than DDP's, or cannot share a batch.
     """
     if trainer.world_size == 1:
         use_exchange("nothing")
@@ -35,14 +37,21 @@ def share_gradients(module: SAEModule, trainer: Trainer, batch_size: int) -> Non
         raise ValueError(
             f"trainer.strategy is {name}, but only DDP is known to give right gradients; set `trainer.strategy: ddp`."
         )
+    if batch_size % trainer.world_size:
+        raise ValueError(
+            f"data.batch_size is {batch_size} activations over all processes, which {trainer.world_size} processes "
+            f"cannot share equally; choose a multiple of {trainer.world_size}."
+        )
     exchange = exchange_for(module, batch_size)
     use_exchange(exchange)
-    # b_dec, which every loss reaches by a dense way as well, stays with DDP: averaging an average does nothing to it
+    # b_dec, which every loss reaches by a dense way as well, stays with DDP; averaging an average does nothing to it,
+    # so a PyTorch that no longer knows this private method would be slower and not wrong
     weights = {"W_enc", "b_enc", "W_dec"} if exchange == "factors" else set()
     mine = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] in weights]
     # every rank counts the features for itself, from what all of them saw
     counted = [name for name, _ in module.named_buffers() if name.startswith("features.")]
-    module._ddp_params_and_buffers_to_ignore = [*mine, *counted]  # where DDP looks
+    leave_alone: Callable[..., None] = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    leave_alone(module, [*mine, *counted])
 
 
 def exchange_for(module: SAEModule, batch_size: int) -> Exchange:

@@ -60,6 +60,24 @@ class OptimizerSettings:
                 f"model.optimizer.tolerance is {self.tolerance}; it is a share of FVU, from 0 to below 1, or null."
             )
 
+    def warmup(self, first_stage: bool) -> int:
+        """Tokens over which the learning rate rises in a stage."""
+        later = self.warmup_tokens_next
+        return self.warmup_tokens if first_stage or later is None else later
+
+    def lr_share(self, step: int, steps: int, batch_size: int, first_stage: bool) -> float:
+        """Share of a stage's learning rate at one of its optimizer steps: warmup, constant, decay to zero.
+
+        Example:
+            >>> settings = OptimizerSettings(warmup_tokens=20, decay_share=0.5)
+            >>> [settings.lr_share(step, 4, 10, True) for step in range(4)]
+            [0.5, 1.0, 1.0, 0.5]
+        """
+        warmup = self.warmup(first_stage)
+        rising = (step + 1) * batch_size / warmup if warmup else 1.0
+        falling = (steps - step) / (self.decay_share * steps) if self.decay_share else 1.0
+        return max(0.0, min(1.0, rising, falling))
+
 
 class FeatureState(nn.Module):
     """What training knows of each feature, beside its weights. Saved in the resume file.
@@ -314,7 +332,8 @@ class SAEModule(LightningModule):
         tolerance = self.settings.tolerance
         if tolerance is None or self.stream.end < len(self.stream) or not self.curves:
             return
-        converged = all(has_converged(curve, tolerance, self._warmup_tokens) for curve in self.curves.values())
+        warmup = self.settings.warmup(self.first_stage)
+        converged = all(has_converged(curve, tolerance, warmup) for curve in self.curves.values())
         if self.trainer.strategy.broadcast(converged):  # the ranks' last bits may differ, their stages may not
             self.stream.end = min(len(self.stream), math.ceil(batches / (1 - self.settings.decay_share)))
 
@@ -327,19 +346,10 @@ class SAEModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _lr_factor(self, step: int) -> float:
-        """Share of the stage's learning rate at one of its optimizer steps: warmup, constant, decay to zero."""
-        share, warmup = self.settings.decay_share, self._warmup_tokens
-        rising = (step + 1) * self.data.batch_size / warmup if warmup else 1.0
+        """Share of the stage's learning rate at one of its optimizer steps."""
         stream = self.data.stream
         total = stream.end if stream is not None else 1  # Lightning builds an optimizer before the first stage
-        falling = (total - step) / (share * total) if share else 1.0
-        return max(0.0, min(1.0, rising, falling))
-
-    @property
-    def _warmup_tokens(self) -> int:
-        """Tokens over which the learning rate rises in the current stage."""
-        later = self.settings.warmup_tokens_next
-        return self.settings.warmup_tokens if self.first_stage or later is None else later
+        return self.settings.lr_share(step, total, self.data.batch_size, self.first_stage)
 
 
 @torch.inference_mode()

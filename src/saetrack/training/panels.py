@@ -13,6 +13,7 @@ import torch
 from matplotlib.image import imread
 
 from saetrack.analysis import AnalysisResult
+from saetrack.analysis.figures import foot
 from saetrack.track import Track
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def tag(group: str, hookpoint: str, name: str) -> str:
 def add_figure(board: SummaryWriter, name: str, figure: Figure, caption: str, step: int) -> None:
     """A figure with its caption below it, as an image: TensorBoard has no place for one."""
     width = max(40, int(figure.get_figwidth() * 14))  # letters
-    figure.text(0.02, -0.01, textwrap.fill(caption, width), fontsize=9, va="top", parse_math=False)
+    foot(figure, textwrap.fill(caption, width), size=9)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", bbox_inches="tight", dpi=120)
     picture.seek(0)

@@ -61,7 +61,8 @@ class CheckpointScheduler(Callback):
             any training and names them: published series often serve one checkpoint under several names.
         max_rise: A grid that follows the LLM: from each stage go to the farthest LLM checkpoint on which the FVU of
             the SAE, as it is, has risen by no more than this share (0.5 is half as much again), at least to the
-            next one. The last is always visited, and each snapshot says why it is there. Null visits all.
+            next one. It looks ahead by doubling its stride and then bisecting, one forward a look. The last is always
+            visited, and each snapshot says why it is there. Null visits all.
     """
 
     def __init__(
@@ -84,8 +85,7 @@ class CheckpointScheduler(Callback):
             raise ValueError("scheduler.steps is empty; name the LLM steps to visit, or leave it out for all.")
         if isinstance(steps, str):
             Selection(steps)  # refuses what is none before anything is pretrained or loaded
-        listed = steps if isinstance(steps, list) else []
-        for i, (before, after) in enumerate(pairwise(listed), start=1):
+        for i, (before, after) in enumerate(pairwise(steps if isinstance(steps, list) else []), start=1):
             if after <= before:
                 raise ValueError(
                     f"scheduler.steps must increase strictly, but {after} follows {before} at position {i}. "
@@ -169,6 +169,8 @@ class CheckpointScheduler(Callback):
         module, data = _module(pl_module), _data(trainer)
         self._work = StageWork(trainer, module, data)
         trainer.fit_loop.max_epochs = self.n_stages  # less those that a resumed run had skipped
+        if self._from is None:
+            self._enter_stage(module, data)  # refuses a corpus that is too short, before anything is written
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.open_tracks(trainer, module, data)
             if self._from is not None and self.position == 0:
@@ -230,8 +232,8 @@ class CheckpointScheduler(Callback):
         self.checkpoints = self._wanted = follow(trainer, watcher, self.steps, known, wait=waiting)
         if len(self.checkpoints) == len(known):
             return
-        arrived = self.checkpoints[len(known) :]
-        self._weight_hashes |= audited(trainer, arrived, self.allow_duplicates, self._weight_hashes)
+        audits = audited(trainer, self.checkpoints[len(known) :], self.allow_duplicates, self._weight_hashes)
+        self._weight_hashes |= audits
         self.recipe[_STEPS] = [checkpoint.step for checkpoint in self.checkpoints]
         trainer.fit_loop.max_epochs = self.n_stages
         if waiting:
@@ -246,9 +248,9 @@ class CheckpointScheduler(Callback):
         start = {hookpoint: start.state_dict() for hookpoint, start in self.start.items()}
         left = {checkpoint.step for checkpoint in self.checkpoints}
         skipped = [step for step in self.recipe.get(_STEPS, []) if step not in left]
-        choice = None if self._choice is None else self._choice.facts
-        where = {"position": self.position, "begun": self._begun, "skipped": skipped, "choice": choice}
-        return {**where, "start": start, "recipe": self.recipe}
+        where = {"position": self.position, "begun": self._begun, "skipped": skipped}
+        where["weight_hash"] = self._weight_hashes.get(self.stage.checkpoint.step) if self._begun else None
+        return {**where, "choice": self._choice and self._choice.facts, "start": start, "recipe": self.recipe}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the resume file was written.
@@ -271,6 +273,7 @@ class CheckpointScheduler(Callback):
         order = training_order(self._wanted, [*visited, *(skipped & wanted)])
         self.recipe = {**now, _STEPS: [checkpoint.step for checkpoint in order]}
         self.checkpoints = [checkpoint for checkpoint in order if checkpoint.step not in skipped]
+        tracks.refuse_weights_changed_in(self.stage.checkpoint, state_dict.get("weight_hash"), self._weight_hashes)
         between = [c.step for c in self.checkpoints[len(visited) :] if min(visited) < c.step < max(visited)]
         if between and self.max_rise is not None:
             raise ValueError(
@@ -313,10 +316,7 @@ class CheckpointScheduler(Callback):
         """What a resumed run must share with the one it continues, beside the facts of the track."""
         return {
             _STEPS: [checkpoint.step for checkpoint in self.checkpoints],
-            "scheduler.warm_start": self.warm_start,
-            "scheduler.tokens_first": self.tokens_first,
-            "scheduler.tokens_next": self.tokens_next,
-            "scheduler.max_rise": self.max_rise,
+            **{f"scheduler.{n}": getattr(self, n) for n in ("warm_start", "tokens_first", "tokens_next", "max_rise")},
             "data.batch_size": data.batch_size,
             "data.chunk_tokens": data.chunk_tokens,
             "data.tokens.calibration_tokens": data.tokens.calibration_tokens,

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -30,6 +30,7 @@ T = TypeVar("T")
 ROWS_PER_FORWARD = 32
 """Token rows in one forward of the LLM. A constant, not an option: another size changes the last bits of the
 activations, and with them the hashes of the snapshots."""
+_NORMS = 4096  # activations whose norms are taken at a time, in float32
 
 
 class Forward(NamedTuple):
@@ -39,7 +40,7 @@ class Forward(NamedTuple):
         number: Which of its harvest, from 0.
         rows: Indices of the token rows, ``[n]``.
         tokens: ``[n, context_size]``.
-        activations: By module, float32 and only where they count, ``[n_usable, d_in]``, in reading order.
+        activations: By module, only where they count, ``[n_usable, d_in]``, in reading order.
         finite: By module, whether they all are, one bool on the LLM's device.
     """
 
@@ -64,8 +65,8 @@ def forwards(
         rows: The token rows of a split.
         modules: Dotted names of the modules to read.
         indices: Which rows, ``[n]``, in the order wanted.
-        buffers: Where the activations of all rows go, by module, float32 ``[n_usable, d_in]``: each forward's are then
-            written there and nowhere else, and what is yielded is a view. None makes new tensors.
+        buffers: Where the activations of all rows go, by module, ``[n_usable, d_in]`` of any dtype: each forward's are
+            then written there and nowhere else, and what is yielded is a view. None makes new tensors, float32.
     """
     filled = 0
     for number, start in enumerate(range(0, len(indices), ROWS_PER_FORWARD)):
@@ -83,7 +84,7 @@ def forwards(
 
 
 def _take(usable: Tensor, parts: Mapping[str, Tensor], module: str, x: Tensor) -> Tensor:
-    """The usable ones of a module's activations in float32, in its part of a buffer where there is one."""
+    """The usable ones of a module's activations, in its part of a buffer where there is one, else in float32."""
     x, part = x.flatten(0, 1), parts.get(module)
     if part is None:
         return x.index_select(0, usable).float()
@@ -167,11 +168,6 @@ class StageOrder:
     arm: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.world_size:
-            raise ValueError(
-                f"data.batch_size is {self.batch_size} activations over all processes, which {self.world_size} "
-                f"processes cannot share equally; choose a multiple of {self.world_size}."
-            )
         if self.batches < 1:
             raise ValueError(
                 f"The stage has a budget of {self.tokens} tokens, less than one batch of {self.batch_size}; raise "
@@ -250,9 +246,10 @@ class Batch(NamedTuple):
     now: dict[str, Tensor]
     before: dict[str, Tensor]
 
-    def at(self, positions: Mapping[str, Tensor]) -> Batch:
-        """The activations at some of the positions, by hookpoint."""
-        return Batch(*({name: x[positions[name].to(x.device)] for name, x in part.items()} for part in self))
+
+def serve(x: Tensor, positions: Tensor, scale: float = 1.0) -> Tensor:
+    """The activations at some positions of a chunk, float32 and times their scale."""
+    return x[positions.to(x.device)].float().mul_(scale)  # indexing copies, so the chunk stays as it is
 
 
 def finished(forwards: Generator[float, None, T]) -> T:
@@ -264,6 +261,12 @@ def finished(forwards: Generator[float, None, T]) -> T:
 
     deque(run(), maxlen=0)
     return made[0]
+
+
+@cache
+def _side_stream() -> torch.cuda.Stream:
+    """Always the same: memory that was allocated for one stream of a GPU is not given to another."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 class Filling:
@@ -280,9 +283,8 @@ class Filling:
         self._forwards = self._run(forwards)
         self._done = 0.0
         self._batch: Batch | None = None
-        self._stream: torch.cuda.Stream | None = None
-        if aside and torch.cuda.is_available():
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = _side_stream() if aside and torch.cuda.is_available() else None
+        if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())  # the LLM's weights may still be on their way
 
     def _run(self, forwards: Generator[float, None, Batch]) -> Iterator[float]:
@@ -314,9 +316,12 @@ class ActivationStream:
 
     Args:
         order: Rows, chunks and shuffles of the stage.
-        fill: Given the number of a chunk, makes the activations of its usable positions, as `Filling` takes it.
-        norm_limits: Gives, by hookpoint, the norm over which activations are left out; asked at every chunk, for a
-            stage's limits are measured when it begins. What is left out is made up for from the same chunk.
+        fill: Given the number of a chunk, makes the activations of its usable positions, as `Filling` takes it: in the
+            LLM's own units and dtype, which may be half of float32's memory.
+        scales: Gives, by hookpoint, what a batch's activations are multiplied with; 1 where none is named.
+        norm_limits: Gives, by hookpoint, the norm over which activations are left out, in the LLM's own units. Both are
+            asked at every chunk, for they are measured when a stage begins. What is left out is made up for from the
+            same chunk.
         ahead: Make the next chunk while this one trains, a part of it before each batch, as a GPU can; two chunks are
             then in memory. The batches are the same.
     """
@@ -325,6 +330,7 @@ class ActivationStream:
         self,
         order: StageOrder,
         fill: Callable[[int], Generator[float, None, Batch]],
+        scales: Callable[[], Mapping[str, float]] = dict,
         norm_limits: Callable[[], Mapping[str, float]] = dict,
         ahead: bool = False,
     ) -> None:
@@ -332,6 +338,7 @@ class ActivationStream:
         self.end = order.batches
         """Batches after which iteration stops; a stage that has converged lowers it, ``len`` stays the budget."""
         self._fill = fill
+        self._scales = scales
         self._norm_limits = norm_limits
         self._ahead = ahead
         self._position = 0
@@ -349,29 +356,39 @@ class ActivationStream:
         coming: Filling | None = None
         while self._position < self.end:
             chunk, first = divmod(self._position, per_chunk)
-            activations = (coming or Filling(self._fill(chunk))).finish()
+            activations = (coming or Filling(self._fill(chunk), self._ahead)).finish()
             coming = None
             lanes = lane_numbers(list(activations.now))
             shuffles = {h: self._shuffle(chunk, h, x, lanes[h]) for h, x in activations.now.items()}
+            scales = self._scales()
             for i in range(first, per_chunk):
                 if self._position >= self.end:
                     break
                 if self._ahead and (chunk + 1) * per_chunk < self.end:
-                    coming = coming or Filling(self._fill(chunk + 1), aside=True)
+                    coming = coming or Filling(self._fill(chunk + 1), self._ahead)
                     coming.advance((i + 1 - first) / (per_chunk - first))
+                at = {h: order[i * batch : (i + 1) * batch] for h, order in shuffles.items()}
+                served = Batch(
+                    {h: serve(x, at[h], scales.get(h, 1.0)) for h, x in activations.now.items()},
+                    {h: serve(x, at[h]) for h, x in activations.before.items()},
+                )
                 # counted before the batch is handed out: a resume file is written while the batch is in use
                 self._position += 1
-                yield activations.at({h: order[i * batch : (i + 1) * batch] for h, order in shuffles.items()})
-            del activations
+                if i + 1 == per_chunk or self._position >= self.end:
+                    # before the last batch, not after: Lightning does not ask for another, and the end of the stage
+                    # would be measured with a whole chunk in memory
+                    del activations
+                yield served
         self._position = 0
 
     def _shuffle(self, chunk: int, hookpoint: str, x: Tensor, lane: int) -> Tensor:
         """The order of a chunk's activations without its outliers, with enough of them to fill its batches."""
         order = self.order.shuffle(chunk, len(x), lane)
-        mask = within(x, self._norm_limits().get(hookpoint, math.inf))
-        if mask is None:
+        limit = self._norm_limits().get(hookpoint, math.inf)
+        masks = [m for part in torch.split(x, _NORMS) if (m := within(part.float(), limit)) is not None]
+        if not masks:
             return order
-        order = order[mask.cpu()[order]]
+        order = order[torch.cat(masks).cpu()[order]]
         if not len(order):
             raise ValueError(
                 f"All {len(x)} activations of {hookpoint} in chunk {chunk} have outlier norms, measured by the "

@@ -11,6 +11,7 @@ from typing import Any
 from lightning import Trainer
 
 import saetrack
+from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.lm.forward import module_name
 from saetrack.sae import sae_record
 from saetrack.storage import link_or_copy, whole_folder
@@ -63,8 +64,9 @@ def trained(track: Track) -> list[Snapshot]:
 
 def refuse_another(track: Track, facts: Mapping[str, Any]) -> None:
     """Refuse a track that was begun with other facts."""
-    # the tokenizer by what it does, which is in the corpus hash: in a growing folder its name changes
-    same = {name: fact for name, fact in facts.items() if name != "tokenizer"}
+    # the tokenizer by what it does, which is in the corpus hash: in a growing folder its name changes; and the LLM by
+    # its weights (`refuse_other_weights`): its folder may have moved, or be spelt otherwise
+    same = {name: fact for name, fact in facts.items() if name not in ("tokenizer", "model")}
     refuse_changes({**_BEFORE, **track.facts}, same, str(track.path / "track.json"))
 
 
@@ -88,6 +90,17 @@ def refuse_other_weights(done: Sequence[Snapshot], weight_hashes: Mapping[int, s
                 f"{snapshot.path} was trained on it ({was[:19]}...). Restore them, or begin another track with "
                 "another `scheduler.track_dir`."
             )
+
+
+def refuse_weights_changed_in(
+    checkpoint: LLMCheckpoint, was: str | None, weight_hashes: Mapping[int, str | None]
+) -> None:
+    """Refuse to go on in the middle of a stage whose LLM checkpoint had other weights when it began, if it is known."""
+    if was is not None and weight_hashes.get(checkpoint.step) not in (None, was):
+        raise ValueError(
+            f"The LLM checkpoint of step {checkpoint.step} has other weights now than when its stage began. Restore "
+            "them, or begin another track with another `scheduler.track_dir`."
+        )
 
 
 def refuse_gaps(track: Track, steps: Sequence[int], done: int) -> None:

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from saetrack.analysis.phases import Phases
 from saetrack.analysis.phases_agreement import adjusted_rand, boundary_distance, covering, order_of_times
 from saetrack.analysis.phases_cut import Resampling, cut
 from saetrack.analysis.phases_segment import advantage, random_walk_advantage, segment
-from saetrack.analysis.phases_series import NotAvailable, Tables, semantic_amounts
+from saetrack.analysis.phases_series import Amounts, NotAvailable, Tables, drift_above_null, semantic_amounts
 from saetrack.track import Track
 
 N = 29
@@ -110,3 +111,19 @@ def test_a_track_of_fewer_than_six_snapshots_is_refused(tiny_track: Track) -> No
 def test_a_perspective_without_its_table_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(NotAvailable, match=r"saetrack analyze .* --analyses\+=Semantics"):
         semantic_amounts(Tables(tmp_path / "analyses", [0, 1, 2, 3, 4, 5], 4))
+
+
+def test_null_steps_are_taken_off_the_drift_and_without_them_the_null_chain(tmp_path: Path) -> None:
+    tables = Tables(tmp_path / "analyses", [0, 1, 2, 4, 8, 16], 3)
+    drift = Amounts(np.full((5, 3), 0.5) + np.array([0.0, 0.1, -0.1]), "drift")
+    assert drift_above_null(drift, tables, [])[1] is None
+    chains = [np.arange(5.0)[:, None] * np.ones(3) / 10, np.zeros((5, 3))]
+    found, by = drift_above_null(drift, tables, chains)
+    assert by == "null chain"
+    np.testing.assert_allclose(found.values, drift.values - np.arange(5.0)[:, None] / 20)
+    (tmp_path / "analyses" / "drift").mkdir(parents=True)
+    table = pd.DataFrame({"step": [1, 16], "drift_null": [0.1, 0.3]})  # the first stage and the last
+    table.to_parquet(tmp_path / "analyses" / "drift" / "calibration.parquet")
+    found, by = drift_above_null(drift, tables, chains)
+    assert by == "null steps"
+    np.testing.assert_allclose(found.values[:, 0], 0.5 - np.array([0.1, 0.15, 0.2, 0.25, 0.3]))

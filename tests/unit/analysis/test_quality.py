@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from saetrack.analysis.quality import Quality
+from saetrack.analysis.quality import Quality, _crossing
 from saetrack.analysis.sweep import run_analyses
 from saetrack.track import Track
 
@@ -67,3 +67,11 @@ def test_controls_stand_at_the_llm_checkpoint_they_were_trained_on(tiny_track: T
 def test_a_frequency_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match="min_firing_frequency is 1"):
         Quality(min_firing_frequency=1)
+
+
+def test_tokens_to_reach_are_where_the_fresh_curve_meets_the_fvu() -> None:
+    curve = np.array([[100.0, 0.8], [200.0, 0.4], [400.0, 0.2]])
+    assert _crossing(curve, 0.4) == pytest.approx(200)
+    assert _crossing(curve, 0.4 / np.sqrt(2)) == pytest.approx(200 * np.sqrt(2))  # a power law between the points
+    assert _crossing(curve, 0.9) == 100
+    assert np.isnan(_crossing(curve, 0.1))

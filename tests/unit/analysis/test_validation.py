@@ -53,6 +53,11 @@ def test_three_planted_regimes_are_three_phases(tmp_path: Path) -> None:
     assert share(three_phases(tmp_path, "", Rates.three(0.05), Rates.still(0.0005), repeats=4)) >= 0.75
 
 
+def test_three_planted_regimes_are_found_under_null_steps_that_hide_them(tmp_path: Path) -> None:
+    row = three_phases(tmp_path, "", Rates.three(0.05, null=0.01), None, repeats=4, null_steps=True)
+    assert share(row) >= 0.75
+
+
 def test_planted_tokens_and_concepts_have_their_class_and_permuted_text_no_concepts(tmp_path: Path) -> None:
     accuracy, *_, false = semantic_rows(tmp_path, seeds=1)
     assert share(accuracy) >= 0.9

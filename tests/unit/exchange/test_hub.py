@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -25,49 +26,61 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 class SmallHub(ThreadingHTTPServer):
-    """One repository, ``me/tracked``: takes commits, lists its files and serves them; remembers what was fetched."""
+    """Repositories of ``me``: takes commits, lists their files and serves them; remembers what was fetched."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files: dict[str, bytes] = {}
+        self.repositories: dict[str, dict[str, bytes]] = {}
         self.fetched: list[str] = []
 
 
 class Handler(BaseHTTPRequestHandler):
     server: SmallHub
 
+    @property
+    def repository(self) -> str:
+        """The name in the path of the request; none has more parts than these."""
+        found = re.search(r"^/(?:api/models/)?me/([\w-]+)", self.path)
+        return found[1] if found else ""
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        return self.server.repositories[self.repository]
+
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.path.startswith("/api/repos/create"):
-            self.answer({"url": "http://127.0.0.1/me/tracked", "id": "me/tracked"})
+            name = json.loads(body)["name"]
+            self.server.repositories.setdefault(name, {})
+            self.answer({"url": f"http://127.0.0.1/me/{name}", "id": f"me/{name}"})
         elif "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
             self.answer({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
         elif "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
-                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.answer({"commitUrl": f"http://127.0.0.1/me/tracked/commit/{COMMIT}", "commitOid": COMMIT})
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer({"commitUrl": f"http://127.0.0.1/me/{self.repository}/commit/{COMMIT}", "commitOid": COMMIT})
         else:
             self.answer({})
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if path.startswith("/me/tracked/resolve/"):
+        if self.repository not in self.server.repositories:
+            return self.answer({"error": "no"}, 404, {"X-Error-Code": "RepoNotFound"})
+        if "/resolve/" in path:
             name = path.split("/", 5)[5]
-            if name not in self.server.files:
+            if name not in self.files:
                 return self.answer({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
-            content = self.server.files[name]
-            self.server.fetched += [name] if self.command == "GET" else []
+            content = self.files[name]
+            self.server.fetched += [f"{self.repository}/{name}"] if self.command == "GET" else []
             etag = {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
             return self.answer(content, headers=etag)
-        if not path.startswith("/api/models/me/tracked"):
-            return self.answer({"error": "no"}, 404, {"X-Error-Code": "RepoNotFound"})
         if "/tree/" in path:
-            blobs = [{"type": "file", "path": n, "size": len(c), "oid": "0"} for n, c in self.server.files.items()]
+            blobs = [{"type": "file", "path": n, "size": len(c), "oid": "0"} for n, c in self.files.items()]
             return self.answer(blobs)
-        siblings = [{"rfilename": name} for name in self.server.files]
-        return self.answer({"id": "me/tracked", "sha": COMMIT, "siblings": siblings})
+        siblings = [{"rfilename": name} for name in self.files]
+        return self.answer({"id": f"me/{self.repository}", "sha": COMMIT, "siblings": siblings})
 
     do_HEAD = do_GET  # noqa: N815
 
@@ -104,10 +117,20 @@ def track(tmp_path: Path) -> Track:
     return import_sae(str(tmp_path / "sae"), tmp_path / "track", ImportedFacts())
 
 
+def saetrack_with_hub(code: str, hub: SmallHub, tmp_path: Path) -> str:
+    """What Python prints, in a process of its own: huggingface_hub reads where the Hub is once, when it is imported."""
+    endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
+    changes = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_test"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **changes}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_a_track_is_pushed_and_opened_from_the_hub_and_snapshots_are_downloaded_when_asked_for(
     hub: SmallHub, track: Track, tmp_path: Path
 ) -> None:
-    # huggingface_hub reads where the Hub is once, when it is imported: hence a process of its own
     code = f"""
 
 from saetrack.cli import main
@@ -125,20 +148,53 @@ try:
 except FileNotFoundError as error:
     print("absent", error)
 """
-    endpoint = f"http://127.0.0.1:{hub.server_address[1]}"
-    changes = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": "hf_test"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **changes}, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "README.md" in hub.files
-    assert "steps [64] imported" in done.stdout
-    assert "before ['metadata.json']" in done.stdout
-    assert f"sum {float(track[0].sae().W_dec.sum())}" in done.stdout
-    assert "after ['metadata.json', 'sae_weights.safetensors']" in done.stdout
+    out = saetrack_with_hub(code, hub, tmp_path)
+    assert "README.md" in hub.repositories["tracked"]
+    assert "steps [64] imported" in out
+    assert "before ['metadata.json']" in out
+    assert f"sum {float(track[0].sae().W_dec.sum())}" in out
+    assert "after ['metadata.json', 'sae_weights.safetensors']" in out
     assert torch.equal(Track.open(tmp_path / "again")[0].sae().W_dec, track[0].sae().W_dec)
-    absent = next(line for line in done.stdout.splitlines() if line.startswith("absent"))
+    absent = next(line for line in out.splitlines() if line.startswith("absent"))
     assert "hf://me/nothing is neither in the Hub's cache nor on a Hub that can be reached" in absent
+
+
+def test_every_format_goes_to_the_hub_and_comes_back_and_no_other_folder_is_downloaded(
+    hub: SmallHub, track: Track, tmp_path: Path
+) -> None:
+    hub.repositories["sparsify"] = {"step1/gpt_neox.layers.1/sae.safetensors": b"large", "step1/a/b/cfg.json": b"{}"}
+    code = f"""
+from pathlib import Path
+import torch
+from saetrack.cli import main
+from saetrack.exchange import ImportedFacts, import_sae
+from saetrack.track import Track
+
+facts = ImportedFacts("org/llm", None, 64, "gpt_neox.layers.1")
+x = torch.randn(20, 4, generator=torch.Generator().manual_seed(1))
+wanted = Track.open({str(track.path)!r})[0].sae()(x)
+for library in {[*WRITERS]}:
+    folder = Path({str(tmp_path)!r}, library)
+    main(["export", {str(track.path)!r}, "--format", library, "--to", str(folder), "--push", "me/" + library])
+    there = f"me/{{library}}/step64/gpt_neox.layers.1"
+    for address in (there, f"hf://{{there}}@main", *[there + "/ae.pt"] * (library == "dictionary_learning")):
+        made = import_sae(address, folder / address.replace("/", "_"), facts)
+        torch.testing.assert_close(made[0].sae()(x), wanted, rtol=1e-5, atol=1e-5)
+        print("same", library, made[0].metadata["imported"]["format"])
+    try:
+        import_sae("me/" + library, folder / "root", facts)
+    except FileNotFoundError as error:
+        print("absent", error)
+"""
+    done = saetrack_with_hub(code, hub, tmp_path)
+    lines = done.splitlines()
+    assert [line.split() for line in lines if line.startswith("same")] == [
+        ["same", library, library] for library in WRITERS for _ in range(2 + (library == "dictionary_learning"))
+    ]
+    absent = [line for line in lines if line.startswith("absent")]
+    assert absent[0].endswith("it has some in step64/gpt_neox.layers.1: type me/saelens/step64/gpt_neox.layers.1.")
+    assert "it has some in step1/a/b, step64/gpt_neox.layers.1: type me/sparsify/step1/a/b." in absent[1]
+    assert not [name for name in hub.fetched if "step1/" in name]
 
 
 def test_offline_a_track_opens_from_the_cache_of_the_hub(

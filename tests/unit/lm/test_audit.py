@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from saetrack.lm.audit import audit, describe_checkpoints, format_audit, problems
 from saetrack.lm.checkpoints import FolderSource, LLMCheckpoint, weight_hash
@@ -80,6 +82,28 @@ def test_weights_without_a_configuration_are_a_fault(tmp_path: Path, make_series
     assert good.fault is None
     assert bad.weight_hash is None
     assert "step4 has weights but no config.json" in (bad.fault or "")
+    (tmp_path / "step4" / "config.json").write_text('{"model_type": ')
+    assert f"{tmp_path / 'step4' / 'config.json'} is damaged" in (
+        audit(FolderSource(tmp_path).checkpoints())[1].fault or ""
+    )
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_weights_that_are_no_numbers_are_a_fault(safe: bool, tmp_path: Path, make_series: Callable[..., Path]) -> None:
+    make_series(tmp_path, steps=[0, 4])
+    path = tmp_path / "step4" / "model.safetensors"
+    tensors = load_file(path)
+    name = "gpt_neox.layers.1.mlp.dense_h_to_4h.bias"
+    tensors[name][3] = torch.inf
+    if safe:
+        save_file(tensors, path, metadata={"format": "pt"})
+    else:
+        path.unlink()
+        torch.save(tensors, tmp_path / "step4" / "pytorch_model.bin")
+    good, bad = describe_checkpoints(FolderSource(tmp_path), audit=True).splitlines()[1:3]
+    assert good.split()[-2] == "ok"
+    assert bad.split()[-2] == "FAULT"
+    assert f"Its tensor {name} holds NaN or infinite values" in describe_checkpoints(FolderSource(tmp_path), audit=True)
 
 
 def test_the_audit_says_whose_tokenizer_serves_the_series(tmp_path: Path, make_series: Callable[..., Path]) -> None:
@@ -195,15 +219,18 @@ def test_what_contradicts_the_place_in_the_series_is_found(tmp_path: Path, make_
     assert "has a trainer_state.json of step 80, so it is not what its name says." in renamed
     assert "has seen 100 tokens, fewer than the 900 of the earlier step 4." in fewer
     assert all(row.fault is None for row in rows)
+    backward = audit(FolderSource(tmp_path).checkpoints()[::-1])
+    assert {row.checkpoint: row.doubt for row in backward} == {row.checkpoint: row.doubt for row in rows}
 
 
 def test_names_that_say_no_step_are_listed(tmp_path: Path, make_series: Callable[..., Path]) -> None:
     make_series(tmp_path, steps=[4])
-    for name in ("step-final", "resume", ".cache"):
-        (tmp_path / name).mkdir()
+    make_series(tmp_path, steps=[1, 2], name="final-{}")
+    for name in ("tokenizer", ".cache"):
+        (tmp_path / name).mkdir()  # no models
     for audited in (False, True):
         said = describe_checkpoints(FolderSource(tmp_path), audit=audited).splitlines()
-        assert said[-1] == "Left out, for their names say no step: resume, step-final."
+        assert said[-1] == "Left out, for their names say no step: final-1, final-2."
 
 
 def test_a_revision_that_is_nowhere_is_a_fault(tmp_path: Path) -> None:

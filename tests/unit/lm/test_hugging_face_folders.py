@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GPTNeoXForCausalLM
 
@@ -15,6 +16,7 @@ from saetrack.lm import FolderSource, ListSource, LLMCheckpoint, audit, load_llm
 
 State = dict[str, Tensor]
 INDEX = "pytorch_model.bin.index.json"
+EMBEDDING = "gpt_neox.embed_in.weight"
 
 
 @pytest.fixture
@@ -120,6 +122,31 @@ def own_code(folder: Path, llm: GPTNeoXForCausalLM) -> None:
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()")
 
 
+def whole(folder: Path, llm: GPTNeoXForCausalLM) -> None:
+    bin_file(folder, llm)
+    torch.save({**llm.state_dict(), EMBEDDING: llm.state_dict()[EMBEDDING].long()}, folder / "pytorch_model.bin")
+
+
+def whole_safetensors(folder: Path, llm: GPTNeoXForCausalLM) -> None:
+    llm.config.save_pretrained(folder)
+    save_file({**llm.state_dict(), EMBEDDING: llm.state_dict()[EMBEDDING].long()}, folder / "model.safetensors")
+
+
+def deep(folder: Path, llm: GPTNeoXForCausalLM) -> None:
+    bin_file(folder, llm)
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+def no_object(folder: Path, llm: GPTNeoXForCausalLM) -> None:
+    bin_file(folder, llm)
+    (folder / "config.json").write_text("[]")
+
+
+def wrong_type(folder: Path, llm: GPTNeoXForCausalLM) -> None:
+    bin_file(folder, llm)
+    (folder / "config.json").write_text(json.dumps({**llm.config.to_dict(), "hidden_size": "wide"}))
+
+
 @pytest.mark.parametrize(
     ("write", "message", "audited"),
     [
@@ -131,11 +158,20 @@ def own_code(folder: Path, llm: GPTNeoXForCausalLM) -> None:
             r"gpt_neox\.final_layer_norm\.weight of shape \(3,\), but by config\.json it is \(16,\)",
             False,
         ),
+        (
+            whole,
+            r"has a tensor gpt_neox\.embed_in\.weight of (I64|torch\.int64); expected floating-point numbers",
+            False,
+        ),
+        (whole_safetensors, r"has a tensor gpt_neox\.embed_in\.weight of I64; expected floating-point numbers", False),
         (no_index, r"pytorch_model\.bin\.index\.json is damaged, or names no shards", True),
         (no_map, r"pytorch_model\.bin\.index\.json names no shards", True),
         (leads_out, r"lacks 1 of the 1 weight files .* \.\./other/pytorch_model\.bin", True),
-        (unknown_type, r"has a config\.json that transformers .* does not know", False),
-        (own_code, r"does not know .*`trust_remote_code` to a ListSource, or set SAETRACK_TRUST", False),
+        (unknown_type, r"has a config\.json that transformers .* does not know", True),
+        (own_code, r"does not know .*set `trust_remote_code` of the .*, or SAETRACK_TRUST to the", True),
+        (deep, r"has a config\.json that transformers .* does not know \(maximum recursion depth", True),
+        (no_object, r"has a config\.json that transformers .* does not know", True),
+        (wrong_type, r"has a config\.json that transformers .* does not know", True),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -153,8 +189,9 @@ def test_a_bad_folder_is_named_in_one_line_and_nothing_in_it_is_run(
     assert not (folder / "ran").exists()
 
 
+@pytest.mark.parametrize("by", ["a list", "a folder", "the environment"])
 def test_code_in_a_folder_runs_only_by_the_users_word(
-    tmp_path: Path, llm: GPTNeoXForCausalLM, monkeypatch: pytest.MonkeyPatch
+    by: str, tmp_path: Path, llm: GPTNeoXForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("saetrack.lm.trust._given", set())
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -177,7 +214,17 @@ class Model(GPTNeoXForCausalLM):
     with pytest.raises(ValueError, match="does not know"):
         load_llm(checkpoint)
     assert not (folder / "ran").exists()
-    ListSource([checkpoint], trust_remote_code=True)
+    monkeypatch.setenv("SAETRACK_TRUST", f",{tmp_path / 'other'}")  # nothing is not the folder one is in
+    monkeypatch.chdir(tmp_path)
+    FolderSource(tmp_path)
+    with pytest.raises(ValueError, match="does not know"):
+        load_llm(checkpoint)
+    if by == "a list":
+        ListSource([checkpoint], trust_remote_code=True)
+    elif by == "a folder":
+        FolderSource("../" + tmp_path.name, trust_remote_code=True)
+    else:
+        monkeypatch.setenv("SAETRACK_TRUST", f"some.factory,{tmp_path}")
     loaded = load_llm(checkpoint)
     assert (folder / "ran").exists()
     assert type(loaded).__name__ == "Model"

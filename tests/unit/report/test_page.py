@@ -16,7 +16,7 @@ from saetrack.cli import main
 from saetrack.report import write_report
 from saetrack.report.contexts import Vocabulary, read_text
 from saetrack.report.data import Results
-from saetrack.report.features import columns, curves, life, match
+from saetrack.report.features import alive, columns, curves, life, match
 from saetrack.report.overview import section, sections
 from saetrack.track import Track
 
@@ -173,7 +173,7 @@ def test_wrong_arguments_get_one_line(
     assert error.count("\n") == 1
 
 
-def test_phases_show_every_perspective_and_its_boundaries(track: Track) -> None:
+def test_phases_show_every_perspective_its_rates_and_its_boundaries(track: Track) -> None:
     folder = track.analyses_dir / "phases"
     folder.mkdir()
     (folder / "result.json").write_text("{}")
@@ -181,9 +181,19 @@ def test_phases_show_every_perspective_and_its_boundaries(track: Track) -> None:
     pd.DataFrame(row).to_parquet(folder / "boundaries.parquet")
     scores = pd.DataFrame({"perspective": ["drift", "model_loss"], "axis": ["step", "step"], "phases": [2, 1]})
     scores.to_parquet(folder / "scores.parquet")
-    (figure,) = next(s for s in sections(Results(track)) if s["id"] == "phases")["figures"]
+    (figure,) = section(Results(track), "phases")["figures"]
     assert figure["perspectives"] == ["drift, step", "model loss, step"]
-    assert figure["marks"] == [{"perspective": "drift, step", "step": 4, "low": 1, "high": 10}]
+    assert figure["marks"] == [{"perspective": "drift, step", "step": 4, "low": 1, "high": 10, "robust": True}]
+
+    both = [pd.DataFrame({**row, "robust": [False]}), pd.DataFrame({**row, "axis": ["log-step"], "robust": [False]})]
+    pd.concat(both).to_parquet(folder / "boundaries.parquet")
+    pd.concat([scores, scores.assign(axis="log-step")]).to_parquet(folder / "scores.parquet")
+    rates = {"perspective": "drift", "axis": "log-step", "from_step": [0, 1], "step": [1, 4], "rate": [0.5, 2.0]}
+    pd.DataFrame(rates).to_parquet(folder / "rates.parquet")
+    (figure,) = section(Results(track), "phases")["figures"]
+    assert figure["perspectives"] == ["drift", "model loss"]  # the other axes only check the boundaries
+    assert figure["marks"] == [{"perspective": "drift", "step": 4, "low": 1, "high": 10, "robust": False}]
+    assert figure["rates"][0] == {"perspective": "drift", "from": 0, "to": 1, "rate": 0.5, "share": 0.25}
 
 
 def add_plugin(track: Track) -> None:
@@ -236,6 +246,13 @@ def test_life_is_empty_where_a_feature_is_dead_and_dark_where_it_is_itself(track
     assert strip[7, 0] == 255  # where it begins
     correlation = track[2].features["functional_correlation"][7]
     assert strip[7, 2] == pytest.approx(1 + 254 * max(correlation, 0), abs=0.51)
+
+
+def test_what_is_not_known_to_be_dead_is_shown(track: Track) -> None:
+    for snapshot in track:  # as an imported one
+        table = snapshot.features.drop(columns="dead").assign(firing_frequency=np.nan)
+        table.to_parquet(snapshot.path / "features.parquet")
+    assert alive(Results(Track.open(track.path))).all()
 
 
 def test_firing_frequency_has_wilsons_interval_and_the_quartiles_of_all(track: Track) -> None:

@@ -206,7 +206,7 @@ def test_a_checkpoint_of_dictionary_learning_is_read_with_the_configuration_abov
 
 def test_an_ae_pt_with_objects_in_it_is_refused_and_not_unpickled(tmp_path: Path) -> None:
     folder = saved_by_dictionary_learning(tmp_path, "AutoEncoder", {"bias": Path("x")})
-    with pytest.raises(ValueError, match=r"ae\.pt cannot be read as tensors and plain values"):
+    with pytest.raises(ValueError, match=r"ae\.pt holds objects of pathlib.* nothing in it was run"):
         read_foreign(folder)
 
 
@@ -399,6 +399,57 @@ def test_settings_that_ours_cannot_hold_are_refused(
     path = tmp_path / ("cfg.json" if library == "sparsify" else "config.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(ValueError, match=message):
+        read_foreign(tmp_path)
+
+
+HOSTILE: list[Any] = [None, True, -1, 1.5, float("nan"), 10**30, "x", "\0", [], [3.5], [-5, 24], {}, {"a": 1}]
+
+
+@pytest.mark.parametrize(("library", "name"), [(f, "MatryoshkaSAE" if f != "sparsify" else "TopKSAE") for f in WRITERS])
+def test_a_configuration_of_wrong_types_is_read_or_refused_in_one_line(library: str, name: str, tmp_path: Path) -> None:
+    WRITERS[library](random_sae(name), tmp_path, ORIGIN)
+    (path,) = tmp_path.glob("c*fg.json" if library in ("saelens", "sparsify") else "config.json")
+    config = json.loads(path.read_text())
+    said: list[str] = []
+    inner = [(part, key) for part, values in config.items() if isinstance(values, dict) for key in values]
+    for keys in [*((key,) for key in config), *inner, ("matryoshka_widths",), ("activation_fn_kwargs",)]:
+        for value in HOSTILE:
+            changed = json.loads(json.dumps(config))
+            part = changed if len(keys) == 1 else changed[keys[0]]
+            part[keys[-1]] = value
+            path.write_text(json.dumps(changed))
+            try:
+                json.dumps(vars(read_foreign(tmp_path).origin), allow_nan=False)
+            except (ValueError, FileNotFoundError) as error:
+                said.append(str(error))
+    assert len(said) > 20
+    assert all(str(tmp_path) in line and "\n" not in line for line in said)
+
+
+def test_json_that_is_too_deep_is_no_json(tmp_path: Path) -> None:
+    WRITERS["saelens"](random_sae("TopKSAE"), tmp_path, ORIGIN)
+    (tmp_path / "cfg.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"cfg\.json is not json"):
+        read_foreign(tmp_path)
+
+
+def test_a_tensor_that_is_larger_than_its_file_is_refused(tmp_path: Path) -> None:
+    WRITERS["dictionary_learning"](random_sae("TopKSAE"), tmp_path, ORIGIN)
+    tensors = torch.load(tmp_path / "ae.pt", weights_only=True)
+    tensors["encoder.weight"] = torch.zeros(1).expand(10**9, D_IN)
+    torch.save(tensors, tmp_path / "ae.pt")
+    with pytest.raises(ValueError, match=r"encoder\.weight of shape \(1000000000, 6\) is larger than its data"):
+        read_foreign(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("norm", "ae"), [("x", {}), (-1.0, {}), (float("nan"), {}), (True, {}), (torch.ones(2), {}), (2.0, 5)]
+)
+def test_a_backup_with_no_number_as_its_norm_is_refused(norm: object, ae: object, tmp_path: Path) -> None:
+    WRITERS["dictionary_learning"](random_sae("TopKSAE"), tmp_path, ORIGIN)
+    content = torch.load(tmp_path / "ae.pt", weights_only=True) if ae == {} else ae
+    torch.save({"ae": content, "norm_factor": norm}, tmp_path / "ae.pt")
+    with pytest.raises(ValueError, match=r"ae\.pt: (norm_factor is .*expected a number above 0|ae is a int)"):
         read_foreign(tmp_path)
 
 

@@ -1,11 +1,15 @@
 """The reference implementation's pickles: read without running anything that they name."""
 
+import contextlib
+import copyreg
 import gzip
+import io
 import json
 import os
 import pickle
 import sys
 import types
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -146,6 +150,127 @@ def test_a_crafted_storage_inside_a_tensor_is_refused_too(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="Nothing in it was run"):
         read_foreign(save(Storage(), tmp_path / "final.pkl"))
     assert not mark.exists()
+
+
+def text(value: str) -> bytes:
+    return b"\x8c" + bytes([len(value)]) + value.encode()  # SHORT_BINUNICODE
+
+
+def crafted(command: str) -> dict[str, bytes]:
+    """Pickles that run a command, each by another opcode."""
+    system, line = b"cos\nsystem\n", b"S'" + command.encode() + b"'\n"
+    argument, stub = text(command), b"csae_training.sae_group\nSAEGroup\n"
+    return {
+        "GLOBAL, REDUCE": system + b"(" + line + b"tR.",
+        "INST": b"(" + line + b"ios\nsystem\n.",
+        "OBJ": b"(" + system + line + b"o.",
+        "STACK_GLOBAL": b"\x80\x04" + text("os") + text("system") + b"\x93" + argument + b"\x85R.",
+        "a dotted name": b"\x80\x04" + text("os") + text("system.__call__") + b"\x93" + argument + b"\x85R.",
+        "getattr": b"\x80\x04cbuiltins\ngetattr\n" + b"cbuiltins\n__import__\n" + text("os") + b"\x85R"
+        + text("system") + b"\x86R" + argument + b"\x85R.",
+        "the memo": system + b"p7\n0g7\n(" + line + b"tR.",
+        "an extension": b"\x80\x02\x82\xf0" + b"(" + line + b"tR.",
+        "the end of a good one": stub + b"(tR0" + system + b"(" + line + b"tR.",
+        "__setstate__": stub + b")R}S'__setstate__'\n" + system + b"sb" + line + b"b.",
+    }  # fmt: skip
+
+
+def as_file(pickled: bytes, path: Path) -> Path:
+    """A pickle as a file of its suffix; in the archive of a .pt it is data.pkl."""
+    if path.suffix == ".pt":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in {"data.pkl": pickled, "version": b"3\n", "byteorder": b"little"}.items():
+                archive.writestr(f"archive/{name}", content)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(pickled))
+    else:
+        path.write_bytes(pickled)
+    return path
+
+
+@pytest.mark.parametrize("name", ["final.pt", "final.pkl.gz", "final.pkl"])
+@pytest.mark.parametrize("way", crafted(""))
+@pytest.mark.usefixtures("reference")
+def test_no_opcode_runs_anything(way: str, name: str, tmp_path: Path) -> None:
+    copyreg.add_extension("os", "system", 0xF0)
+    mark = tmp_path / "ran"
+    pickled = crafted(f"touch {mark}")[way]
+    with contextlib.suppress(Exception):
+        pickle.loads(pickled)  # a plain one runs it, and keeps the extension from then on
+    assert mark.exists()
+    mark.unlink()
+    try:
+        with pytest.raises(ValueError, match="Nothing in it was run") as error:
+            read_foreign(as_file(pickled, tmp_path / name))
+    finally:
+        copyreg.remove_extension("os", "system", 0xF0)
+    assert not mark.exists()
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_allowed_is_not_changed_for_the_rest_of_the_process(tmp_path: Path) -> None:
+    function = b"ctorch._utils\n_rebuild_parameter\n"
+    for name, thing in {"class": b"csae_training.sae_group\nSAEGroup\n", "function": function}.items():
+        pickled = thing + b"(N}S'poisoned'\nI1\nstb."  # BUILD with a state for setattr
+        with pytest.raises(ValueError, match="it changes a "):
+            read_foreign(as_file(pickled, tmp_path / f"{name}.pkl"))
+    assert not hasattr(torch._utils._rebuild_parameter, "poisoned")
+
+
+def storage_of(tensor: torch.Tensor) -> bytes:
+    stream = io.BytesIO()
+    torch.save(tensor.untyped_storage(), stream, _use_new_zipfile_serialization=False)
+    return stream.getvalue()
+
+
+class Tensor:
+    """Pickled as a tensor of a shape of its own on the storage of another."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return torch._utils._rebuild_tensor_v2, self.arguments
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.usefixtures("reference")
+@pytest.mark.parametrize("name", ["final.pt", "final.pkl"])
+def test_a_file_that_would_fill_the_memory_is_refused(name: str, tmp_path: Path) -> None:
+    whole = SparseAutoencoder()
+    state = {**whole.state_dict(), "W_enc": torch.zeros(1).expand(D_IN, 10**9)}
+    path = save({"cfg": whole.cfg, "state_dict": state}, tmp_path / name)
+    if name == "final.pkl":
+        storage = torch.zeros(4)._typed_storage()
+        for arguments in ((storage, 0, (D_IN, 10**9), (0, 0)), (storage, 0, (2**40,), (1,)), (storage, -9, (4,), (1,))):
+            state["W_enc"] = Tensor(*arguments, False, OrderedDict())
+            save({"cfg": whole.cfg, "state_dict": state}, path)
+            with pytest.raises(ValueError, match="does not fit into 4 numbers"):
+                read_foreign(path)
+    else:
+        with pytest.raises(ValueError, match=r"W_enc of shape \(4, 1000000000\) is larger than its data"):
+            read_foreign(path)
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [b"K\x01r\xff\xff\xff\x7f.", b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b".", b"\x80\x04\x95" + b"\xff" * 8],
+    ids=["memo index", "bytes", "frame"],
+)  # fmt: skip
+def test_a_number_in_a_pickle_takes_no_memory(pickled: bytes, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Nothing in it was run|expected a group"):
+        read_foreign(as_file(pickled, tmp_path / "final.pkl"))
+
+
+def test_what_is_packed_is_refused(tmp_path: Path) -> None:
+    zeros = b"\x80\x04\x8e" + (50_000_000).to_bytes(8, "little") + bytes(50_000_000) + b"."
+    (tmp_path / "final.pkl.gz").write_bytes(gzip.compress(zeros, compresslevel=1))
+    with pytest.raises(ValueError, match="it is a hundred times as large as its file"):
+        read_foreign(tmp_path / "final.pkl.gz")
+    with zipfile.ZipFile(tmp_path / "final.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", zeros)
+    with pytest.raises(ValueError, match="it is packed, and would be larger than its file"):
+        read_foreign(tmp_path / "final.pt")
 
 
 @pytest.mark.usefixtures("reference")

@@ -1,6 +1,5 @@
 """Series that begin from a snapshot, go both ways, and grow: small fits, and the messages of what is refused."""
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from saetrack.training.control_plan import ControlSettings, plan_controls
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.order import reachable
 from saetrack.training.start import read_start
+from tests import trees
 
 HOOKPOINT = "gpt_neox.layers.0"
 Fit = Callable[..., Any]
@@ -43,8 +43,7 @@ class Stop(Callback):
 
 
 def hashes(track: Track) -> dict[str, str]:
-    files = [path for path in track.path.rglob("*") if path.is_file() and path.name != "track.json"]
-    return {str(p.relative_to(track.path)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {name: value for name, value in trees.hashes(track.path).items() if name != "track.json"}
 
 
 def resume(run: Path) -> Path:

@@ -1,3 +1,4 @@
+import weakref
 from collections.abc import Callable, Generator
 from dataclasses import replace
 
@@ -46,7 +47,7 @@ def stream(order: StageOrder, ahead: bool = False) -> ActivationStream:
 
 
 def batches(order: StageOrder) -> list[torch.Tensor]:
-    return [batch.now[HOOKPOINT].squeeze(1) for batch in stream(order)]
+    return [batch.now[HOOKPOINT].squeeze(1).long() for batch in stream(order)]
 
 
 def rows_used(order: StageOrder) -> np.ndarray:
@@ -119,7 +120,7 @@ def test_a_shorter_stage_sees_a_part_of_the_rows_of_a_longer_one() -> None:
 def test_a_batch_reached_directly_is_the_batch_reached_by_reading(position: int) -> None:
     direct = stream(ORDER)
     direct.load_state_dict({"position": position, "end": 25})
-    rest = [batch.now[HOOKPOINT].squeeze(1) for batch in direct]
+    rest = [batch.now[HOOKPOINT].squeeze(1).long() for batch in direct]
     expected = batches(ORDER)[position:]
     assert len(rest) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(rest, expected, strict=True))
@@ -142,7 +143,7 @@ def test_a_resumed_stream_fills_no_chunk_that_is_done() -> None:
 def test_a_stage_that_ends_early_serves_the_same_batches_up_to_there() -> None:
     short = stream(ORDER)
     short.load_state_dict({"position": 3, "end": 9})
-    rest = [batch.now[HOOKPOINT].squeeze(1) for batch in short]
+    rest = [batch.now[HOOKPOINT].squeeze(1).long() for batch in short]
     assert len(short) == 25
     assert len(rest) == 6
     assert all(torch.equal(a, b) for a, b in zip(rest, batches(ORDER)[3:9], strict=True))
@@ -199,6 +200,37 @@ def test_a_gpu_that_works_ahead_serves_the_same_bits(make_llm: Callable[..., GPT
         busy = (busy @ busy).sin()
         ahead.append(batch.now[HOOKPOINT].clone())
     assert all(torch.equal(a, b) for a, b in zip(usual, ahead, strict=True))
+
+
+def test_activations_are_served_in_float32_times_their_scale() -> None:
+    x = torch.randn(400, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def fill(chunk: int) -> Filled:
+        yield 1.0
+        return Batch({"a": x, "b": x}, {"a": x})
+
+    batch = next(iter(ActivationStream(ORDER, fill, lambda: {"a": 3.0})))
+    at = ORDER.shuffle(0, 400)[:BATCH]
+    assert torch.equal(batch.now["a"], 3 * x[at].float())
+    assert torch.equal(batch.now["b"], x[at].float())
+    assert torch.equal(batch.before["a"], x[at].float())
+
+
+def test_a_chunk_is_freed_with_its_last_batch() -> None:
+    """Lightning asks for no batch after a stage's last one, and measures the stage then."""
+    chunks: list[weakref.ref[torch.Tensor]] = []
+
+    def fill(chunk: int) -> Filled:
+        x = positions(ORDER.chunk_rows(chunk))
+        chunks.append(weakref.ref(x))
+        yield 1.0
+        return Batch({HOOKPOINT: x}, {})
+
+    reading = iter(ActivationStream(ORDER, fill))
+    for i in range(25):
+        next(reading)
+        is_last = i % 4 == 3 or i == 24
+        assert (chunks[-1]() is None) == is_last
 
 
 def test_what_was_before_is_at_the_same_positions() -> None:
@@ -265,11 +297,6 @@ def test_a_corpus_shorter_than_the_budget_says_so() -> None:
         assert f"`{key}`" in str(raised.value)
 
 
-def test_a_batch_that_processes_cannot_share_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data.batch_size is 64 .*3 processes.*multiple of 3"):
-        replace(ORDER, world_size=3)
-
-
 def test_a_budget_below_one_batch_is_refused() -> None:
     with pytest.raises(ValueError, match=r"budget of 63 tokens, less than one batch of 64; raise `scheduler.tokens"):
         replace(ORDER, tokens=63)
@@ -284,7 +311,7 @@ def stream_without(order: StageOrder, over: dict[str, float], sinks: np.ndarray)
         yield 1.0
         return Batch({HOOKPOINT: x, "other": -x}, {HOOKPOINT: 2 * x})
 
-    return ActivationStream(order, fill, lambda: over)
+    return ActivationStream(order, fill, norm_limits=lambda: over)
 
 
 SINKS = np.random.default_rng(5).permutation(400 * CONTEXT)[: 400 * CONTEXT // 20]
@@ -336,16 +363,14 @@ def test_a_buffer_is_filled_with_what_a_harvest_gives(
     make_llm: Callable[..., GPTNeoXForCausalLM], dtype: torch.dtype
 ) -> None:
     llm, indices = make_llm(0).to(dtype), np.arange(2 * ROWS_PER_FORWARD + 3)
-    expected = torch.cat(
-        [x[HOOKPOINT] for _, x in harvest(llm, LLMCheckpoint("m", None, 0), ROWS, [HOOKPOINT], indices)]
-    )
+    harvested = harvest(llm, LLMCheckpoint("m", None, 0), ROWS, [HOOKPOINT], indices)
+    expected = torch.cat([x[HOOKPOINT] for _, x in harvested])
     assert expected.dtype == torch.float32
-    buffer = torch.full_like(expected, torch.nan)
-    places = [
-        f.activations[HOOKPOINT].data_ptr() for f in forwards(llm, ROWS, [HOOKPOINT], indices, {HOOKPOINT: buffer})
-    ]
-    assert torch.equal(buffer, expected)
-    assert places[0] == buffer.data_ptr()  # views of it, no copies
+    for kept in (dtype, torch.float32):
+        buffer = torch.full_like(expected, torch.nan, dtype=kept)
+        parts = [f.activations[HOOKPOINT] for f in forwards(llm, ROWS, [HOOKPOINT], indices, {HOOKPOINT: buffer})]
+        assert torch.equal(buffer.float(), expected)
+        assert parts[0].data_ptr() == buffer.data_ptr()  # views of it, no copies
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")], ids=["NaN", "infinite"])

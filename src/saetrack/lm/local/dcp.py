@@ -58,7 +58,8 @@ def read_tensors(folder: Path, names: Collection[str]) -> dict[str, Tensor]:
             raise RuntimeError(f"{read_item.dest_index.fqn} is no tensor")  # torch would unpickle it
 
     try:
-        with warnings.catch_warnings(action="ignore"):  # that there is one process
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is one process
             load(state, storage_reader=Reader(folder), planner=Planner(), no_dist=True)
     except CheckpointException as error:
         cause = next(iter(error.failures.values()))[0]

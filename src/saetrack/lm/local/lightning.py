@@ -12,8 +12,9 @@ from saetrack.lm.local.bare import BareLLM
 from saetrack.lm.local.factories import call_factory
 from saetrack.lm.local.formats import LocalFormat, check_tensors
 from saetrack.lm.local.series import Facts, LocalSource, found_in
-from saetrack.lm.local.torch_files import read_torch_file, tensors_in
+from saetrack.lm.local.torch_files import tensors_in
 from saetrack.lm.trust import trust
+from saetrack.pickles import read_torch_file
 
 _WHAT = "a checkpoint of Lightning with state_dict and global_step"
 

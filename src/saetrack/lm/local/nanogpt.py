@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from saetrack.lm.local.formats import LocalFormat, assemble, check_tensors, shapes_of
 from saetrack.lm.local.series import Facts, LocalSource, found_in
-from saetrack.lm.local.torch_files import read_torch_file, tensors_in
+from saetrack.lm.local.torch_files import tensors_in
+from saetrack.pickles import read_torch_file
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, PreTrainedTokenizerBase

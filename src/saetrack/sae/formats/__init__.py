@@ -13,6 +13,8 @@ from .saelens import read_saelens, save_saelens, write_saelens
 from .sparsify import read_sparsify, write_sparsify
 
 __all__ = [
+    "CONFIGURATIONS",
+    "FILES",
     "WRITERS",
     "ForeignSAE",
     "Origin",
@@ -37,6 +39,13 @@ READERS: dict[str, Callable[[Path], ForeignSAE]] = {
     "llamascopium": read_llamascopium,
     "reference": read_reference,
 }
+
+
+CONFIGURATIONS = ("cfg.json", "config.json")
+"""Names of the files that say what SAE a folder holds."""
+
+FILES = (*CONFIGURATIONS, "sae_weights.safetensors", "sae.safetensors", "ae.pt", "activation_scaler.json")
+"""Names of all files in a folder that is read."""
 
 
 def detect_format(path: Path) -> str:

@@ -18,7 +18,18 @@ from saetrack.sae.standard import StandardSAE
 from saetrack.sae.topk import TopKSAE
 from saetrack.storage import write_json
 
-from .files import ForeignSAE, Origin, TensorFile, build, read_config, refuse
+from .files import (
+    ForeignSAE,
+    Origin,
+    TensorFile,
+    build,
+    choice_in,
+    factor_in,
+    read_config,
+    read_origin,
+    refuse,
+    section,
+)
 from .identities import fold_decoder_norms_, read_centred_, read_uncentred_
 
 CONFIG = "config.json"
@@ -108,20 +119,22 @@ def read_dictionary_learning(path: Path) -> ForeignSAE:
     weights = path / WEIGHTS if path.is_dir() else path
     folder = weights.parent.parent if weights.parent.name == "checkpoints" else weights.parent
     config = read_config(folder / CONFIG)
-    trainer = config.get("trainer") or {}
-    dict_class = trainer.get("dict_class")
-    if dict_class not in _READERS:
-        raise ValueError(f"{folder / CONFIG}: dict_class is {dict_class!r}; expected one of {', '.join(_READERS)}.")
+    trainer = section(config, "trainer", folder / CONFIG)
+    dict_class = choice_in(trainer, "dict_class", folder / CONFIG, _READERS)
     file = TensorFile.torch_save(weights)
     factor = 1.0
     if "ae" in file.tensors:
-        factor = float(file.tensors.get("norm_factor") or 1.0)
-        file = TensorFile(weights, file.tensors["ae"])
+        norm, inner = file.tensors.get("norm_factor"), file.tensors["ae"]
+        if not isinstance(inner, dict):
+            raise ValueError(f"{weights}: ae is a {type(inner).__name__}; expected a dictionary of tensors.")
+        factor = 1.0 if norm is None else factor_in(norm, "norm_factor", weights)
+        file = TensorFile(weights, inner)
     sae = _READERS[dict_class](file)
     if factor != 1.0:
         _scale_biases_(sae, factor)
-    buffer = config.get("buffer") or {}
-    return ForeignSAE(sae, Origin(trainer.get("lm_name"), None, _hookpoint(trainer), buffer.get("ctx_len")))
+    facts = {"model": trainer.get("lm_name"), "hookpoint": _hookpoint(trainer)}
+    context_size = section(config, "buffer", folder / CONFIG).get("ctx_len")
+    return ForeignSAE(sae, read_origin(folder / CONFIG, context_size=context_size, **facts))
 
 
 def _hookpoint(trainer: dict[str, Any]) -> str | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from saetrack.errors import first_line
+from saetrack.pickles import checked_tensor, read_torch_file
 from saetrack.sae.base import SAE
 
 _HELD = (torch.float32, torch.float16, torch.bfloat16)
@@ -88,16 +90,7 @@ class TensorFile:
             FileNotFoundError: If it does not exist.
             ValueError: If it is damaged, or holds objects or no dictionary.
         """
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; expected the weights in that file.")
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            found = str(error).strip().splitlines()[0]
-            raise ValueError(f"{path} cannot be read as tensors and plain values ({found}).") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors.")
-        return cls(path, content)
+        return cls(path, read_torch_file(path, "a dictionary of the SAE's tensors"))
 
     def take(self, name: str, *shape: int | None) -> Tensor:
         """One tensor as float32.
@@ -122,7 +115,7 @@ class TensorFile:
                 f"{self.path}: tensor {name} is of {tensor.dtype}; expected one of {', '.join(map(str, _HELD))}, "
                 "which float32 parameters can hold."
             )
-        if not tensor.isfinite().all():
+        if not checked_tensor(self.path, name, tensor).isfinite().all():
             raise ValueError(f"{self.path}: tensor {name} holds NaN or infinities; expected finite numbers.")
         return tensor.float()
 
@@ -150,11 +143,73 @@ def read_config(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist; expected the SAE's configuration in that file.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not json ({error}); expected the SAE's configuration.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not json ({first_line(error)}); expected the SAE's configuration.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a json object.")
     return content
+
+
+def section(config: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """A part of a configuration; empty where it is missing or null.
+
+    Raises:
+        ValueError: If it is no json object.
+    """
+    value = config.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {name} is {brief(value)}; expected a json object.")
+    return value
+
+
+def choice_in(config: Mapping[str, Any], name: str, path: Path, allowed: Iterable[str]) -> str:
+    """A word of a configuration.
+
+    Raises:
+        ValueError: If it is none of those that are allowed.
+    """
+    value, words = config.get(name), list(allowed)
+    if value not in words:
+        raise ValueError(f"{path}: {name} is {brief(value)}; expected one of {', '.join(words)}.")
+    return str(value)
+
+
+def read_origin(path: Path, **facts: Any) -> Origin:
+    """What a file says that its SAE reads.
+
+    Args:
+        path: The file, for messages.
+        facts: Fields of ``Origin``; None where the file says nothing.
+
+    Raises:
+        ValueError: If one is of another type.
+    """
+    types = {"context_size": int, "prepend_bos": bool}
+    for name, value in facts.items():
+        expected = types.get(name, str)
+        if value is not None and type(value) is not expected:
+            raise ValueError(f"{path}: {name} is {brief(value)}; expected a {expected.__name__} or nothing.")
+    return Origin(**facts)
+
+
+def factor_in(value: Any, name: str, path: Path) -> float:
+    """A number that activations were multiplied or divided by.
+
+    Raises:
+        ValueError: If it is no finite number above 0.
+    """
+    number = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 < number < math.inf:
+        raise ValueError(f"{path}: {name} is {brief(value)}; expected a number above 0.")
+    return float(number)
+
+
+def brief(value: object) -> str:
+    """A value as a message shows it."""
+    shown = repr(value)
+    return f"{shown[:60]}..." if len(shown) > 60 else shown
 
 
 def count_in(config: Mapping[str, Any], name: str, path: Path) -> int:
@@ -165,7 +220,7 @@ def count_in(config: Mapping[str, Any], name: str, path: Path) -> int:
     """
     value = config.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{path}: {name} is {value!r}; expected a whole number of at least 1.")
+        raise ValueError(f"{path}: {name} is {brief(value)}; expected a whole number of at least 1.")
     return value
 
 
@@ -185,7 +240,7 @@ def require(config: Mapping[str, Any], path: Path, reason: str, **needed: Any) -
         allowed = value if isinstance(value, tuple) else (value,)
         if config.get(key, allowed[0]) not in allowed:
             words = " or ".join(map(repr, allowed))
-            raise ValueError(f"{path}: {key} is {config[key]!r}; expected {words}, for {reason}.")
+            raise ValueError(f"{path}: {key} is {brief(config[key])}; expected {words}, for {reason}.")
 
 
 def build(cls: Callable[..., SAE], state: Mapping[str, Tensor], path: Path, **arguments: Any) -> SAE:
@@ -206,7 +261,10 @@ def build(cls: Callable[..., SAE], state: Mapping[str, Tensor], path: Path, **ar
             f"{path}: W_dec has {d_sae} latents for activations of width {d_in}; expected a multiple of the width, "
             "for saetrack counts latents by expansion_factor."
         )
-    sae = cls(d_in, d_sae // d_in, **arguments)
+    try:
+        sae = cls(d_in, d_sae // d_in, **arguments)
+    except ValueError as error:
+        raise ValueError(f"{path} with its configuration is no {getattr(cls, '__name__', 'SAE')}: {error}") from error
     sae.load_state_dict(dict(state))
     return sae.eval().requires_grad_(False)
 

@@ -16,7 +16,7 @@ from saetrack.sae.standard import StandardSAE
 from saetrack.sae.topk import TopKSAE
 from saetrack.storage import write_json
 
-from .files import ForeignSAE, Origin, TensorFile, build, count_in, read_config, refuse, require
+from .files import ForeignSAE, Origin, TensorFile, build, count_in, factor_in, read_config, read_origin, refuse, require
 from .identities import fold_decoder_norms_, read_centred_, read_uncentred_
 
 CONFIG = "config.json"
@@ -88,9 +88,9 @@ def read_llamascopium(folder: Path) -> ForeignSAE:
     file = TensorFile.safetensors(folder / WEIGHTS)
     sae = _built(config, file, path)
     if config.get("norm_activation", "dataset-wise") == "dataset-wise":
-        average = file.take(f"dataset_average_activation_norm.{hookpoint}").item()
-        sae = sae.folded(math.sqrt(sae.d_in) / average)
-    return ForeignSAE(sae, Origin(hookpoint=hookpoint))
+        name = f"dataset_average_activation_norm.{hookpoint}"
+        sae = sae.folded(math.sqrt(sae.d_in) / factor_in(file.take(name), name, file.path))
+    return ForeignSAE(sae, read_origin(path, hookpoint=hookpoint))
 
 
 def _built(config: dict[str, Any], file: TensorFile, path: Path) -> SAE:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from saetrack.sae.saetrack import SAETrackSAE
 
-from .files import ForeignSAE, Origin, TensorFile, build, read_config
+from .files import ForeignSAE, TensorFile, build, read_config, read_origin
 from .unpickle import Stub, read_pickled
 
 
@@ -42,7 +42,8 @@ def read_reference(path: Path) -> ForeignSAE:
     sae = build(SAETrackSAE, state, path, **arguments)
     names = ("model_name", "hook_point", "context_size")
     model, hookpoint, context_size = (_attribute(config, name) for name in names)
-    return ForeignSAE(sae, Origin(model, None, hookpoint, context_size, prepend_bos=True))
+    facts = {"model": model, "hookpoint": hookpoint, "context_size": context_size}
+    return ForeignSAE(sae, read_origin(path, prepend_bos=True, **facts))
 
 
 def read_reference_map(path: Path) -> dict[int, Path]:

@@ -16,7 +16,19 @@ from saetrack.sae.matryoshka import MatryoshkaSAE
 from saetrack.sae.standard import StandardSAE
 from saetrack.sae.topk import TopKSAE
 
-from .files import ForeignSAE, Origin, TensorFile, build, count_in, read_config, require
+from .files import (
+    ForeignSAE,
+    Origin,
+    TensorFile,
+    build,
+    choice_in,
+    count_in,
+    factor_in,
+    read_config,
+    read_origin,
+    require,
+    section,
+)
 from .identities import fold_decoder_norms_, read_centred_
 
 CONFIG = "cfg.json"
@@ -93,10 +105,8 @@ def read_saelens(folder: Path) -> ForeignSAE:
         ValueError: If the architecture, a setting or a tensor cannot be held; the message names it.
     """
     path = folder / CONFIG
-    config = _as_version_6(read_config(path))
-    architecture = config.get("architecture")
-    if architecture not in _CLASSES:
-        raise ValueError(f"{path}: architecture is {architecture!r}; expected one of {', '.join(_CLASSES)}.")
+    config = _as_version_6(read_config(path), path)
+    architecture = choice_in(config, "architecture", path, _CLASSES)
     require(config, path, "an SAE of ours reads one vector", reshape_activations="none")
     require(
         config,
@@ -115,14 +125,14 @@ def read_saelens(folder: Path) -> ForeignSAE:
         read_centred_(sae)
     if config.get("normalize_activations") == "expected_average_only_in":
         sae = sae.folded(_scale(folder))
-    return ForeignSAE(sae, _origin(config))
+    return ForeignSAE(sae, _origin(config, path))
 
 
-def _as_version_6(config: dict[str, Any]) -> dict[str, Any]:
+def _as_version_6(config: dict[str, Any], path: Path) -> dict[str, Any]:
     """The configuration in the words of version 6, which keeps the LLM's facts in ``metadata``."""
     if "metadata" in config:
         return config
-    kwargs = config.get("activation_fn_kwargs") or {}
+    kwargs = section(config, "activation_fn_kwargs", path)
     activation = config.get("activation_fn", config.get("activation_fn_str", "relu"))
     architecture = "topk" if activation == "topk" else config.get("architecture", "standard")
     normaliser = config.get("normalize_activations") or "none"
@@ -173,18 +183,15 @@ def _scale(folder: Path) -> float:
             f"{folder / CONFIG}: normalize_activations is 'expected_average_only_in', but {path} does not exist; "
             "expected the factor in it. Take a training checkpoint of SAELens, which has it."
         )
-    factor = read_config(path).get("scaling_factor")
-    if not isinstance(factor, (int, float)) or not factor > 0:
-        raise ValueError(f"{path}: scaling_factor is {factor!r}; expected a number above 0.")
-    return float(factor)
+    return factor_in(read_config(path).get("scaling_factor"), "scaling_factor", path)
 
 
-def _origin(config: dict[str, Any]) -> Origin:
-    metadata = config["metadata"] or {}
-    kwargs = metadata.get("model_from_pretrained_kwargs") or {}
-    return Origin(
+def _origin(config: dict[str, Any], path: Path) -> Origin:
+    metadata = section(config, "metadata", path)
+    return read_origin(
+        path,
         model=metadata.get("model_name"),
-        revision=kwargs.get("revision"),
+        revision=section(metadata, "model_from_pretrained_kwargs", path).get("revision"),
         hookpoint=metadata.get("hook_name"),
         context_size=metadata.get("context_size"),
         prepend_bos=metadata.get("prepend_bos"),

@@ -1,7 +1,6 @@
 """EleutherAI's sparsify: a folder with ``cfg.json`` and ``sae.safetensors``."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -12,7 +11,7 @@ from saetrack.sae.standard import StandardSAE
 from saetrack.sae.topk import TopKSAE
 from saetrack.storage import write_json
 
-from .files import ForeignSAE, Origin, TensorFile, build, count_in, read_config, refuse, require
+from .files import ForeignSAE, Origin, TensorFile, build, count_in, read_config, read_origin, refuse, require
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae.safetensors"
@@ -79,9 +78,9 @@ def read_sparsify(folder: Path) -> ForeignSAE:
 
 
 def _origin(folder: Path) -> Origin:
-    run: dict[str, Any] = {}
     for path in (folder / "config.json", folder.parent / "config.json"):
         if path.is_file():
             run = read_config(path)
-            break
-    return Origin(run.get("model"), run.get("revision"), folder.name, run.get("ctx_len"))
+            facts = {"model": run.get("model"), "revision": run.get("revision"), "context_size": run.get("ctx_len")}
+            return read_origin(path, hookpoint=folder.name, **facts)
+    return Origin(hookpoint=folder.name)

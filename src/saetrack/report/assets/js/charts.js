@@ -134,14 +134,17 @@ function middle(figure) {
 }
 
 function drawPhases(figure, steps, kind, width, range) {
-  const { place, axis } = stepAxis(steps, kind, width - 130, range);
+  const { place, axis } = stepAxis(steps, kind, width - 210, range);
   const names = figure.perspectives;
   const marks = figure.marks.filter((m) => m.step !== null);
-  return Plot.plot(base(figure, width, 60 + 34 * names.length, { marginLeft: 130, x: axis, y: { domain: names, label: null, type: "point", padding: 0.6 },
+  const count = (name) => { const n = 1 + marks.filter((m) => m.perspective === name).length; return n === 1 ? "one phase" : `${n} phases`; };
+  return Plot.plot(base(figure, width, 60 + 38 * names.length, { marginLeft: 110, marginRight: 80, x: axis, y: { domain: names, label: null, type: "band", padding: 0.25 },
     marks: [
-      Plot.ruleY(names, { stroke: "var(--line)" }),
-      Plot.ruleY(marks, { y: "perspective", x1: (m) => place(m.low ?? m.step), x2: (m) => place(m.high ?? m.step), stroke: "var(--c0)", strokeWidth: 6, strokeOpacity: 0.35 }),
-      Plot.dot(marks, { y: "perspective", x: (m) => place(m.step), fill: "var(--c0)", r: 5 }),
+      Plot.barX(figure.rates, { y: "perspective", x1: (r) => place(r.from), x2: (r) => place(r.to), fill: "var(--c0)", fillOpacity: (r) => 0.06 + 0.64 * (r.share ?? 0), insetRight: 1,
+        title: (r) => `${r.perspective}, steps ${thousands(r.from)} to ${thousands(r.to)}: rate ${number(r.rate)}` }),
+      Plot.ruleY(marks, { y: "perspective", x1: (m) => place(m.low ?? m.step), x2: (m) => place(m.high ?? m.step), stroke: "var(--c1)", strokeWidth: 4 }),
+      Plot.dot(marks, { y: "perspective", x: (m) => place(m.step), fill: (m) => (m.robust ? "var(--c1)" : "var(--paper)"), stroke: "var(--c1)", strokeWidth: 2, r: 5 }),
+      Plot.text(names, { y: (n) => n, frameAnchor: "right", textAnchor: "start", dx: 8, text: count }),
     ] }));
 }
 

@@ -7,6 +7,8 @@ function stopPlaying() {
   playing = null;
 }
 
+const featureName = (track, feature) => `Feature ${feature}${tracks.length > 1 ? ` of ${track.letter}` : ""}`;
+
 function featureHead(track, feature) {
   const order = state.order?.includes(feature) ? state.order : d3.range(track.facts.d_sae);
   const place = order.indexOf(feature);
@@ -19,7 +21,7 @@ function featureHead(track, feature) {
     facts.push(h("div", {}, h("dt", { title: "By decoder rows at the last checkpoints" }, `Nearest in ${other.letter}`), h("dd", {}, h("a", { href: `#feature=${match}&step=${other.steps.at(-1)}&track=${other.letter}` }, String(match)), " ", other.label(match).map(chip))));
   }
   return h("section", { class: "card head" },
-    h("div", { class: "line" }, h("h1", {}, `Feature ${feature}`, tracks.length > 1 ? ` of ${track.letter}` : ""), h("span", { class: "chips" }, track.label(feature).map(chip)),
+    h("div", { class: "line" }, h("h1", {}, featureName(track, feature)), h("span", { class: "chips" }, track.label(feature).map(chip)),
       h("span", { class: "buttons" }, neighbour(-1, "← previous"), neighbour(1, "next →"), h("button", { type: "button", id: "copy", onclick: copyLink }, "Copy link"))),
     track.alive(feature) ? null : h("p", { class: "note" }, "Dead at the last checkpoint."), h("dl", {}, facts));
 }
@@ -112,14 +114,14 @@ function histogramCard(track, details) {
   const range = used.length ? [Math.max(0, used[0] - 1), Math.min(bins, used.at(-1) + 2)] : [0, bins];
   const rows = [["step", "from", "to", "positions"], ...track.steps.flatMap((s, p) => d3.range(...range).map((i) => [s, edges[i], edges[i + 1], counts[p * bins + i]]))];
   const now = counts.subarray(state.place * bins, (state.place + 1) * bins);
-  const figure = { title: "How strongly it fires", y: "positions, in quarter octaves of activation", rows, lines: [] };
+  const figure = { of: featureName(track, details.feature), title: "How strongly it fires", y: "positions, in quarter octaves of activation", rows, lines: [] };
   return frame(figure, track.steps, (width) => drawHistogram(figure, edges, now, range, d3.max(counts), width));
 }
 
 function turnsCard(track, details) {
   const values = details.get("turns");
   const rows = [["step", ...track.steps], ...track.steps.map((s, i) => [s, ...track.steps.map((_, j) => values[i * track.steps.length + j] / 127)])];
-  const figure = { title: "Trajectory of its direction", y: "cosine between its decoder rows at every two checkpoints", note: "A bright block is a time in which it kept its direction.", rows, lines: [], scale: ["0", "1"] };
+  const figure = { of: featureName(track, details.feature), title: "Trajectory of its direction", y: "cosine of its rows at every two checkpoints", note: "A bright block is a time in which it kept its direction.", rows, lines: [], scale: ["0", "1"] };
   return frame(figure, track.steps, (width) => drawMatrix(figure, track.steps, values, track.steps[state.place], width));
 }
 
@@ -130,7 +132,7 @@ function curveFigure(track, details, spec, index) {
     return { name: line.name, null: line.null, values, ...(line.band ? { low: edge("low"), high: edge("high"), band: line.band } : {}) };
   });
   if (spec.null) lines.push({ ...spec.null, null: true, bandOnly: spec.null.low !== undefined });
-  return { kind: "lines", id: `curve-${index}`, title: spec.title, y: spec.y, domain: spec.domain ?? [null, null], percent: spec.percent, lines, marks: spec.marks };
+  return { kind: "lines", of: featureName(track, details.feature), id: `curve-${index}`, title: spec.title, y: spec.y, domain: spec.domain ?? [null, null], percent: spec.percent, lines, marks: spec.marks };
 }
 
 function curveCard(track, details, spec, index) {

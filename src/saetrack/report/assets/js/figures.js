@@ -19,8 +19,9 @@ function say(text) {
 }
 
 function save(name, type, text) {
-  const link = h("a", { href: `data:${type};charset=utf-8,${encodeURIComponent(text)}`, download: name });
+  const link = h("a", { href: URL.createObjectURL(new Blob([text], { type: `${type};charset=utf-8` })), download: name });
   link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
   say(`${name} saved`);
 }
 
@@ -28,7 +29,10 @@ const fileName = (text) => text.toLowerCase().replace(/[^a-z0-9]+/g, "-").replac
 
 function tableRows(figure, steps) {
   if (figure.rows) return figure.rows;
-  if (figure.kind === "phases") return [["perspective", "step", "low", "high"], ...figure.marks.map((m) => [m.perspective, m.step, m.low, m.high])];
+  if (figure.kind === "phases") {
+    return [["perspective", "what", "from step", "to step", "value"], ...figure.rates.map((r) => [r.perspective, "rate", r.from, r.to, r.rate]),
+      ...figure.marks.map((m) => [m.perspective, m.robust ? "boundary" : "boundary on this axis only", m.low, m.high, m.step])];
+  }
   const head = ["step", ...figure.lines.flatMap((l) => (l.low ? [l.name, `${l.name}, low`, `${l.name}, high`] : [l.name]))];
   const body = steps.map((step, i) => [step, ...figure.lines.flatMap((l) => (l.low ? [l.values[i], l.low[i], l.high[i]] : [l.values[i]]))]);
   return [head, ...body];
@@ -42,6 +46,9 @@ function csvCell(value) {
 }
 
 const csv = (rows) => rows.map((row) => row.map(csvCell).join(",")).join("\r\n") + "\r\n";
+
+// A figure of a feature says of which one, where it stands alone.
+const fullTitle = (figure) => (figure.of ? `${figure.of}: ${figure.title}` : figure.title);
 
 // A drawing that stands alone: variables and inherited colours become what they are now; title and legend come in.
 function standalone(figure, plot) {
@@ -59,12 +66,16 @@ function standalone(figure, plot) {
   const svg = d3.create("svg").attr("xmlns", "http://www.w3.org/2000/svg").attr("width", width).attr("height", height + top)
     .attr("viewBox", `0 0 ${width} ${height + top}`).attr("font-family", "system-ui, sans-serif").attr("color", look.color).attr("fill", look.color);
   svg.append("rect").attr("width", width).attr("height", height + top).attr("fill", look.getPropertyValue("--paper").trim());
-  svg.append("text").attr("x", 8).attr("y", 18).attr("font-size", 14).attr("font-weight", 600).text(figure.title);
-  if (named) svg.append("text").attr("x", 8).attr("y", 36).attr("font-size", 11).attr("fill", look.getPropertyValue("--quiet").trim()).text(figure.y);
+  svg.append("text").attr("x", 8).attr("y", 18).attr("font-size", 14).attr("font-weight", 600).text(fullTitle(figure));
+  if (named) svg.append("text").attr("x", 8).attr("y", 36).attr("font-size", 11).attr("fill", look.getPropertyValue("--quiet").trim()).text(figure.y + (figure.scale ? ` (violet ${figure.scale[0]}, yellow ${figure.scale[1]})` : ""));
   lines.forEach((line, i) => {
     const y = 34 + 16 * (i + named);
-    svg.append("line").attr("x1", 8).attr("x2", 32).attr("y1", y).attr("y2", y).attr("stroke", resolve(colourOf(line, i))).attr("stroke-width", 2).attr("stroke-dasharray", dashOf(line, i));
-    if (figure.kind !== "stack" && !line.bandOnly) svg.append("path").attr("d", symbolPath(line, i)).attr("transform", `translate(20 ${y})`).attr("fill", resolve(colourOf(line, i)));
+    const colour = resolve(colourOf(line, i));
+    if (figure.kind === "stack" || line.bandOnly) svg.append("rect").attr("x", 8).attr("y", y - 5).attr("width", 24).attr("height", 10).attr("fill", colour).attr("opacity", line.bandOnly ? 0.3 : 1);
+    else {
+      svg.append("line").attr("x1", 8).attr("x2", 32).attr("y1", y).attr("y2", y).attr("stroke", colour).attr("stroke-width", 2).attr("stroke-dasharray", dashOf(line, i));
+      svg.append("path").attr("d", symbolPath(line, i)).attr("transform", `translate(20 ${y})`).attr("fill", colour);
+    }
     svg.append("text").attr("x", 38).attr("y", y + 4).attr("font-size", 11).text(line.name + (line.band ? ` (band: ${line.band})` : ""));
   });
   copy.setAttribute("y", top);
@@ -114,8 +125,8 @@ function frame(figure, steps, draw, level = "h3") {
     h("figcaption", {}, h(level, {}, figure.title), figure.y ? h("p", { class: "quiet" }, figure.y) : null),
     h("div", {}, legend(figure)), box, h("p", { class: "note" }, figure.note ?? ""),
     h("div", { class: "actions" }, numbers,
-      h("button", { type: "button", onclick: () => save(`${fileName(figure.title)}.svg`, "image/svg+xml", standalone(figure, box.querySelector("svg"))), "aria-label": `Save ${figure.title} as SVG` }, "SVG"),
-      h("button", { type: "button", onclick: () => save(`${fileName(figure.title)}.csv`, "text/csv", csv(rows())), "aria-label": `Save the data of ${figure.title} as CSV` }, "CSV")));
+      h("button", { type: "button", onclick: () => save(`${fileName(fullTitle(figure))}.svg`, "image/svg+xml", standalone(figure, box.querySelector("svg"))), "aria-label": `Save ${figure.title} as SVG` }, "SVG"),
+      h("button", { type: "button", onclick: () => save(`${fileName(fullTitle(figure))}.csv`, "text/csv", csv(rows())), "aria-label": `Save the data of ${figure.title} as CSV` }, "CSV")));
   let drawn = 0;
   new ResizeObserver(() => {
     const width = Math.floor(box.clientWidth);

@@ -42,6 +42,12 @@ function overviewFigures(parts, id) {
   });
 }
 
+// What an analysis says; where it says it in several lines, the table that follows the first is one click away.
+function summary(name, text) {
+  const [first, ...rest] = text.split("\n");
+  return h("div", { class: "summary" }, h("p", {}, name, first), rest.length ? h("details", { class: "data" }, h("summary", {}, "More"), h("pre", { tabindex: "0" }, rest.join("\n"))) : null);
+}
+
 function overviewSection(id) {
   const parts = tracks.map((track) => [track, sectionOf(track, id)]);
   const { title } = parts.find(([, part]) => part)[1];
@@ -49,8 +55,8 @@ function overviewSection(id) {
   const several = tracks.length > 1;
   const name = (track) => (several ? h("b", {}, `${track.letter}: `) : null);
   const of = (track) => `${title.toLowerCase()}${several ? `, ${track.letter}` : ""}`;
-  return h("section", { id: `section-${id}`, "aria-labelledby": `title-${id}` }, h("h2", { id: `title-${id}` }, title),
-    parts.map(([track, part]) => part?.summary && h("p", { class: "summary" }, name(track), part.summary)),
+  return h("section", { id: `section-${id}`, "aria-labelledby": `title-${id}` }, h("h2", { id: `title-${id}`, tabindex: "-1" }, title),
+    parts.map(([track, part]) => part?.summary && summary(name(track), part.summary)),
     h("div", { class: several ? "grid pair" : "grid" }, ids.flatMap((figure) => overviewFigures(parts, figure))),
     parts.map(([track, part]) => part?.tables?.length && h("p", { class: "tables" }, name(track), "Data: ", part.tables.map((table) =>
       h("button", { type: "button", onclick: () => save(`${id}-${table.name}.csv`, "text/csv", csv(table.rows)), "aria-label": `Save the table ${table.name} of ${of(track)} as CSV` }, `${table.name}.csv`)))),
@@ -78,4 +84,5 @@ function showOverview(main) {
     ids.length > 1 ? h("nav", { class: "sections", "aria-label": "Sections" }, ids.map((id) => h("a", { href: `#overview&section=${id}` }, title(id)))) : "",
     ...ids.map(overviewSection), missingSections() ?? "");
   document.getElementById(`section-${state.section}`)?.scrollIntoView();
+  document.getElementById(`title-${state.section}`)?.focus({ preventScroll: true }); // so that Tab goes on from here
 }
