@@ -75,7 +75,7 @@ def analyze(args: list[str]) -> None:
         raise ValueError(f"--device is {config.device}, but this machine has no GPU that PyTorch can use; use cpu.")
     track = Track.open(config.track)
     chosen = name_analyses(config.analyses) if config.analyses else _built_in_analyses(len(track))
-    with shown("Analysing", "to do") as progress:
+    with shown(f"Analysing {track.facts['hookpoint']}", "to do") as progress:
         results = run_analyses(track, chosen, device=config.device, progress=progress)
     for name, result in results.items():
         _say(f"{name}: {result.summary}\n  {track.analyses_dir / name}")

@@ -195,7 +195,7 @@ class FitCLI(LightningCLI):
         missing = {name: a for name, a in asked.items() if not _is_of(track, track.analyses_dir / name)}
         if not missing:
             return []
-        with shown("Analysing", "to do") as progress:
+        with shown(f"Analysing {track.facts['hookpoint']}", "to do") as progress:
             return list(run_analyses(track, missing, progress=progress))
 
     def after_fit(self) -> None:
