@@ -23,6 +23,7 @@ help:
 	@echo "make check       ruff, format and mypy"
 	@echo "make docs        the documentation as a site, in build/site"
 	@echo "make bench       measure beside SAELens, sparsify and dictionary_learning (an hour, 2 CPU cores)"
+	@echo "make bench-warm-starts  every way to begin a stage, for docs/warm-starts.md (an hour of one core)"
 	@echo "make bench-analyses  time and memory of the analyses, by LLM checkpoints and by features (ten minutes)"
 	@echo "make controls    all controls of the quickstart, and its analyses beside them (an hour, 2 CPU cores)"
 	@echo "make validation  plant features, and see whether the instruments find them (an hour)"
@@ -108,7 +109,7 @@ bench-stream: .venv-bench/.peers runs/bench-llm/step512
 test-peers: .venv-bench/.peers
 	.venv-bench/bin/pytest -q -m peers tests/peers
 
-# the quickstart's LLM, and one of 6 layers; half an hour of one core
+# the quickstart's LLM, and one of 6 layers; about an hour of one core
 bench-warm-starts: .venv/.package
 	$(BIN)/saetrack pretrain runs/warm-starts/llm4 --steps 320
 	$(BIN)/saetrack pretrain runs/warm-starts/llm6 --steps 320 --n_layers 6 --d_model 96 --batch_size 16 --seed 1

@@ -37,13 +37,13 @@ class Lines:
         """One line for each seed."""
         wanted = {"llm": llm, "sae": sae, "thin": thin, "arm": arm}
         found = [line for line in self.all if wanted.items() <= line.items()]
-        lines = {line["seed"]: line for line in found if not ladder or "ladder" in line}
+        lines = {line["seed"]: line for line in found if not ladder or "rungs" in line}
         return [lines[seed] for seed in sorted(lines)]
 
 
 def values(line: Line, name: str, stages: slice = slice(1, None)) -> list[float]:
     """One number for each stage."""
-    return [trained[name] for trained in line["stages"]][stages]
+    return [trained[name] for trained in line["stages"][stages]]
 
 
 def spread(numbers: Iterable[float], form: str = ".2f") -> str:
@@ -97,7 +97,7 @@ def by_stage(lines: Lines) -> str:
         for arm, found in runs.items():
             add(f"{title}, {arm}", [values(run, name) for run in found], form)
         for arm in ("prior", DEFAULT) if name in ("r", "above_half") else ():
-            nulls = [run["null"] for run in lines.of(arm) if "null" in run]
+            nulls = [run["null_steps"] for run in lines.of(arm) if "null_steps" in run]
             if nulls:
                 add(f"{title}, null step of {arm}", [[again[name] for again in null] for null in nulls], form)
     rows = [{"LLM step": name, **dict(zip(map(str, steps), cells, strict=True))} for name, cells in table.items()]
@@ -109,7 +109,7 @@ def ladder(lines: Lines, thin: int) -> str:
     rows = []
     for arm in CLIMBING:
         for run in lines.of(arm, thin=thin, ladder=True):
-            for rung in run["ladder"]:
+            for rung in run["rungs"]:
                 row = {"start": arm, "seed": str(run["seed"]), "LLM step": str(rung["step"])}
                 row |= {"cold FVU": f"{rung['cold']:.4f}"}
                 for share in ("0.1", "0.25", "0.5", "1.0"):
@@ -167,16 +167,17 @@ def draw_series(lines: Lines, path: Path) -> None:
         for arm, colour in colours.items():
             for i, run in enumerate(lines.of(arm)):
                 figures.line(ax, steps, values(run, name), color=colour, label=None if i else arm)
-                if name != "fvu" and "null" in run:
+                if name != "fvu" and "null_steps" in run:
                     label = None if i else f"null step of {arm}"
-                    drawn = [again[name] for again in run["null"]]
+                    drawn = [again[name] for again in run["null_steps"]]
                     ax.plot(figures.step_position(steps), drawn, ":", color=colour, label=label)
         if name == "fvu":
             for i, run in enumerate(lines.of(COLD)):
                 figures.line(ax, steps, values(run, name), color=figures.BLACK, label=None if i else "cold, 5 x tokens")
             figures.log_y(ax)
         figures.step_axis(ax, steps)
-        figures.describe(ax, title=what, ylabel=what)
+        titles = {"fvu": "Variance left out", "r": "To the snapshot before", "above_half": "Features kept in one stage"}
+        figures.describe(ax, title=titles[name], ylabel=what)
         figures.legend(ax, columns=1)
     figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
 
@@ -239,7 +240,8 @@ def main() -> None:
             print(f"\n{name}\n{table}")
     page.write_text(text, encoding="utf-8")
     draw_series(lines, options.docs / "warm-starts.svg")
-    draw_frontier(lines, options.docs / "warm-starts-frontier.svg")
+    if any(lines.of(arm) for arm in FRONTIER):
+        draw_frontier(lines, options.docs / "warm-starts-frontier.svg")
 
 
 if __name__ == "__main__":

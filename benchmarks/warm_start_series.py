@@ -8,7 +8,7 @@ Here the activations of every LLM checkpoint lie on disk and all series read the
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -89,16 +89,14 @@ class HarvestedData(ActivationDataModule):
         np.save(folder / "evaluation.npy", torch.cat([x[self.site] for _, x in batches]).numpy())
         np.save(folder / "calibration.npy", self.calibration_activations(checkpoint)[self.site].numpy())
 
-    def _fill(self, chunk: int) -> Batch:
+    def _fill(self, chunk: int) -> Generator[float, None, Batch]:
         assert self.stream is not None
         rows = np.searchsorted(self._rows, self.stream.order.chunk_rows(chunk))
         taken = np.concatenate([np.arange(self._slots[row], self._slots[row + 1]) for row in rows])
-
-        def read(checkpoint: LLMCheckpoint) -> Tensor:
-            return torch.from_numpy(self.place(checkpoint).train[taken])
-
-        before = {} if self.before is None else {self.site: read(self.before)}
-        return Batch({self.site: read(self.checkpoint) * self.scales[self.site]}, before)
+        places = [] if self.before is None else [self.before]
+        read = [{self.site: torch.from_numpy(self.place(c).train[taken])} for c in (self.checkpoint, *places)]
+        yield 1.0
+        return Batch(read[0], read[1] if places else {})
 
 
 @dataclass(frozen=True)
@@ -376,7 +374,7 @@ def run_series(
             nulls.append({k: again.measures[k] for k in ("step", "fvu", "dead", "r", "above_half", "above_0.7")})
         chain[-2] = replace(chain[-2], moments={})
     result = {"stages": [trained.measures for trained in chain], "first_to_last": identity(chain[0], chain[-1])}
-    return result | ({"null": nulls} if null else {}) | ({"ladder": rungs} if rungs else {})
+    return result | ({"null_steps": nulls} if null else {}) | ({"rungs": rungs} if rungs else {})
 
 
 def _climb(data: HarvestedData, recipe: Recipe, arm: Arm, before: Trained, at: Place, cold: float) -> dict[str, Any]:

@@ -54,7 +54,7 @@ ARMS = {
     "transported + moments + continuity": Arm("transported", 0.1, moments=True),
 }
 TRIED = {
-    "package": (0.3, 0.03, 1.0),
+    "package": (0.03, 0.3, 0.05, 1.0),
     "equal": (0.1, 0.03, 0.3),
     "between": (0.1, 0.03, 0.3),
     "alive": (0.1, 0.3),
@@ -102,28 +102,24 @@ class Job:
 def matrix() -> Iterator[Job]:
     """All series, the more important ones first."""
     dense = partial(Job, "4 layers", "TopK", 1)
+    main = ("prior", DEFAULT, "transported")
     yield dense(0, COLD)
-    yield dense(0, "prior", null=True)
-    yield dense(0, DEFAULT, null=True)
-    yield from (dense(0, arm) for arm in ("transported", "scratch"))
-    for arm in ARMS:
-        yield Job("4 layers", "TopK", 8, 0, arm, ladder=arm in CLIMBING)
+    yield from (dense(0, arm, null=arm in ("prior", DEFAULT)) for arm in (*main, "scratch"))
+    yield from (dense(0, f"package, {weight}") for weight in (0.03, 0.05, 0.3))
+    yield from (dense(1, arm) for arm in (*main, "package, 0.03"))
+    yield from (dense(0, arm) for arm in ARMS if arm not in (*main, "scratch"))
+    yield from (Job("4 layers", "TopK", 8, 0, arm, ladder=arm in CLIMBING) for arm in ARMS)
     yield from (dense(0, arm) for arm in FRONTIER)
-    yield from (dense(0, arm) for arm in ARMS if arm not in ("prior", DEFAULT, "transported", "scratch"))
-    yield from (dense(1, arm) for arm in (COLD, *CLIMBING))
+    for sae, llm in (("Standard", "4 layers"), ("TopK", "6 layers")):
+        yield from (Job(llm, sae, 1, 0, arm) for arm in main)
     yield from (dense(0, arm) for arm in BUDGETS)
-    for llm, sae in (("4 layers", "Standard"), ("6 layers", "TopK")):
-        for arm in (COLD, *CLIMBING):
-            yield Job(llm, sae, 1, 0, arm)
-    for thin in (4, 2):
-        for arm in ARMS:
-            yield Job("4 layers", "TopK", thin, 0, arm)
-    yield from (dense(0, arm, ladder=True) for arm in ("prior", DEFAULT))
-    for arm in ARMS:
-        yield Job("4 layers", "TopK", 8, 1, arm, ladder=arm in CLIMBING) if arm != "scratch" else dense(1, arm)
-    for llm, sae in (("4 layers", "Standard"), ("6 layers", "TopK")):
-        for arm in ARMS:
-            yield Job(llm, sae, 8, 0, arm)
+    yield from (Job("4 layers", "TopK", thin, 0, arm) for thin in (2, 4) for arm in main)
+    yield from (dense(0, arm, ladder=True) for arm in main)
+    yield from (Job("4 layers", "TopK", 8, 1, arm) for arm in ARMS)
+    for sae, llm in (("Standard", "4 layers"), ("TopK", "6 layers")):
+        yield from (Job(llm, sae, thin, 0, arm) for thin in (1, 8) for arm in ARMS if thin == 8 or arm not in main)
+    yield from (Job("4 layers", "TopK", thin, 0, arm) for thin in (2, 4) for arm in ARMS if arm not in main)
+    yield from (dense(2, arm) for arm in main)
 
 
 class Bench:

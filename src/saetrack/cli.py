@@ -18,7 +18,7 @@ from saetrack.errors import OneLineErrors, one_line, said_by_rank_zero, wants_tr
 from saetrack.exchange import EXPORT_FORMATS, ImportedFacts, export_track, import_map, import_sae
 from saetrack.hub import push_folder
 from saetrack.lm import describe_checkpoints, source_from_string
-from saetrack.terminal import shown
+from saetrack.terminal import quiet_lightning, shown
 from saetrack.track import Track
 
 
@@ -36,6 +36,7 @@ def pretrain(args: list[str]) -> None:
     config = parser.instantiate(parser.parse_args(args)).as_dict()
     config.pop("config")
     folder = config.pop("folder")
+    quiet_lightning()
     pretrain(folder, PretrainConfig(**config))
     _say(describe_checkpoints(source_from_string(str(folder))))
 

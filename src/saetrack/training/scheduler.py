@@ -61,7 +61,8 @@ class CheckpointScheduler(Callback):
             any training and names them: published series often serve one checkpoint under several names.
         max_rise: A grid that follows the LLM: from each stage go to the farthest LLM checkpoint on which the FVU of
             the SAE, as it is, has risen by no more than this share (0.5 is half as much again), at least to the
-            next one. The last is always visited, and each snapshot says why it is there. Null visits all.
+            next one. It looks ahead by doubling its stride and then bisecting, one forward a look. The last is always
+            visited, and each snapshot says why it is there. Null visits all.
     """
 
     def __init__(
