@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from warm_starts import ARMS, BUDGETS, CLIMBING, COLD, DEFAULT, FIRST, FRONTIER
+from warm_starts import ARMS, BUDGETS, CLIMBING, COLD, DEFAULT, FIRST, FRONTIER, HELD
 
 from saetrack.analysis import figures
 
 Line = dict[str, Any]
+NAMES = {DEFAULT: "transported + continuity 0.05", HELD: "transported + continuity 0.1"}
+"""What some arms are called on the page."""
 
 
 class Lines:
@@ -65,10 +67,10 @@ def markdown(rows: list[dict[str, str]]) -> str:
 def starts(lines: Lines, thin: int, llm: str = "4 layers", sae: str = "TopK") -> str:
     """What every start does on one grid: means over the stages after the first."""
     rows = []
-    for arm in ARMS:
+    for arm in (DEFAULT, *ARMS):
         runs = lines.of(arm, llm, sae, thin)
         if runs:
-            row = {"start": f"**{arm}**" if arm == DEFAULT else arm, "seeds": str(len(runs))}
+            row = {"start": f"**{NAMES[arm]}**" if arm == DEFAULT else NAMES.get(arm, arm), "seeds": str(len(runs))}
             row["FVU before"] = spread((np.mean(values(run, "fvu_before")) for run in runs), ".3f")
             row["FVU after"] = spread((np.mean(values(run, "fvu")) for run in runs), ".4f")
             row["dead, worst"] = spread((max(values(run, "dead")) for run in runs), ".0%")
@@ -82,7 +84,7 @@ def starts(lines: Lines, thin: int, llm: str = "4 layers", sae: str = "TopK") ->
 
 def by_stage(lines: Lines) -> str:
     """The dense grid, stage by stage: `prior`, the default, the cold SAE and the ceiling."""
-    runs = {arm: lines.of(arm) for arm in ("prior", "transported", DEFAULT)}
+    runs = {arm: lines.of(arm) for arm in ("prior", "transported", DEFAULT, HELD)}
     steps = [trained["step"] for trained in runs["prior"][0]["stages"]][1:]
     table: dict[str, list[str]] = {}
 
@@ -95,11 +97,15 @@ def by_stage(lines: Lines) -> str:
     for name, form in (("fvu", ".4f"), ("dead", ".0%"), ("r", ".2f"), ("above_half", ".0%")):
         title = {"fvu": "FVU", "dead": "dead", "r": "r", "above_half": "kept > 0.5"}[name]
         for arm, found in runs.items():
-            add(f"{title}, {arm}", [values(run, name) for run in found], form)
-        for arm in ("prior", DEFAULT) if name in ("r", "above_half") else ():
+            add(f"{title}, {NAMES.get(arm, arm)}", [values(run, name) for run in found], form)
+        for arm in ("prior", HELD) if name in ("r", "above_half") else ():
             nulls = [run["null_steps"] for run in lines.of(arm) if "null_steps" in run]
             if nulls:
-                add(f"{title}, null step of {arm}", [[again[name] for again in null] for null in nulls], form)
+                add(
+                    f"{title}, null step of {NAMES.get(arm, arm)}",
+                    [[again[name] for again in null] for null in nulls],
+                    form,
+                )
     rows = [{"LLM step": name, **dict(zip(map(str, steps), cells, strict=True))} for name, cells in table.items()]
     return markdown(rows)
 
@@ -122,7 +128,7 @@ def ladder(lines: Lines, thin: int) -> str:
 def frontier(lines: Lines) -> str:
     """FVU against identity for the forms and weights of continuity, on the dense grid, seed 0."""
     prior = lines.of("prior")[0]
-    names = ["prior", "transported", DEFAULT, *FRONTIER]
+    names = ["prior", "transported", HELD, *FRONTIER]
     rows = []
     for arm in names:
         for run in lines.of(arm)[:1]:
@@ -141,12 +147,12 @@ def frontier(lines: Lines) -> str:
 def budgets(lines: Lines) -> str:
     """Fixed budgets and such that follow convergence, on the dense grid."""
     rows = []
-    for arm in (DEFAULT, *BUDGETS):
+    for arm in (HELD, *BUDGETS):
         for run in lines.of(arm)[:1]:
             fvu = values(run, "fvu")
             rows.append(
                 {
-                    "budget": "25,000 tokens" if arm == DEFAULT else arm,
+                    "budget": "25,000 tokens" if arm == HELD else arm,
                     "tokens in all": f"{sum(values(run, 'tokens')):,}",
                     "FVU, geometric mean": f"{np.exp(np.log(fvu).mean()):.4f}",
                     "FVU, last": f"{fvu[-1]:.4f}",
@@ -159,16 +165,16 @@ def budgets(lines: Lines) -> str:
 def draw_series(lines: Lines, path: Path) -> None:
     """FVU, median correlation and share kept by LLM step, each seed a line."""
     figure, axes = figures.small_multiples(3, columns=3, title="Every LLM checkpoint, TopK; one line for each seed")
-    colours = {"prior": figures.VERMILION, "transported": figures.SKY, DEFAULT: figures.BLUE}
+    colours = {"prior": figures.VERMILION, "transported": figures.SKY, DEFAULT: figures.GREEN, HELD: figures.BLUE}
     steps = [trained["step"] for trained in lines.of("prior")[0]["stages"]][1:]
     for ax, name, what in zip(
         axes, ("fvu", "r", "above_half"), ("FVU after", "median correlation r", "share kept, r > 0.5"), strict=True
     ):
         for arm, colour in colours.items():
             for i, run in enumerate(lines.of(arm)):
-                figures.line(ax, steps, values(run, name), color=colour, label=None if i else arm)
+                figures.line(ax, steps, values(run, name), color=colour, label=None if i else NAMES.get(arm, arm))
                 if name != "fvu" and "null_steps" in run:
-                    label = None if i else f"null step of {arm}"
+                    label = None if i else f"null step of {NAMES.get(arm, arm)}"
                     drawn = [again[name] for again in run["null_steps"]]
                     ax.plot(figures.step_position(steps), drawn, ":", color=colour, label=label)
         if name == "fvu":
@@ -188,7 +194,7 @@ def draw_frontier(lines: Lines, path: Path) -> None:
     prior = lines.of("prior")[0]
     forms = list(dict.fromkeys(arm.split(",")[0] for arm in FRONTIER))
     for ax, what in zip(axes, ("stage", "track"), strict=True):
-        for arm in ("prior", "transported", DEFAULT, *FRONTIER):
+        for arm in ("prior", "transported", HELD, *FRONTIER):
             for run in lines.of(arm)[:1]:
                 ratio = np.array(values(run, "fvu")) / np.array(values(prior, "fvu"))
                 x = float(np.exp(np.log(ratio).mean()))
@@ -198,7 +204,7 @@ def draw_frontier(lines: Lines, path: Path) -> None:
                 ax.plot(
                     x, y, "o" if arm in ARMS else "^" if "fading" in arm or "half" in arm else "s", color=colour, ms=5
                 )
-                name = {DEFAULT: "0.1"}.get(arm, arm.split(", ", 1)[-1].replace("half of the stage", "half"))
+                name = {HELD: "0.1"}.get(arm, arm.split(", ", 1)[-1].replace("half of the stage", "half"))
                 ax.annotate(name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6)
         for form in forms:
             ax.plot([], [], "s", color=figures.PALETTE[forms.index(form)], label=form.replace("_", " "))

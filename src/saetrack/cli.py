@@ -78,7 +78,7 @@ def analyze(args: list[str]) -> None:
     chosen = name_analyses(config.analyses) if config.analyses else _built_in_analyses(len(track.distinct()))
     if config.only_kept and not config.analyses:
         chosen = {name: analysis for name, analysis in chosen.items() if analysis.restrictable}
-    with shown("Analysing", "to do") as progress:
+    with shown(f"Analysing {track.facts['hookpoint']}", "to do") as progress:
         results = run_analyses(track, chosen, device=config.device, only_kept=config.only_kept, progress=progress)
     for name, result in results.items():
         _say(f"{name}: {result.summary}\n  {track.analyses_dir / name}{'-kept' if config.only_kept else ''}")

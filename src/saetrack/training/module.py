@@ -145,7 +145,7 @@ class SAEModule(LightningModule):
         self,
         sae: Callable[[int], SAE] | SAEsByHookpoint = TopKSAE,
         optimizer: OptimizerSettings = OptimizerSettings(),
-        continuity: float = 0.1,
+        continuity: float = 0.05,
         dead_after_tokens: int = 500_000,
         log_every_tokens: int = 100_000,
         precision: Precision = "auto",
