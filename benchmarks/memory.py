@@ -45,12 +45,12 @@ class Setting:
 
 SETTINGS = {
     "usual": Setting(),
-    "d_sae": Setting(d_sae=32_768),
+    "d_sae": Setting(d_sae=32_768, chunk_tokens=16_384),
     "chunk": Setting(chunk_tokens=196_608),
-    "d_in": Setting(d_in=1024, d_sae=8192),
-    "hookpoints": Setting(hookpoints=3),
-    "bfloat16": Setting(llm_dtype="bfloat16"),
-    "continuity": Setting(continuity=True),
+    "d_in": Setting(d_in=1024, d_sae=8192, chunk_tokens=16_384),
+    "hookpoints": Setting(hookpoints=3, chunk_tokens=16_384),
+    "bfloat16": Setting(llm_dtype="bfloat16", chunk_tokens=16_384),
+    "continuity": Setting(continuity=True, chunk_tokens=16_384),
 }
 
 
@@ -64,6 +64,7 @@ def predicted(s: Setting, imports: float, context: int = 128) -> dict[str, float
     matrix = 4 * s.d_in * s.d_sae
     workspace = matrix // 2 + 64 * MIB  # the encoder in bfloat16, and pre-activations
     forward = 32 * context
+    logit = 8 if bytes_each == 4 else bytes_each + 8  # itself, in float32, and its logarithm
     rows = max(1, min(32, 2**26 // (context * s.vocabulary)))
     terms = {
         "imports": imports * MIB,
@@ -76,8 +77,7 @@ def predicted(s: Setting, imports: float, context: int = 128) -> dict[str, float
     parts = {
         "chunk, batches, a gradient turned for Adam": s.hookpoints
         * (llms * s.d_in * (bytes_each * s.chunk_tokens + 2 * 4 * s.batch) + matrix),
-        "measuring": s.hookpoints * 2 * matrix
-        + max(20 * 1024 * s.d_sae, (bytes_each + 4) * rows * context * s.vocabulary),
+        "measuring": s.hookpoints * 2 * matrix + max(20 * 1024 * s.d_sae, logit * rows * context * s.vocabulary),
         "resume file": s.hookpoints * 6 * matrix,
     }
     longest = max(parts, key=lambda name: parts[name])

@@ -18,7 +18,7 @@ from saetrack.errors import OneLineErrors, one_line, said_by_rank_zero, wants_tr
 from saetrack.exchange import EXPORT_FORMATS, ImportedFacts, export_track, import_map, import_sae
 from saetrack.hub import push_folder
 from saetrack.lm import describe_checkpoints, source_from_string
-from saetrack.terminal import shown
+from saetrack.terminal import quiet_lightning, shown
 from saetrack.track import Track
 
 
@@ -36,6 +36,7 @@ def pretrain(args: list[str]) -> None:
     config = parser.instantiate(parser.parse_args(args)).as_dict()
     config.pop("config")
     folder = config.pop("folder")
+    quiet_lightning()
     pretrain(folder, PretrainConfig(**config))
     _say(describe_checkpoints(source_from_string(str(folder))))
 
@@ -77,7 +78,7 @@ def analyze(args: list[str]) -> None:
     chosen = name_analyses(config.analyses) if config.analyses else _built_in_analyses(len(track.distinct()))
     if config.only_kept and not config.analyses:
         chosen = {name: analysis for name, analysis in chosen.items() if analysis.restrictable}
-    with shown("Analysing", "to do") as progress:
+    with shown(f"Analysing {track.facts['hookpoint']}", "to do") as progress:
         results = run_analyses(track, chosen, device=config.device, only_kept=config.only_kept, progress=progress)
     for name, result in results.items():
         _say(f"{name}: {result.summary}\n  {track.analyses_dir / name}{'-kept' if config.only_kept else ''}")

@@ -56,11 +56,6 @@ class OneLineErrors:
         sys.exit(2)
 
 
-def wants_traceback(error: BaseException) -> bool:
-    """Whether an error's traceback is to be shown: there is no line that says enough, or the user asks for it."""
-    return bool(os.environ.get(TRACEBACK_VARIABLE)) or one_line(error) is None
-
-
 def in_plain_words(found: str) -> str:
     """What jsonargparse finds wrong, with the value first and in the words of a configuration.
 
@@ -99,10 +94,23 @@ def one_line(error: BaseException) -> str | None:
     return str(error) if ours else None
 
 
+def wants_traceback(error: BaseException) -> bool:
+    """Whether a line is not enough for an error, or the user asks for more."""
+    return bool(os.environ.get(TRACEBACK_VARIABLE)) or one_line(error) is None
+
+
 def is_ours(error: BaseException) -> bool:
-    """Whether a check of this package raised it, with a message that is made to be read."""
+    """Whether a check of this package raised it, with a message that is made to be read.
+
+    What a library's compiled code raises ends in a frame of ours too, but not at a ``raise``.
+    """
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(PACKAGE)
+    return (
+        isinstance(error, ValueError | OSError | RuntimeError)
+        and bool(frames)
+        and Path(frames[-1].filename).is_relative_to(PACKAGE)
+        and (frames[-1].line or "raise").startswith("raise")
+    )
 
 
 def said_by_rank_zero() -> bool:

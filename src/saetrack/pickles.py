@@ -36,10 +36,13 @@ DAMAGED: tuple[type[Exception], ...] = (
 _ZIP = b"PK\x03\x04"
 
 
-class _RestrictedUnpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+_Unpickler: Any = pickle._Unpickler  # typeshed shows that in C, which has neither its methods nor its stack
+
+
+class _RestrictedUnpickler(_Unpickler):  # type: ignore[misc]
     """Python's own, not the one in C: its memory grows with the pickle and not with a number in it."""
 
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar = dict(_Unpickler.dispatch)
 
     def __init__(self, stream: IO[bytes], allowed: Mapping[str, Any]) -> None:
         super().__init__(stream)

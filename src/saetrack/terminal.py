@@ -1,5 +1,7 @@
 """What long work says on the terminal: a bar where a person looks on, plain lines in a log file."""
 
+import logging
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +10,21 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
+
+_EXPECTED_WARNINGS = (
+    ".*does not have many workers.*",  # the stream is a forward of the LLM in this process; workers would each load it
+    ".*LeafSpec.*is deprecated.*",  # lightning's own pytree helper with torch 2.13
+    "LightningCLI.s args parameter is intended to run from within Python.*",  # a control does
+    ".*is smaller than the logging interval.*",  # what is logged, and when, is the module's own business
+)
+
+
+def quiet_lightning() -> None:
+    """Silence Lightning's news about hardware, tips and defaults that are set here: they bury what a user must read."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message)
 
 
 class Display(ABC):

@@ -319,7 +319,7 @@ class Track(Sequence[Snapshot]):
         path = self.file(_TOKENS)
         try:
             arrays: dict[str, np.ndarray] = load_arrays(path)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged ({error}). {RESTORE}") from error
         return arrays
 

@@ -13,13 +13,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
-import contextlib, io, json, os, sys, time
+import contextlib, hashlib, io, json, os, sys, time, warnings
 from pathlib import Path
 from tests.hub_server import HubServer
 
 config, series, home = map(Path, sys.argv[1:])
 hub = HubServer()
-os.environ.update(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HOME=str(home))
+os.environ.update(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HOME=str(home), HF_HUB_DISABLE_PROGRESS_BARS="1")
+warnings.filterwarnings("error", "Cannot enable progress bars")
 for folder in series.iterdir():
     hub.branches[folder.name] = {file.name: file.read_bytes() for file in folder.iterdir()}
 from saetrack.cli import main
@@ -45,6 +46,7 @@ def fit(*options):
     said.append({
         "code": code, "error": error.getvalue(), "weights": weights, "cached": sorted(names[c] for c in cached),
         "steps": Track.open(run).steps,
+        "llms": [[s.metadata["llm"]["commit"], s.metadata["llm"]["weight_hash"]] for s in Track.open(run)],
     })
 
 files.fetch("me/llm", "step0")
@@ -52,6 +54,9 @@ hub.faults["GET step2/model.safetensors"] = ["cut"]
 hub.faults["GET step4/model.safetensors"] = [503] * 10
 fit()
 fit("--ckpt_path", "last")
+wanted = [hub.branches[f"step{step}"]["model.safetensors"] for step in (0, 1, 2, 4, 10)]
+said[-1]["commits"] = [hub.commit(f"step{step}") for step in (0, 1, 2, 4, 10)]
+said[-1]["hashes"] = ["sha256:" + hashlib.sha256(content).hexdigest() for content in wanted]
 hub.stop()
 fit("--scheduler.track_dir", str(run) + "-again", "--scheduler.steps", "[4,10]")
 print(json.dumps(said))
@@ -87,6 +92,7 @@ def test_a_series_on_the_hub_is_fetched_ahead_evicted_behind_and_gone_on_with_af
     assert continued["code"] == 0, continued["error"]
     assert continued["steps"] == [0, 1, 2, 4, 10]
     assert [line.split("/")[0] for line in continued["weights"]] == ["GET step4", "GET step10"]
+    assert continued["llms"] == [list(pair) for pair in zip(continued["commits"], continued["hashes"], strict=True)]
     assert continued["cached"] == ["step0", "step10", "step4"], "step 0 was there before the run"
     assert alone["code"] == 0, alone["error"]
     assert alone["error"].startswith("The Hub cannot be reached (")

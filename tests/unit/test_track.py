@@ -265,6 +265,9 @@ def test_damaged_token_rows_are_named(track: Track) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged"):
         Track.open(track.path).tokens("selection")
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))} is damaged"):
+        Track.open(track.path).tokens("selection")
 
 
 def test_a_newer_schema_names_both_numbers(track: Track) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -288,7 +288,7 @@ def free_null(track: Track) -> pd.DataFrame:
             if before is None or before.step not in steps:
                 continue
             moved, use = _displacements(before, decoder_rows(before), [after])
-            facts = {"from_step": before.step, "step": after.step, "features": int(use.sum())}
+            facts: dict[str, Any] = {"from_step": before.step, "step": after.step, "features": int(use.sum())}
             facts |= {"drift": 0.5 * float(np.mean(_gram(moved, use)))}
             facts |= {"correlation": float(after.features["functional_correlation"].median())}
             rows.append({**facts, "fvu_before": before.metadata["fvu"], "fvu": after.metadata["fvu"]})

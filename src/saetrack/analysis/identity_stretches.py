@@ -119,7 +119,8 @@ class Kept:
     @property
     def throughout(self) -> NDArray[np.bool_]:
         """Whether one stretch holds all snapshots, ``[F]``."""
-        return self.to_last[0]
+        throughout: NDArray[np.bool_] = self.to_last[0]
+        return throughout
 
     def facts(self) -> dict[str, Any]:
         """For how many features a restricted result holds, by LLM step: for the settings of the result."""

@@ -165,7 +165,7 @@ def _tokens_to_reach(track: Track) -> pd.DataFrame:
     rows = []
     for snapshot in track:
         spent = sum(int(s.metadata["tokens_trained"]) for s in track if s.number <= snapshot.number)
-        curve = snapshot.metadata.get("held_out_curve")
+        curve: list[list[float]] = snapshot.metadata.get("held_out_curve") or []
         for budget, controls in scratch_controls(track).items() if curve else ():
             for control in controls:
                 fresh = (

@@ -147,8 +147,8 @@ def transition_table(
         of = np.broadcast_to(matrix.sum(axis=1, keepdims=True), matrix.shape)
         share, low, high = share_interval(matrix.ravel(), of.ravel())
         names = {"from": np.repeat(CLASSES, len(CLASSES)), "to": np.tile(CLASSES, len(CLASSES))}
-        columns = {"step": steps[t], "next_step": steps[t + 1], "place": t, **names, "features": matrix.ravel()}
-        tables.append(pd.DataFrame(columns).assign(of=of.ravel(), share=share, low=low, high=high))
+        cells = {"step": steps[t], "next_step": steps[t + 1], "place": t, **names, "features": matrix.ravel()}
+        tables.append(pd.DataFrame(cells).assign(of=of.ravel(), share=share, low=low, high=high))
     columns = ["step", "next_step", "place", "from", "to", "features", "of", "share", "low", "high"]
     found = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
     if null is None or found.empty:

@@ -23,7 +23,7 @@ import numpy as np
 import scipy.sparse
 import torch
 
-from saetrack.errors import wants_traceback
+from saetrack.errors import one_line, wants_traceback
 from saetrack.lm.checkpoints import load_llm
 from saetrack.lm.forward import EditableLLM, read_activations
 from saetrack.lm.outliers import spread, take, within
@@ -150,8 +150,8 @@ class _Runs:
         try:
             return action()
         except Exception as error:
-            ours = isinstance(error, ValueError | OSError | RuntimeError) and not wants_traceback(error)
-            logger.error("Analysis %r failed: %s", name, error, exc_info=not ours)
+            if wants_traceback(error):  # else `raise_failures` says all there is to say
+                logger.exception("Analysis %r failed.", name)
             self.failures[name] = error
             return None
 
@@ -182,7 +182,8 @@ class _Runs:
         """Raise if any analysis failed, from the first error."""
         if not self.failures:
             return
-        causes = "; ".join(f"{name!r} ({type(e).__name__}: {e})" for name, e in self.failures.items())
+        said = {name: one_line(e) or f"{type(e).__name__}: {e}" for name, e in self.failures.items()}
+        causes = "; ".join(f"{name!r} ({line})" for name, line in said.items())
         kept = (
             f"The results of {', '.join(map(repr, self.results))} are saved." if self.results else "Nothing was saved."
         )

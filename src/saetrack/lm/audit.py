@@ -11,6 +11,7 @@ from pathlib import Path
 
 from saetrack.lm import files
 from saetrack.lm.finite import not_finite
+from saetrack.lm.hub_listing import label
 from saetrack.lm.loading import LLMCheckpoint, commit_sha, fingerprints, read_config
 from saetrack.lm.names import parse_name
 from saetrack.lm.selection import Selection
@@ -162,7 +163,7 @@ def _loadable(checkpoint: LLMCheckpoint) -> list[str]:
         checkpoint.model, checkpoint.revision, checkpoint.cache_dir
     ):
         raise FileNotFoundError(
-            f"{files.label(checkpoint.model, checkpoint.revision)} has weights but no config.json, which says what LLM "
+            f"{label(checkpoint.model, checkpoint.revision)} has weights but no config.json, which says what LLM "
             f"they are of. Put that of another checkpoint beside them, or leave this one out."
         )
     if checkpoint.format is None and files.is_folder(checkpoint.model):
@@ -186,9 +187,9 @@ def _describe_tokenizer(source: CheckpointSource, series: Sequence[LLMCheckpoint
     except (FileNotFoundError, ValueError) as error:
         return str(error)
     if not files.has_tokenizer(name, revision, series[-1].cache_dir):
-        return f"There is no tokenizer in {files.label(name, revision)}. Name one as `tokenizer` of the source."
+        return f"There is no tokenizer in {label(name, revision)}. Name one as `tokenizer` of the source."
     absent = f"; {without} of {len(series)} LLM checkpoints have none of their own" if without else ""
-    return f"The tokenizer of the whole series is that of {files.label(name, revision)}{absent}."
+    return f"The tokenizer of the whole series is that of {label(name, revision)}{absent}."
 
 
 def _describe_left_out(names: Sequence[str]) -> list[str]:
@@ -200,7 +201,7 @@ def _describe_left_out(names: Sequence[str]) -> list[str]:
 
 def _columns(checkpoint: LLMCheckpoint) -> list[str]:
     tokens = "-" if checkpoint.tokens is None else f"{checkpoint.tokens:,}"
-    return [str(checkpoint.step), tokens, files.label(checkpoint.model, checkpoint.revision)]
+    return [str(checkpoint.step), tokens, label(checkpoint.model, checkpoint.revision)]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

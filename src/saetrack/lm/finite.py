@@ -8,8 +8,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from saetrack.lm import files
-from saetrack.lm.weight_files import weight_names
 from saetrack.lm.loading import LLMCheckpoint
+from saetrack.lm.weight_files import weight_names
 from saetrack.pickles import read_torch_file
 
 

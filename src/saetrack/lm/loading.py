@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError
 
 from saetrack.lm import files
+from saetrack.lm.hub_listing import label
 from saetrack.lm.local.formats import LocalFormat
 from saetrack.lm.trust import VARIABLE, is_trusted_folder
 from saetrack.lm.weight_files import stored_dtypes, weight_names
-from saetrack.pickles import DAMAGED, objects_in, reason
+from saetrack.pickles import DAMAGED, is_archive, objects_in, reason
 from saetrack.storage import whole_folder
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class LLMCheckpoint:
     format: LocalFormat | None = None
 
     def __str__(self) -> str:
-        return f"step {self.step} ({files.label(self.model, self.revision)})"
+        return f"step {self.step} ({label(self.model, self.revision)})"
 
 
 def commit_sha(checkpoint: LLMCheckpoint) -> str | None:
@@ -132,6 +133,8 @@ def _load_hugging_face(checkpoint: LLMCheckpoint, dtype: torch.dtype) -> "PreTra
     names = weight_names(folder)
     config = read_config(checkpoint, folder)
     try:
+        for name in names:
+            is_archive(folder / name)  # refuses one that is packed before it fills the memory
         with silent_transformers():
             # use_safetensors=False where there are none: by default transformers would look for a converted copy of
             # the repository's main branch, which is another checkpoint.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from saetrack.lm import files
+from saetrack.lm.hub_listing import label
 from saetrack.lm.loading import LLMCheckpoint
 from saetrack.lm.watching import Watcher
 
@@ -50,7 +51,7 @@ class CheckpointSource(ABC):
             )
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"There is no tokenizer in {files.label(name, revision)}. Name a folder or a repository that has one "
+                f"There is no tokenizer in {label(name, revision)}. Name a folder or a repository that has one "
                 f"as `tokenizer` (or `tokenizer_revision`) of the checkpoint source."
             ) from error
 

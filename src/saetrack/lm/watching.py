@@ -51,7 +51,7 @@ class Growing:
 
 
 class Watcher:
-    """Looks at a series again and again. A checkpoint that was complete once is not read again.
+    """Looks at a series again and again. One that was complete once is not read again while it is there.
 
     Args:
         where: The folder or the repository, for what is said.
@@ -126,6 +126,8 @@ class Watcher:
         within = [checkpoint for checkpoint in found if until is None or checkpoint.step <= until]
         if done:
             return Growing(within, ended=True)
+        there = {(checkpoint.model, checkpoint.revision) for checkpoint in found}
+        self._complete = {name: known for name, known in self._complete.items() if name in there}
         series: list[LLMCheckpoint] = []
         for checkpoint in within:
             name = (checkpoint.model, checkpoint.revision)

@@ -13,6 +13,9 @@ from saetrack.errors import first_line
 from saetrack.lm import hub_cache
 from saetrack.pickles import is_archive, load_weights_only
 
+_SHORTEST = 16
+"""Bytes that no file of weights is shorter than; of fewer it cannot be told what they begin."""
+
 # In the order in which transformers prefers them; in shards, beside an index.
 _FORMATS = ("model.safetensors", "pytorch_model.bin")
 
@@ -113,8 +116,8 @@ def damage(path: Path) -> str | None:
                 return None
         except SafetensorError as error:
             return first_line(error)
-    if path.stat().st_size == 0:
-        return "it is empty"
+    if (size := path.stat().st_size) < _SHORTEST:
+        return f"it has {size} bytes"
     try:
         is_archive(path)
     except (ValueError, zipfile.BadZipFile) as error:

@@ -94,10 +94,10 @@ def columns(results: Results) -> Columns:
 
 
 def alive(results: Results) -> NDArray[np.uint8]:
-    """1 for every feature and step at which it fires, ``[d_sae, T]``."""
+    """1 for every feature and step at which it fires, or is not known not to, ``[d_sae, T]``."""
     dead = results.snapshot_grid("dead")
     firing = results.snapshot_grid("firing_frequency")
-    lives = np.ones((results.d_sae, len(results.steps))) if firing is None else firing > 0
+    lives = np.ones((results.d_sae, len(results.steps))) if firing is None else firing != 0
     return (lives if dead is None else dead == 0).astype(np.uint8)
 
 
@@ -114,7 +114,7 @@ def match(track: Track, other: Track) -> tuple[NDArray[np.integer], Floats, floa
     """
     if any(track.facts[name] != other.facts[name] for name in ("model", "d_in")):
         return None
-    living = np.flatnonzero(~other[-1].features["dead"].to_numpy(dtype=bool))
+    living = np.flatnonzero(alive(Results(other))[:, -1])
     if not len(living):
         return None
     rows, targets = (normalize(t[-1].tensor("W_dec").float(), dim=-1) for t in (track, other))

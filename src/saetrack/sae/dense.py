@@ -12,6 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from .workspace import Workspace
 
+_RELU_BACKWARD = getattr(torch.ops.aten, "threshold_backward", None)  # not documented; there is another way without it
+
 
 def relu_reconstruct(
     centred: Tensor,
@@ -102,8 +104,7 @@ def _beside(matrix: Tensor, columns: tuple[Tensor, ...], dtype: torch.dtype) -> 
 def _zero_where_inactive_(gradient: Tensor, latents: Tensor) -> None:
     """Set to zero, in place, where the latent is; NaN counts as active, and shows."""
     # ReLU's own kernel in place: ten times as fast as a mask, which would be another matrix of this size
-    kernel = getattr(torch.ops.aten, "threshold_backward", None)
-    if kernel is None:
+    if _RELU_BACKWARD is None:
         gradient.masked_fill_(latents <= 0, 0.0)
     else:
-        kernel.grad_input(gradient, latents, 0, grad_input=gradient)
+        _RELU_BACKWARD.grad_input(gradient, latents, 0, grad_input=gradient)

@@ -94,8 +94,8 @@ class JumpReLUSAE(SAE):
                 x_hat = decode_at(values, selection, self.W_dec) + self.b_dec
         if selection is None:
             centred, pre = self._dense_preactivations(x)
-            latents, l0 = _StraightThrough.apply(pre, self.threshold, self.bandwidth, None)  # type: ignore[no-untyped-call]
-            x_hat = self._decode_low(latents)
+            dense, l0 = _StraightThrough.apply(pre, self.threshold, self.bandwidth, None)  # type: ignore[no-untyped-call]
+            latents, x_hat = dense, self._decode_low(dense)
         with self._full_precision():
             mse = squared_error(x, x_hat) / x.numel()
             auxk = self._auxiliary_loss(centred, x, x_hat, dead)

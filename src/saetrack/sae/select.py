@@ -108,8 +108,8 @@ def select_positive(
     if torch.count_nonzero(sample @ W_enc + bias > 0) > len(sample) * d_sae * _FEW:
         return None
     found = []
-    for rows, pre in _preactivations(centred, W_enc, bias, dtype, workspace):
-        found.append(_where(pre > 0) + rows.start * d_sae)
+    for part, pre in _preactivations(centred, W_enc, bias, dtype, workspace):
+        found.append(_where(pre > 0) + part.start * d_sae)
     positions = torch.cat(found)
     rows = positions.div(d_sae, rounding_mode="floor")
     counts = torch.bincount(rows, minlength=batch)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from . import native, ranks
 from .workspace import Workspace
 
-# Reads two tables row against row without a [nnz, d_in] intermediate. It is the only private op of the package;
+# Reads two tables row against row without a [nnz, d_in] intermediate. A private op;
 # `_row_dots` is the same in public ones, for a PyTorch that no longer has it.
 _ROW_DOTS = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
 _FALLBACK_NUMBERS = 2**21  # 8 MiB of float32: the products that the fallback holds at a time

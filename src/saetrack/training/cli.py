@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import signal
 import sys
 import threading
-import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ from typing import Any
 import pandas as pd
 import yaml
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import saetrack
@@ -26,7 +24,7 @@ from saetrack.analysis.sweep import run_analyses
 from saetrack.errors import OneLineErrors, is_ours, one_line
 from saetrack.pickles import reason
 from saetrack.storage import claimed, write_text
-from saetrack.terminal import shown
+from saetrack.terminal import quiet_lightning, shown
 from saetrack.track import Track, tracks_in
 from saetrack.training.callbacks import AnalyzeTrack, ResumeFile
 from saetrack.training.complete import (
@@ -47,13 +45,6 @@ from saetrack.training.tracks import trained
 ADMISSIBLE_RISE = 0.5
 """Relative rise of FVU after the warm start up to which features kept 90 % of their identity's ceiling where it was
 measured (the density analysis, docs/validation.md)."""
-
-_EXPECTED_WARNINGS = (
-    ".*does not have many workers.*",  # the stream is a forward of the LLM in this process; workers would each load it
-    ".*LeafSpec.*is deprecated.*",  # lightning's own pytree helper with torch 2.13
-    "LightningCLI.s args parameter is intended to run from within Python.*",  # a control does
-    ".*is smaller than the logging interval.*",  # what is logged, and when, is the module's own business
-)
 
 
 def fit(args: list[str] | None, other_commands: str) -> None:
@@ -119,11 +110,7 @@ class FitCLI(LightningCLI):
         held: ExitStack | None = None,
     ) -> None:
         self._held = held or ExitStack()
-        # Lightning's news about hardware, tips, and defaults that are set here would bury what a user must read
-        for name in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        for message in _EXPECTED_WARNINGS:
-            warnings.filterwarnings("ignore", message)
+        quiet_lightning()
         super().__init__(
             SAEModule,
             ActivationDataModule,
@@ -216,7 +203,7 @@ class FitCLI(LightningCLI):
         missing = {name: a for name, a in asked.items() if not _is_result_of(track, track.analyses_dir / name)}
         if not missing:
             return []
-        with shown("Analysing", "to do") as progress:
+        with shown(f"Analysing {track.facts['hookpoint']}", "to do") as progress:
             results = run_analyses(track, missing, device=self.trainer.strategy.root_device, progress=progress)
         for callback in callbacks:
             if isinstance(callback, TrackLogger):
@@ -243,11 +230,9 @@ class FitCLI(LightningCLI):
             return
         last = options.ckpt_path == "last"
         path = ResumeFile.path(track_dir) if last else Path(options.ckpt_path)
-        begun = not last or any(trained(Track.open(track)) for track in tracks_in(track_dir))
-        if not path.is_file() and begun:
-            raise FileNotFoundError(
-                f"`--ckpt_path {options.ckpt_path}` needs {path}, which is not there. {how_to_go_on_without(track_dir)}"
-            )
+        if not path.is_file() and (not last or any(trained(Track.open(track)) for track in tracks_in(track_dir))):
+            go_on = how_to_go_on_without(track_dir) if last else "Give `--ckpt_path last`, or leave it out to begin."
+            raise FileNotFoundError(f"`--ckpt_path {options.ckpt_path}` needs {path}, which is not there. {go_on}")
         refuse_damage(path, track_dir)
         options.ckpt_path = str(path) if path.is_file() else None
 

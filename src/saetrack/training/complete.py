@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,10 +73,10 @@ def refuse_another_configuration(
     path = track_dir / "config.yaml"
     try:
         saved = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, OSError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is damaged ({reason(error)}). Restore it, or remove it and `saetrack analyze` the track, which is "
-            "whole."
+            f"{path} cannot be read ({reason(error)}), so nothing says how the complete track in {track_dir} was made. "
+            "Restore it, or choose another `scheduler.track_dir`; `saetrack analyze` reads the track without it."
         ) from error
     for section in _SERIES:
         found = _difference(section, now[section], saved.get(section, {}), default.get(section, {}))
@@ -123,6 +124,8 @@ def refuse_damage(path: Path, track_dir: Path) -> None:
     if not path.is_file():
         return
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is cut off, or was never a resume file")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except DAMAGED as error:
         raise ValueError(f"{path} is damaged ({reason(error)}). {how_to_go_on_without(track_dir)}") from error

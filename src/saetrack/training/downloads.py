@@ -6,7 +6,11 @@ import contextlib
 import threading
 from typing import Any
 
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars  # type: ignore[attr-defined]
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from lightning import Callback, LightningModule, Trainer
 
 from saetrack.lm import files, hub_cache
@@ -98,7 +102,12 @@ class HubDownloads(Callback):
 
 def _fetch_quietly(checkpoint: LLMCheckpoint) -> None:
     """No bar of the download beside that of the training, and no error."""
-    disable_progress_bars()
-    with contextlib.suppress(OSError, ValueError):
-        files.fetch(checkpoint.model, checkpoint.revision, checkpoint.cache_dir)
-    enable_progress_bars()
+    shown = not are_progress_bars_disabled()
+    if shown:
+        disable_progress_bars()
+    try:
+        with contextlib.suppress(OSError, ValueError):
+            files.fetch(checkpoint.model, checkpoint.revision, checkpoint.cache_dir)
+    finally:
+        if shown:  # where the user's environment has them off, asking for them is answered with a warning
+            enable_progress_bars()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from lightning import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -49,12 +50,13 @@ def follow(
         wait: Whether to wait until there is one more, or the series has ended.
 
     Raises:
-        ValueError: If the series has ended without any that is wanted, or is another now.
+        ValueError: If the series has ended without any that is wanted, or one has come late or is lost.
         SIGTERMException: If the process is asked to end while it waits.
     """
 
     def look() -> Growing:
         now: Growing = trainer.strategy.broadcast(watcher.look() if trainer.is_global_zero else None)  # type: ignore[assignment]
+        refuse_lost(watcher.where, now.series, known)
         return now
 
     def leave_when_asked() -> None:
@@ -79,10 +81,27 @@ def follow(
             break
     if not chosen and not known:
         raise ValueError(f"The series in {watcher.where} has ended without any LLM checkpoint.")
-    ahead = {checkpoint.step for checkpoint in chosen[: len(known)]} - {checkpoint.step for checkpoint in known}
-    if ahead:
+    last, taken = known[-1].step if known else -1, {checkpoint.step for checkpoint in known}
+    late = [c.step for c in chosen if c.step < last and c.step not in taken]
+    if late:
         raise ValueError(
-            f"The LLM checkpoint of step {min(ahead)} has come into {watcher.where} after step {known[-1].step} was "
-            "taken; a series must be written in the order of its steps. Move it elsewhere, then `--ckpt_path last`."
+            f"The LLM checkpoint of step {late[0]} has come into {watcher.where} after step {last} was taken; a series "
+            "must be written in the order of its steps. Move it elsewhere, then `--ckpt_path last`."
         )
     return known + chosen[len(known) :]  # fewer than are known when the Hub is out of reach
+
+
+def refuse_lost(where: str, series: Sequence[LLMCheckpoint], known: Sequence[LLMCheckpoint]) -> None:
+    """Refuse a series that goes on, but has lost what was taken of it: what is taken next would be another choice.
+
+    Raises:
+        ValueError: If there is a later LLM checkpoint than those known, and one of these is not there any more.
+    """
+    there = {checkpoint.step for checkpoint in series}
+    lost = [checkpoint.step for checkpoint in known if checkpoint.step not in there]
+    if lost and max(there, default=-1) > known[-1].step:
+        raise ValueError(
+            f"The LLM checkpoint of step {lost[0]} is no longer in {where}; a series that is followed must keep its "
+            "LLM checkpoints (`save_total_limit` of Hugging Face's Trainer deletes them). Put it back, then "
+            "`--ckpt_path last`."
+        )

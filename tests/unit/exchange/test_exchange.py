@@ -94,6 +94,32 @@ def test_an_exported_track_is_a_track_with_a_card_that_gives_its_quality(track: 
     assert "snapshots/0001-step64" in card
 
 
+def test_the_card_says_how_the_snapshots_came_to_be(
+    track: Track, write_map: Callable[..., Path], tmp_path: Path
+) -> None:
+    export_track(track, "saetrack", "all", tmp_path / "out")
+    assert "Each was trained from a neighbour in the series" in (tmp_path / "out" / "README.md").read_text()
+    made = import_map(write_map([0, 10]), tmp_path / "new", ImportedFacts(hookpoint=HOOKPOINT), None)
+    export_track(made, "saetrack", "all", tmp_path / "again")
+    assert "trained elsewhere, and imported from files of reference." in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_a_step_is_read_from_the_name_of_the_revision(tmp_path: Path) -> None:
+    def imported(revision: str, model: str = "org/llm", **given: Any) -> tuple[int, int | None]:
+        (folder := tmp_path / f"{model}-{revision}-{given}").mkdir(parents=True)
+        WRITERS["saelens"](random_sae(0), folder, Origin(model, revision, HOOKPOINT))
+        made = import_sae(str(folder), folder / "track", ImportedFacts(**given))
+        return made[0].llm.step, made[0].llm.tokens
+
+    assert imported("step-001000-2BT") == (1000, 2 * 10**9)
+    assert imported("step64", "EleutherAI/pythia-70m") == (64, 64 * 2**21)
+    assert imported("stage2-ingredient1-step10-tokens1B", "allenai/OLMo-2-1124-7B") == (928_656, 928_656 * 2**22)
+    assert imported("step64", step=7) == (7, None)
+    for unknown in ("stage2-step10", "main", "128"):
+        with pytest.raises(ValueError, match="does not say what `--step` is"):
+            imported(unknown)
+
+
 def test_one_step_is_exported_alone(track: Track, tmp_path: Path) -> None:
     export_track(track, "saetrack", "64", tmp_path / "out")
     assert Track.open(tmp_path / "out").steps == [64]

@@ -82,6 +82,10 @@ def test_weights_without_a_configuration_are_a_fault(tmp_path: Path, make_series
     assert good.fault is None
     assert bad.weight_hash is None
     assert "step4 has weights but no config.json" in (bad.fault or "")
+    (tmp_path / "step4" / "config.json").write_text('{"model_type": ')
+    assert f"{tmp_path / 'step4' / 'config.json'} is damaged" in (
+        audit(FolderSource(tmp_path).checkpoints())[1].fault or ""
+    )
 
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])

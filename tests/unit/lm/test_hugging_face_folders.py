@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,14 @@ def whole_safetensors(folder: Path, llm: GPTNeoXForCausalLM) -> None:
     save_file({**llm.state_dict(), EMBEDDING: llm.state_dict()[EMBEDDING].long()}, folder / "model.safetensors")
 
 
+def packed(folder: Path, llm: GPTNeoXForCausalLM) -> None:
+    bin_file(folder, llm)
+    with zipfile.ZipFile(folder / "packed", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("data.pkl", "version"):
+            archive.writestr(f"archive/{name}", bytes(10**6))
+    (folder / "packed").replace(folder / "pytorch_model.bin")
+
+
 def deep(folder: Path, llm: GPTNeoXForCausalLM) -> None:
     bin_file(folder, llm)
     (folder / "config.json").write_text("[" * 100_000)
@@ -164,6 +173,7 @@ def wrong_type(folder: Path, llm: GPTNeoXForCausalLM) -> None:
             False,
         ),
         (whole_safetensors, r"has a tensor gpt_neox\.embed_in\.weight of I64; expected floating-point numbers", False),
+        (packed, r"weights of step 5 .* are damaged \(it is packed, and would be larger than its file", True),
         (no_index, r"pytorch_model\.bin\.index\.json is damaged, or names no shards", True),
         (no_map, r"pytorch_model\.bin\.index\.json names no shards", True),
         (leads_out, r"lacks 1 of the 1 weight files .* \.\./other/pytorch_model\.bin", True),

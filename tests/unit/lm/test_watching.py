@@ -87,6 +87,34 @@ def test_the_series_so_far_ends_before_the_first_that_is_not_complete(
     assert ([c.step for c in now.series], now.ended) == ([0, 1, 2, 4], False)
 
 
+@pytest.mark.parametrize("begun", [b"", b"P", b"PK\x03", b"PK\x03\x04" + bytes(99)], ids=len)
+def test_the_first_bytes_of_a_file_are_no_weights(
+    begun: bytes, tmp_path: Path, make_series: Callable[..., Path]
+) -> None:
+    folder = make_series(tmp_path, steps=[1]) / "step1"
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(begun)
+    assert unfinished(LLMCheckpoint(str(folder), None, 1)) == f"{folder / 'pytorch_model.bin'} is not whole"
+
+
+def test_shards_that_get_their_names_last_count_then(sharded: Path) -> None:
+    shard = sorted(sharded.glob("model-*"))[1]
+    hidden = shard.rename(shard.with_name(f"tmp-{shard.name}"))
+    assert "lacks 1 of the 4 weight files" in str(unfinished(LLMCheckpoint(str(sharded), None, 1)))
+    hidden.rename(shard)
+    assert unfinished(LLMCheckpoint(str(sharded), None, 1)) is None
+
+
+def test_a_checkpoint_that_is_written_anew_is_read_anew(tmp_path: Path, make_series: Callable[..., Path]) -> None:
+    watch = watcher(make_series(tmp_path, steps=[0, 1]))
+    assert len(watch.look().series) == 2
+    (tmp_path / "step1").rename(tmp_path / "away")
+    assert [c.step for c in watch.look().series] == [0]
+    (tmp_path / "away").rename(tmp_path / "step1")
+    cut(tmp_path / "step1" / "model.safetensors")
+    assert [c.step for c in watch.look().series] == [0]
+
+
 def test_tokens_that_are_noted_later_do_not_make_another_series(
     tmp_path: Path, make_series: Callable[..., Path]
 ) -> None:

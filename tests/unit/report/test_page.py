@@ -16,7 +16,7 @@ from saetrack.cli import main
 from saetrack.report import write_report
 from saetrack.report.contexts import Vocabulary, read_text
 from saetrack.report.data import Results
-from saetrack.report.features import columns, curves, life, match
+from saetrack.report.features import alive, columns, curves, life, match
 from saetrack.report.overview import section, sections
 from saetrack.track import Track
 
@@ -246,6 +246,13 @@ def test_life_is_empty_where_a_feature_is_dead_and_dark_where_it_is_itself(track
     assert strip[7, 0] == 255  # where it begins
     correlation = track[2].features["functional_correlation"][7]
     assert strip[7, 2] == pytest.approx(1 + 254 * max(correlation, 0), abs=0.51)
+
+
+def test_what_is_not_known_to_be_dead_is_shown(track: Track) -> None:
+    for snapshot in track:  # as an imported one
+        table = snapshot.features.drop(columns="dead").assign(firing_frequency=np.nan)
+        table.to_parquet(snapshot.path / "features.parquet")
+    assert alive(Results(Track.open(track.path))).all()
 
 
 def test_firing_frequency_has_wilsons_interval_and_the_quartiles_of_all(track: Track) -> None:

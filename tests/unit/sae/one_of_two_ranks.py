@@ -3,6 +3,7 @@
 python one_of_two_ranks.py RANK FOLDER cpu|cuda
 """
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from saetrack.sae import SAE, BatchTopKSAE, Exchange, MatryoshkaSAE, TopKSAE, use_exchange
+from saetrack.sae import SAE, BatchTopKSAE, Exchange, Kernels, MatryoshkaSAE, TopKSAE, use_exchange, use_kernels
 
 D_IN, BATCH = 6, 16
 CLASSES: dict[str, Callable[[], SAE]] = {
@@ -56,17 +57,20 @@ def main(rank: int, folder: Path, device: str) -> None:
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     found = {}
-    exchanges: list[Exchange] = ["gradients", "factors"]
-    for name, make in CLASSES.items():
-        for exchange in exchanges:
-            use_exchange(exchange)
+    ways: list[tuple[Exchange, Kernels]] = [("gradients", "pytorch"), ("factors", "pytorch")]
+    if device == "cpu" and shutil.which("c++"):
+        ways.append(("factors", "native"))
+    for exchange, kernels in ways:
+        use_exchange(exchange)
+        use_kernels(kernels)
+        for name, make in CLASSES.items():
             sae = step(make, slice(rank * BATCH // 2, (rank + 1) * BATCH // 2), device)
             for key, parameter in sae.named_parameters():
                 assert parameter.grad is not None
                 if exchange == "gradients" or key == "b_dec":  # what is left to DDP
                     dist.all_reduce(parameter.grad)
                     parameter.grad /= 2
-                found[f"{name} {exchange} {key}"] = parameter.grad.cpu().contiguous()
+                found[f"{name} {exchange} {kernels} {key}"] = parameter.grad.cpu().contiguous()
     save_file(found, folder / f"{rank}.safetensors")
     dist.destroy_process_group()
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from saetrack.sae import sparse
-from saetrack.sae.select import select_topk
+from saetrack.sae import dense, sparse
+from saetrack.sae.select import select_positive, select_topk
 from saetrack.sae.sparse import Selection, activation_sums, decode_at, encode_at, latent_sums, row_dots
 from saetrack.sae.workspace import Workspace
 
@@ -177,3 +177,55 @@ def test_a_workspace_gives_the_same_memory_again_and_is_not_copied() -> None:
     assert workspace.buffer("pre", (8, 16), torch.bfloat16, cpu).dtype == torch.bfloat16
     assert workspace.buffer("pre", (9, 16), torch.bfloat16, cpu).shape == (9, 16)
     assert copy.deepcopy(workspace)._buffers == {}
+
+
+def test_lent_memory_is_lent_again_only_when_nobody_holds_it() -> None:
+    workspace, cpu = Workspace(), torch.device("cpu")
+
+    def lend() -> Tensor:
+        return workspace.lend("grad", (4, 16), torch.float32, cpu)
+
+    first = lend()
+    memory, row = first.data_ptr(), first[2:].T
+    assert lend().data_ptr() != memory
+    first = lend()
+    memory, row = first.data_ptr(), first[2:].T
+    del first
+    assert lend().data_ptr() != memory  # a view of it lives
+    first = lend()
+    memory = first.data_ptr()
+    del first, row
+    again = lend()
+    assert again.data_ptr() == memory
+    assert (again.shape, again.dtype) == ((4, 16), torch.float32)
+
+
+@pytest.mark.parametrize("d_sae", [512, 515], ids=["eight at a time", "one by one"])
+@pytest.mark.parametrize("chunk", [1500, 10**9], ids=["in chunks", "at once"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positive_latents_are_found_if_they_are_few(
+    d_sae: int, chunk: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saetrack.sae.select._CHUNK_NUMBERS", chunk)
+    x, W_enc = numbers(50, 64), numbers(d_sae, 64, seed=1).T
+    bias = numbers(d_sae, seed=2) - 20.0
+    pre = x @ W_enc + bias
+    found = select_positive(x, W_enc, bias, dtype, Workspace())
+    assert found is not None
+    taken = torch.zeros_like(pre, dtype=torch.bool)
+    taken[found.rows, found.columns] = True
+    assert 0 < (pre > 0).sum() <= taken.sum() == len(found.columns)
+    assert taken[pre > 0].all()
+    assert pre[taken].min() > (0.0 if dtype == torch.float32 else -0.5)
+    assert select_positive(x, W_enc, bias + 20.0, dtype, Workspace()) is None  # half of all are positive
+
+
+def test_without_pytorchs_kernel_inactive_latents_get_no_gradient_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradient, latents = numbers(5, 7), numbers(5, 7, seed=1).relu()
+    expected = gradient * (latents > 0)
+    other = gradient.clone()
+    dense._zero_where_inactive_(gradient, latents)
+    monkeypatch.setattr(dense, "_RELU_BACKWARD", None)
+    dense._zero_where_inactive_(other, latents)
+    assert torch.equal(gradient, expected)
+    assert torch.equal(other, expected)

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from saetrack.lm import LLMCheckpoint
 from saetrack.training.downloads import HubDownloads
-from saetrack.training.following import refuse_what_needs_the_end
+from saetrack.training.following import refuse_lost, refuse_what_needs_the_end
 
 FORWARD = {"steps": None, "direction": "forward", "max_rise": None, "start": None}
 
@@ -31,6 +32,20 @@ def test_what_needs_the_whole_series_is_refused(options: dict[str, Any], found: 
 @pytest.mark.parametrize("steps", [None, "all", "every:3", "dense:512+every:10"])
 def test_what_grows_with_the_series_is_followed(steps: str | None) -> None:
     refuse_what_needs_the_end(**{**FORWARD, "steps": steps})
+
+
+def series(*steps: int) -> list[LLMCheckpoint]:
+    return [LLMCheckpoint(f"llm/step{step}", None, step) for step in steps]
+
+
+def test_a_series_that_goes_on_but_has_lost_what_was_taken_is_refused() -> None:
+    # Trainer's save_total_limit: as many folders as before, but others
+    with pytest.raises(ValueError, match=r"step 500 is no longer in runs/llm; .*`save_total_limit`"):
+        refuse_lost("runs/llm", series(1000, 1500), series(500, 1000))
+    refuse_lost("runs/llm", series(500, 1000, 1500), series(500, 1000))
+    refuse_lost("runs/llm", series(1000), series(500, 1000))  # the Hub is out of reach, and this is its cache
+    refuse_lost("runs/llm", [], series(500))
+    refuse_lost("runs/llm", series(500), [])
 
 
 def test_fewer_llm_checkpoints_than_a_stage_reads_are_refused() -> None:

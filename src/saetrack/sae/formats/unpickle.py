@@ -42,7 +42,7 @@ def _rebuild_tensor(storage: Any, offset: int, size: tuple[int, ...], stride: tu
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if math.prod(size) else -1
     if min((offset, *size, *stride)) < 0 or max(last + 1, math.prod(size)) > held:
         raise pickle.UnpicklingError(f"a tensor of shape {size} does not fit into {held} numbers")
-    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, *more)
+    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, *more)  # type: ignore[no-untyped-call]
 
 
 # What a tensor, a parameter and a module's empty bookkeeping are pickled as.

@@ -127,6 +127,7 @@ def spoil(content: str) -> Callable[[Path, Write], None]:
         changes: dict[str, dict[str, Any]] = {
             "missing": {"model": {n: t for n, t in state.items() if n != name}},
             "shape": {"model": {**state, name: torch.zeros(5, 16)}},
+            "larger than its data": {"model": {**state, name: torch.zeros(1).expand(64, 10**9)}},
             "extra": {"model": {**state, "transformer.h.0.attn.rope": torch.zeros(2)}},
             "no model": {"model": None},
             "model is a list": {"model": [1, 2]},
@@ -149,6 +150,7 @@ def spoil(content: str) -> Callable[[Path, Write], None]:
     [
         ("missing", r"has no tensor transformer\.h\.1\.mlp\.c_fc\.weight, which its model_args asks for"),
         ("shape", r"transformer\.h\.1\.mlp\.c_fc\.weight has shape \(5, 16\), but by its model_args it is \(64, 16\)"),
+        ("larger than its data", r"tensor transformer\.h\.1\.mlp\.c_fc\.weight .* is larger than its data"),
         ("extra", r"has a tensor transformer\.h\.0\.attn\.rope that the LLM of its model_args does not have"),
         ("no model", r"has a NoneType where the weights should be"),
         ("model is a list", r"has a list where the weights should be"),

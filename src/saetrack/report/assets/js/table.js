@@ -100,8 +100,9 @@ function showTable(main) {
   let rows = [], active = 0;
 
   const fill = () => {
-    const first = Math.max(0, Math.floor(scroll.scrollTop / ROW) - 6);
-    const last = Math.min(rows.length, first + Math.ceil(scroll.clientHeight / ROW) + 14);
+    const top = Math.floor(scroll.scrollTop / ROW);
+    const first = Math.max(0, top - 6);
+    const last = Math.min(rows.length, top + Math.ceil(scroll.clientHeight / ROW) + 6);
     const spacer = (n) => h("tr", { class: "spacer", "aria-hidden": "true" }, h("td", { colspan: columns.length, style: `height:${n * ROW}px` }));
     body.replaceChildren(spacer(first), ...rows.slice(first, last).map((feature, i) => tableRow(track, columns, feature, first + i, first + i === active)), spacer(rows.length - last));
   };
