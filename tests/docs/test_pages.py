@@ -16,7 +16,6 @@ from .pages import PAGES, ROOT, Block, blocks, inline_code
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 NOT_RUN = {
     r"^saetrack fit": "takes minutes and more, some need the Hub and a GPU; parsed, and run small by conftest.py",
-    r"^saetrack analyze runs/quickstart$": "parsed, and run by conftest.py, whose results the pages read",
     r"^saetrack control": "takes minutes; parsed here, run by tests/integration/test_control.py and by conftest.py",
     r"^saetrack pretrain": "takes minutes; parsed here, run by tests/integration/test_commands.py",
     r"^saetrack checkpoints EleutherAI/": "needs the Hub; parsed",

@@ -99,13 +99,13 @@ def test_a_single_file_runs_in_fit_and_in_analyze_beside_a_broken_one(
     track = Track.open(folder)
     assert {p.name for p in track.analyses_dir.iterdir()} == {"mine_in_fit.Alive", "mine_in_fit.Visited"}
     result = json.loads((track.analyses_dir / "mine_in_fit.Alive" / "result.json").read_text())
-    assert result["settings"] == {"above": 0.01, "steps": [0, 10]}
+    assert result["settings"] == {"above": 0.01, "steps": [0, 10], "equal_weights": []}
     assert "mine_in_fit.Alive" in capsys.readouterr().out
 
     main(["analyze", str(folder), "--analyses+=mine_in_fit.Alive", "--analyses.above=0.2", "--analyses+=Drift"])
     assert {p.name for p in track.analyses_dir.iterdir()} == {"mine_in_fit.Alive", "mine_in_fit.Visited", "drift"}
     result = json.loads((track.analyses_dir / "mine_in_fit.Alive" / "result.json").read_text())
-    assert result["settings"] == {"above": 0.2, "steps": [0, 10]}
+    assert result["settings"] == {"above": 0.2, "steps": [0, 10], "equal_weights": []}
 
     capsys.readouterr()
     with pytest.raises(SystemExit):

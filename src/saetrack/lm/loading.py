@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import json
 import sys
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
@@ -187,10 +188,14 @@ def read_config(checkpoint: LLMCheckpoint, folder: Path) -> Any:
     """
     import transformers
 
+    path = folder / "config.json"
     try:
+        json.loads(path.read_text(encoding="utf-8") if path.is_file() else "{}")
         return transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=_may_run_code(checkpoint), local_files_only=True
         )
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}). Put that of another checkpoint in its place.") from error
     except Exception as error:  # each configuration class has errors of its own
         raise ValueError(
             f"{checkpoint} has a config.json that transformers {transformers.__version__} does not know "
