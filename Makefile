@@ -55,7 +55,7 @@ $(QUICKSTART)/report.html:
 	$(BIN)/saetrack report runs/quickstart
 
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 -m "not slow and not gpu and not network"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not network"
 
 test-all: .venv/.dev
 	$(BIN)/pytest -q -m "not gpu and not network"
