@@ -240,7 +240,7 @@ def test_a_map_of_the_reference_is_a_whole_track_with_the_steps_of_pythia(
     assert (status, err) == (0, "")
     assert "5 snapshots" in out
     made = Track.open(tmp_path / "new")
-    assert made.steps == [0, 512, 1000, 23_000, 143_000]  # METHOD.md 1.4
+    assert made.steps == [0, 512, 1000, 23_000, 143_000]  # as its released tables pair them
     assert [s.llm.revision for s in made][1:3] == ["step512", "step1000"]
     assert made.facts["model"] == "EleutherAI/pythia-70m"
     assert torch.equal(made[2].tensor("W_dec"), random_sae(11).W_dec)
@@ -261,7 +261,7 @@ def test_an_analysis_of_what_was_not_measured_says_so(
 def test_the_steps_of_stanford_gpt2_are_known(write_map: Callable[..., Path], tmp_path: Path) -> None:
     path = write_map([9, 10, 47, 48, 181, 301, 608], "stanford-gpt2-small-a")
     made = import_map(path, tmp_path / "new", ImportedFacts(hookpoint=HOOKPOINT), None)
-    assert made.steps == [90, 100, 1950, 2000, 15_300, 93_000, 400_000]  # METHOD.md 1.4
+    assert made.steps == [90, 100, 1950, 2000, 15_300, 93_000, 400_000]  # as its released tables pair them
 
 
 def test_steps_that_are_given_go_before_those_that_are_known(write_map: Callable[..., Path], tmp_path: Path) -> None:

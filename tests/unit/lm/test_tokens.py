@@ -263,7 +263,7 @@ def test_bos_is_put_where_it_is_asked_for(
 
 
 def test_bos_with_id_zero_is_a_bos(tmp_path: Path) -> None:
-    """PEERS.md 2.8: SAELens #724 takes BOS id 0 for unset, which hits every Pythia series."""
+    """SAELens #724 takes BOS id 0 for unset, which hits every Pythia series."""
     tokenizer = character_tokenizer()
     assert tokenizer.bos_token_id == 0
     rows = tokenise(texts(), tmp_path, tokenizer=tokenizer).train

@@ -132,7 +132,7 @@ def test_sparsify_files_have_its_names_orientation_and_settings(tmp_path: Path) 
 
 
 def test_saelens_transposed_sparsify_loader_is_not_repeated(tmp_path: Path) -> None:
-    # PEERS.md 2.9: SAELens transposes a W_dec that is [latents, d_in] already; with d_sae = d_in no shape would tell.
+    # SAELens transposes a W_dec that is [latents, d_in] already; with d_sae = d_in no shape would tell.
     square = {"encoder.weight": torch.eye(4), "encoder.bias": torch.zeros(4), "b_dec": torch.zeros(4)}
     decoder = torch.arange(16.0).view(4, 4)
     save_file({**square, "W_dec": decoder}, tmp_path / "sae.safetensors")
@@ -144,7 +144,7 @@ def test_saelens_transposed_sparsify_loader_is_not_repeated(tmp_path: Path) -> N
 def test_sparsify_takes_b_dec_from_the_input_whatever_normalize_decoder_says(
     normalize_decoder: bool, tmp_path: Path
 ) -> None:
-    # PEERS.md 2.9: SAELens derives apply_b_dec_to_input from a setting that has nothing to do with it.
+    # SAELens derives apply_b_dec_to_input from a setting that has nothing to do with it.
     sae = random_sae("TopKSAE")
     WRITERS["sparsify"](sae, tmp_path, ORIGIN)
     config = json.loads((tmp_path / "cfg.json").read_text())
@@ -167,7 +167,7 @@ def saved_by_dictionary_learning(folder: Path, dict_class: str, content: dict[st
 
 
 def test_a_backup_ae_pt_is_told_from_a_finished_one_and_its_norm_factor_folded(tmp_path: Path) -> None:
-    # PEERS.md 3.3: both have the same name, and only the finished one has its biases in the LLM's units.
+    # both have the same name, and only the finished one has its biases in the LLM's units.
     sae, factor = random_sae("BatchTopKSAE"), 3.5
     WRITERS["dictionary_learning"](sae, tmp_path, ORIGIN)
     trained = torch.load(tmp_path / "ae.pt", weights_only=True)
@@ -179,7 +179,7 @@ def test_a_backup_ae_pt_is_told_from_a_finished_one_and_its_norm_factor_folded(t
 
 
 def test_the_threshold_of_batchtopk_is_read_and_not_taken_for_plain_relu(tmp_path: Path) -> None:
-    # PEERS.md 2.9: SAELens's loader drops it.
+    # SAELens's loader drops it.
     WRITERS["dictionary_learning"](random_sae("BatchTopKSAE"), tmp_path, ORIGIN)
     again = read_foreign(tmp_path).sae
     latents = again.encode(activations())
@@ -284,7 +284,7 @@ def test_saelens_top_k_that_is_rescaled_chooses_by_the_rescaled_latents(tmp_path
 def test_a_saelens_training_checkpoint_of_batchtopk_keeps_its_class_and_its_threshold_follows_the_fold(
     tmp_path: Path,
 ) -> None:
-    # PEERS.md 2.3: its inference form is a jumprelu. PEERS.md 2.9, #764: the normaliser left the threshold behind.
+    # its inference form is a jumprelu. SAELens #764: the normaliser left the threshold behind.
     changes = {"architecture": "batchtopk", "k": 5.0, "normalize_activations": "expected_average_only_in"}
     scalar = {"threshold": None, "topk_threshold": torch.tensor(0.75, dtype=torch.float64)}
     folder = saelens_folder(tmp_path, "BatchTopKSAE", scalar, rescale_acts_by_decoder_norm=True, **changes)
