@@ -10,6 +10,7 @@ decide: four times as fast as a product in bfloat16, and nearer to float32's cho
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 from functools import cache
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 Kernels = Literal["pytorch", "native"]
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-std=c++17", "-fopenmp", "-fPIC", "-shared"]
+_FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared"]
+if platform.machine() in ("x86_64", "AMD64"):
+    _FLAGS.append("-mprefer-vector-width=512")
 _SPARE = 8
 """Candidates beyond k that `select` names at least; a quarter of k where that is more."""
 _in_use: ctypes.CDLL | None = None

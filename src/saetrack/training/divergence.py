@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from saetrack.sae import SAE, Kernels, use_kernels
+from saetrack.sae import SAE, Kernels, use_exchange, use_kernels
 
 
 def refuse_divergence(hookpoint: str, sae: SAE, loss: float, kernels: Kernels, x: Tensor, dead: Tensor) -> None:
@@ -27,6 +27,7 @@ def refuse_divergence(hookpoint: str, sae: SAE, loss: float, kernels: Kernels, x
     precision = sae.precision
     sae.precision = torch.float32
     use_kernels("pytorch")
+    use_exchange("nothing")  # the other ranks may not be here, and this one goes no further
     try:
         with torch.no_grad():
             reference = float(sae.loss(x, dead).loss)
