@@ -48,11 +48,12 @@ def test_two_processes_agree_with_one_and_a_killed_pair_continues_to_the_same_by
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config["scheduler"] |= {"steps": [0, 10], "tokens_first": 12_000, "tokens_next": 8_000}
-    config["model"]["optimizer"]["lr"] = 5.0e-3
+    # at 5e-3 so short a training differs by 7 % between two orders of the data, whatever the number of processes
+    config["model"]["optimizer"]["lr"] = 2.0e-3
     config["model"]["sae"]["init_args"]["expansion_factor"] = AS_MANY_LATENTS_AS_ACTIVATIONS
     tracks = []
     (tmp_path / "killer.py").write_text(KILL_RANK_ZERO)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     for name, options in (("one", ()), ("two", TWO), ("killed", (*TWO, "--ckpt_path", "last"))):
         config["scheduler"]["track_dir"] = str(tmp_path / name)
         if name == "killed":  # in the second stage
