@@ -1,5 +1,6 @@
 """Stopping anywhere and going on gives the bytes of a run that was never stopped."""
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,7 @@ class KillAt(Callback):
 @pytest.fixture
 def killable(config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     (tmp_path / "killer.py").write_text(KILLER)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     return config
 
 
