@@ -24,7 +24,7 @@ from peers import patched_top_k
 from pythia_shape import CONTEXT, data, load
 from torch import Tensor
 
-from saetrack.sae import TopKSAE
+from saetrack.sae import Kernels, TopKSAE
 from saetrack.training import CheckpointScheduler, OptimizerSettings, ResumeFile, SAEModule
 
 
@@ -38,6 +38,7 @@ class Shape:
         k: Active latents.
         batch: Activations in a step; one forward of the LLM gives as many.
         layer: Whose output is read.
+        device: Where the LLM runs and the SAE is trained.
     """
 
     folder: Path
@@ -45,6 +46,7 @@ class Shape:
     k: int = 32
     batch: int = 4096
     layer: int = 3
+    device: str = "cpu"
 
     @property
     def rows_per_batch(self) -> int:
@@ -54,26 +56,35 @@ class Shape:
 
 @dataclass
 class Watch:
-    """When a loop began each of its steps: wall and processor time."""
+    """When a loop began each of its steps: wall and processor time.
 
+    Args:
+        first: Number of the look from which on time is taken; there a GPU is waited for, and at the last.
+        last: Number of the look up to which.
+    """
+
+    first: int
+    last: int
     times: list[tuple[float, float]] = field(default_factory=list)
 
     def look(self) -> None:
         """A step begins, or the last has ended."""
+        if torch.cuda.is_available() and len(self.times) in (self.first, self.last):
+            torch.cuda.synchronize()
         self.times.append((time.perf_counter(), time.process_time()))
 
-    def add_to(self, timing: Timing, first: int, last: int) -> None:
-        """Seconds for each step between two of the looks."""
-        (wall, cpu), (wall_end, cpu_end) = self.times[first], self.times[last]
-        timing.wall.append((wall_end - wall) / (last - first))
-        timing.cpu.append((cpu_end - cpu) / (last - first))
+    def add_to(self, timing: Timing) -> None:
+        """Seconds for each step between the two looks."""
+        (wall, cpu), (wall_end, cpu_end) = self.times[self.first], self.times[self.last]
+        timing.wall.append((wall_end - wall) / (self.last - self.first))
+        timing.cpu.append((cpu_end - cpu) / (self.last - self.first))
 
 
 class StepEnds(Callback):
     """Looks at the clock after every step of a fit, and before the first."""
 
-    def __init__(self) -> None:
-        self.watch = Watch()
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Before the first."""
@@ -86,7 +97,12 @@ class StepEnds(Callback):
 
 
 def ours(
-    shape: Shape, timing: Timing, llm_dtype: str = "float32", layers: tuple[int, ...] = (), batches: int = 2
+    shape: Shape,
+    timing: Timing,
+    llm_dtype: str = "float32",
+    layers: tuple[int, ...] = (),
+    batches: int = 2,
+    kernels: Kernels = "pytorch",
 ) -> None:
     """A stage of ``saetrack fit``: DataModule, module, scheduler and Lightning's loop.
 
@@ -98,18 +114,20 @@ def ours(
         llm_dtype: As ``data.llm_dtype``.
         layers: Whose outputs are read, each with an SAE of its own.
         batches: In a chunk.
+        kernels: As ``model.kernels``.
     """
     seed_everything(0, verbose=False)
     hookpoints = [f"gpt_neox.layers.{layer}" for layer in layers or (shape.layer,)]
-    ends = StepEnds()
+    ends = StepEnds(Watch(batches, 2 * batches))
     with tempfile.TemporaryDirectory(dir=shape.folder) as run:
         budget = 2 * batches * shape.batch
         module = SAEModule(
             lambda d_in: TopKSAE(d_in, shape.d_sae // d_in, shape.k),
             OptimizerSettings(lr=2e-4, warmup_tokens=0, tolerance=None),
+            kernels=kernels,
         )
         Trainer(
-            accelerator="cpu",
+            accelerator={"cpu": "cpu", "cuda": "gpu"}[shape.device],
             max_epochs=-1,
             reload_dataloaders_every_n_epochs=1,
             logger=TensorBoardLogger(run, name="tensorboard", version=""),
@@ -118,7 +136,7 @@ def ours(
             enable_model_summary=False,
             default_root_dir=run,
         ).fit(module, data(shape.folder, hookpoints, batches * shape.batch, llm_dtype, shape.batch))
-    ends.watch.add_to(timing, batches, 2 * batches)
+    ends.watch.add_to(timing)
 
 
 def sparsify(shape: Shape, timing: Timing, dtype: torch.dtype = torch.float32, steps: int = 2) -> None:
@@ -126,7 +144,7 @@ def sparsify(shape: Shape, timing: Timing, dtype: torch.dtype = torch.float32, s
     from sparsify import SparseCoderConfig
     from sparsify.trainer import TrainConfig, Trainer
 
-    watch = Watch()
+    watch = Watch(1, steps + 1)
 
     class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
         """As its MemmapDataset; looks at the clock at the first row of a batch."""
@@ -150,11 +168,11 @@ def sparsify(shape: Shape, timing: Timing, dtype: torch.dtype = torch.float32, s
         log_to_wandb=False,
     )
     with quiet():
-        trainer = Trainer(config, Rows(), load(shape.folder / "step0", dtype).base_model)
+        trainer = Trainer(config, Rows(), load(shape.folder / "step0", dtype).to(shape.device).base_model)
         trainer.save = watch.look
         trainer.fit()
     torch.set_float32_matmul_precision("highest")
-    watch.add_to(timing, 1, steps + 1)
+    watch.add_to(timing)
 
 
 class _StopForwardError(Exception):
@@ -181,7 +199,7 @@ class Traced:
     @contextmanager
     def trace(self, rows: list[np.ndarray], **_: Any) -> Iterator[None]:
         """Run the rows; what is saved inside has its value when the block ends, as with nnsight."""
-        tokens = torch.from_numpy(np.stack(rows))
+        tokens = torch.from_numpy(np.stack(rows)).to(self._llm.device)
         self._read = SimpleNamespace(value=None)
         self._given = SimpleNamespace(value=((), {"attention_mask": torch.ones_like(tokens)}))
         yield
@@ -208,8 +226,8 @@ def dictionary_learning(shape: Shape, timing: Timing, steps: int = 1) -> None:
 
     its_buffer.gc = SimpleNamespace(collect=lambda: None)
 
-    watch = Watch()
-    llm = load(shape.folder / "step0")
+    watch = Watch(1, steps + 1)
+    llm = load(shape.folder / "step0").to(shape.device)
     traced = Traced(llm, llm.get_submodule(f"gpt_neox.layers.{shape.layer}"))
     buffer = its_buffer.ActivationBuffer(
         iter(token_rows(shape, (steps + 4) * shape.rows_per_batch)),
@@ -220,6 +238,7 @@ def dictionary_learning(shape: Shape, timing: Timing, steps: int = 1) -> None:
         ctx_len=CONTEXT,
         refresh_batch_size=shape.rows_per_batch,
         out_batch_size=shape.batch,
+        device=shape.device,
     )
 
     def batches() -> Iterator[Tensor]:
@@ -229,10 +248,10 @@ def dictionary_learning(shape: Shape, timing: Timing, steps: int = 1) -> None:
         watch.look()
 
     config = {"trainer": trainer, "activation_dim": llm.config.hidden_size, "dict_size": shape.d_sae, "k": shape.k}
-    config |= {"steps": 10**6, "layer": shape.layer, "lm_name": "none", "lr": 2e-4, "device": "cpu"}
+    config |= {"steps": 10**6, "layer": shape.layer, "lm_name": "none", "lr": 2e-4, "device": shape.device}
     with quiet():
-        trainSAE(batches(), [config], steps=steps + 2, device="cpu")
-    watch.add_to(timing, 1, steps + 1)
+        trainSAE(batches(), [config], steps=steps + 2, device=shape.device)
+    watch.add_to(timing)
 
 
 def sae_lens(shape: Shape, timing: Timing, steps: int = 1) -> None:
@@ -243,10 +262,10 @@ def sae_lens(shape: Shape, timing: Timing, steps: int = 1) -> None:
         from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner, TopKTrainingSAEConfig
         from sae_lens.config import LoggingConfig
 
-    watch = Watch()
+    watch = Watch(1, steps + 1)
     rows = token_rows(shape, (steps + 4) * shape.rows_per_batch)
     config = LanguageModelSAERunnerConfig(
-        TopKTrainingSAEConfig(d_in=hidden_size(shape), d_sae=shape.d_sae, k=shape.k),
+        TopKTrainingSAEConfig(d_in=hidden_size(shape), d_sae=shape.d_sae, k=shape.k, device=shape.device),
         hook_name=f"blocks.{shape.layer}.hook_resid_post",
         context_size=CONTEXT,
         prepend_bos=False,
@@ -259,6 +278,7 @@ def sae_lens(shape: Shape, timing: Timing, steps: int = 1) -> None:
         checkpoint_path=None,
         output_path=None,
         verbose=False,
+        device=shape.device,
     )
 
     class Watched:
@@ -279,7 +299,7 @@ def sae_lens(shape: Shape, timing: Timing, steps: int = 1) -> None:
         runner.activations_store = Watched(runner.activations_store)
         runner.run()
         watch.look()
-    watch.add_to(timing, 1, steps + 1)
+    watch.add_to(timing)
 
 
 def hooked(shape: Shape) -> Any:
@@ -287,7 +307,7 @@ def hooked(shape: Shape) -> Any:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.pretrained.weight_conversions import convert_neox_weights
 
-    llm = load(shape.folder / "step0")
+    llm = load(shape.folder / "step0").to(shape.device)
     c = llm.config
     heads = c.num_attention_heads
     config = HookedTransformerConfig(
@@ -307,12 +327,12 @@ def hooked(shape: Shape) -> Any:
         parallel_attn_mlp=True,
         default_prepend_bos=False,
         init_weights=False,
-        device="cpu",
+        device=shape.device,
     )
     model = HookedTransformer(config)
     weights = convert_neox_weights(llm, config)
     model.load_and_process_state_dict(weights, False, False, False, False)  # as they are
-    tokens = torch.from_numpy(token_rows(shape, 2))
+    tokens = torch.from_numpy(token_rows(shape, 2)).to(shape.device)
     name = f"blocks.{shape.layer}.hook_resid_post"
     with torch.inference_mode():
         theirs = model.run_with_cache(tokens, names_filter=[name], prepend_bos=False)[1][name]

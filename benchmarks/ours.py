@@ -12,26 +12,29 @@ from saetrack.training.module import FeatureState
 LR = 2e-4
 
 
-def activations(batch: int, d_in: int, n: int = 3) -> list[Tensor]:
+def activations(batch: int, d_in: int, n: int = 3, device: str = "cpu") -> list[Tensor]:
     """A few batches in training units (mean norm sqrt(d_in))."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(batch, d_in, generator=generator) for _ in range(n)]
+    return [torch.randn(batch, d_in, generator=generator).to(device) for _ in range(n)]
 
 
-def step_of(sae: SAE, precision: Precision = "auto", dead_share: float = 0.0) -> Callable[[Tensor], None]:
+def step_of(
+    sae: SAE, precision: Precision = "auto", dead_share: float = 0.0, device: str = "cpu"
+) -> Callable[[Tensor], None]:
     """A step of training: AuxK, decoder norm and feature statistics included.
 
     Args:
         sae: What to train; it is initialised here.
         precision: As ``model.precision``.
         dead_share: Share of the latents that AuxK has to revive, in every step.
+        device: Where it is trained.
     """
     sae.initialise(torch.randn(2048, sae.d_in), torch.Generator().manual_seed(0))
-    sae.precision = resolve_precision(precision, torch.device("cpu"))
+    sae.to(device).precision = resolve_precision(precision, torch.device(device))
     optimizer = ColumnAdam(sae.parameters(), lr=LR)
-    state = FeatureState(sae.d_sae)
+    state = FeatureState(sae.d_sae).to(device)
     never = 2**62 if dead_share == 0 else 0
-    stays_dead = torch.rand(sae.d_sae, generator=torch.Generator().manual_seed(1)) < dead_share
+    stays_dead = (torch.rand(sae.d_sae, generator=torch.Generator().manual_seed(1)) < dead_share).to(device)
 
     def step(x: Tensor) -> None:
         optimizer.zero_grad()
@@ -45,16 +48,16 @@ def step_of(sae: SAE, precision: Precision = "auto", dead_share: float = 0.0) ->
     return step
 
 
-def floor_of(d_in: int, d_sae: int, precision: Precision = "auto") -> Callable[[Tensor], None]:
+def floor_of(d_in: int, d_sae: int, precision: Precision = "auto", device: str = "cpu") -> Callable[[Tensor], None]:
     """What no step can do without: one encoder product, and one pass of Adam over both matrices."""
-    dtype = resolve_precision(precision, torch.device("cpu"))
-    weights = torch.randn(d_sae, d_in, dtype=dtype)
-    parameters = [torch.nn.Parameter(torch.randn(d_sae, d_in)) for _ in range(2)]
+    dtype = resolve_precision(precision, torch.device(device))
+    weights = torch.randn(d_sae, d_in, device=device).to(dtype)
+    parameters = [torch.nn.Parameter(torch.randn(d_sae, d_in, device=device)) for _ in range(2)]
     for parameter in parameters:
-        parameter.grad = torch.randn(d_sae, d_in)
+        parameter.grad = torch.randn(d_sae, d_in, device=device)
     optimizer = torch.optim.Adam(parameters, lr=LR, fused=True)
     rows = 2048
-    kept = torch.empty(rows, d_sae, dtype=dtype)
+    kept = torch.empty(rows, d_sae, dtype=dtype, device=device)
 
     def step(x: Tensor) -> None:
         for part in torch.split(x.to(dtype), rows):

@@ -13,17 +13,17 @@ LR = 2e-4
 Step = Callable[[Tensor], None]
 
 
-def sparsify(d_in: int, d_sae: int, k: int) -> Step:
+def sparsify(d_in: int, d_sae: int, k: int, device: str = "cpu") -> Step:
     """eai-sparsify's SparseCoder with Adam, and the lines of its Trainer.fit that touch one SAE.
 
     Its AuxK is off, as it is by default.
     """
     from sparsify import SparseCoder, SparseCoderConfig
 
-    sae = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k), dtype=torch.float32)
+    sae = SparseCoder(d_in, SparseCoderConfig(num_latents=d_sae, k=k), device, dtype=torch.float32)
     optimizer = torch.optim.Adam(sae.parameters(), lr=LR)
-    since_fired = torch.zeros(d_sae, dtype=torch.int64)
-    did_fire = torch.zeros(d_sae, dtype=torch.bool)
+    since_fired = torch.zeros(d_sae, dtype=torch.int64, device=device)
+    did_fire = torch.zeros(d_sae, dtype=torch.bool, device=device)
 
     def step(x: Tensor) -> None:
         torch.set_float32_matmul_precision("high")  # as its Trainer does
@@ -45,7 +45,7 @@ def sparsify(d_in: int, d_sae: int, k: int) -> Step:
     return step
 
 
-def sae_lens(kind: str, d_in: int, d_sae: int, k: int, batch: int, autocast: bool) -> Step:
+def sae_lens(kind: str, d_in: int, d_sae: int, k: int, batch: int, autocast: bool, device: str = "cpu") -> Step:
     """SAELens's SAETrainer.step with its TopK (``topk``) or ReLU and L1 (``standard``) class."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -59,11 +59,16 @@ def sae_lens(kind: str, d_in: int, d_sae: int, k: int, batch: int, autocast: boo
         from sae_lens.training.sae_trainer import SAETrainer
     sae: Any
     if kind == "topk":
-        sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k))
+        sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k, device=device))
     else:
-        sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=d_in, d_sae=d_sae, l1_coefficient=0.1))
+        sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=d_in, d_sae=d_sae, l1_coefficient=0.1, device=device))
     config = SAETrainerConfig(
-        total_training_samples=10**9, train_batch_size_samples=batch, lr=LR, lr_end=LR, autocast=autocast
+        total_training_samples=10**9,
+        train_batch_size_samples=batch,
+        lr=LR,
+        lr_end=LR,
+        autocast=autocast,
+        device=device,
     )
     trainer = SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
 
@@ -93,10 +98,10 @@ def patched_top_k() -> Any:
     return top_k.TopKTrainer
 
 
-def dictionary_learning(d_in: int, d_sae: int, k: int) -> Step:
+def dictionary_learning(d_in: int, d_sae: int, k: int, device: str = "cpu") -> Step:
     """dictionary_learning's TopKTrainer.update, patched as above."""
     trainer = patched_top_k()(
-        steps=10**6, activation_dim=d_in, dict_size=d_sae, k=k, layer=0, lm_name="none", lr=LR, seed=0, device="cpu"
+        steps=10**6, activation_dim=d_in, dict_size=d_sae, k=k, layer=0, lm_name="none", lr=LR, seed=0, device=device
     )
     count = iter(range(1, 10**6))  # not 0, where it looks for the median of the first batch
 

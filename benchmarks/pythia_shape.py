@@ -15,7 +15,7 @@ D_IN, LAYERS, VOCABULARY, CONTEXT = 512, 6, 50_304, 128
 ROWS = 2_000
 
 
-def make(folder: Path, d_in: int = D_IN, vocabulary: int = VOCABULARY) -> Path:
+def make(folder: Path, d_in: int = D_IN, vocabulary: int = VOCABULARY, rows: int = ROWS) -> Path:
     """The LLM in ``folder/step0``, and ``folder/rows.jsonl``; what is there is left as it is."""
     checkpoint = folder / "step0"
     if not checkpoint.is_dir():
@@ -34,7 +34,7 @@ def make(folder: Path, d_in: int = D_IN, vocabulary: int = VOCABULARY) -> Path:
         GPTNeoXForCausalLM(config).save_pretrained(checkpoint)
         words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
         PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(checkpoint)
-        ids = np.random.default_rng(0).integers(vocabulary, size=(ROWS, CONTEXT))
+        ids = np.random.default_rng(0).integers(vocabulary, size=(rows, CONTEXT))
         lines = [f'{{"input_ids": {row.tolist()}}}\n' for row in ids]
         (folder / "rows.jsonl").write_text("".join(lines))
     return checkpoint

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .base import INITIAL_ROWS, SAE, LossTerms, firing, squared_error, variance_of
 from .select import select_batch_topk
-from .sparse import Latents, encode_at
+from .sparse import Latents, Selection
 from .threshold import above_threshold, refuse_negative_thresholds
 
 THRESHOLD_RATE = 0.1
@@ -47,14 +47,15 @@ class BatchSelectionSAE(SAE):
         self.register_load_state_dict_pre_hook(refuse_negative_thresholds)  # type: ignore[no-untyped-call]
 
     @abstractmethod
-    def reconstructions(self, latents: Latents) -> list[Tensor]:
-        """Reconstruct a batch in every way that the loss asks for; the last is that of all latents.
+    def latents_and_reconstructions(self, centred: Tensor, selection: Selection) -> tuple[Latents, list[Tensor]]:
+        """Encode and reconstruct a batch in every way that the loss asks for.
 
         Args:
-            latents: Those of the batch that were chosen.
+            centred: x - b_dec, without a gradient of its own, ``[batch, d_in]``.
+            selection: The latents of the batch that were chosen.
 
         Returns:
-            Reconstructions, each ``[batch, d_in]``.
+            The latents, and reconstructions, each ``[batch, d_in]``; the last is that of all latents.
         """
 
     def activate(self, pre: Tensor) -> Tensor:
@@ -80,9 +81,7 @@ class BatchSelectionSAE(SAE):
         with self._full_precision():
             centred = (x - self.b_dec).detach()  # [batch, d_in]
             selection = select_batch_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self._workspace)
-            values = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection).relu()  # [k * batch]
-            latents = Latents(selection, values)
-            *narrower, x_hat = self.reconstructions(latents)
+            latents, (*narrower, x_hat) = self.latents_and_reconstructions(centred, selection)
             variance = variance_of(x)
             loss = mse = squared_error(x, x_hat) / variance
             terms = {"mse": mse.detach()}
@@ -99,7 +98,7 @@ class BatchSelectionSAE(SAE):
             l0=l0,
             x_hat=x_hat.detach(),
             terms={**terms, "auxk": auxk.detach()},
-            smallest_kept=smallest_positive(values.detach()),
+            smallest_kept=smallest_positive(latents.values.detach()),
             moved=moved,
         )
 

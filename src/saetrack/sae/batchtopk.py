@@ -5,7 +5,7 @@ from typing import final
 from torch import Tensor
 
 from .batch_selection import BatchSelectionSAE
-from .sparse import Latents, decode_at
+from .sparse import Latents, Selection, reconstruct_at
 
 
 @final
@@ -39,6 +39,8 @@ class BatchTopKSAE(BatchSelectionSAE):
     ) -> None:
         super().__init__(d_in, expansion_factor, k, aux_coefficient, aux_k)
 
-    def reconstructions(self, latents: Latents) -> list[Tensor]:
+    def latents_and_reconstructions(self, centred: Tensor, selection: Selection) -> tuple[Latents, list[Tensor]]:
         """Reconstruct from all latents, once."""
-        return [decode_at(latents.values, latents.selection, self.W_dec) + self.b_dec]
+        parameters = self.W_enc, self.b_enc, self.W_dec, self.b_dec
+        values, x_hat = reconstruct_at(centred, parameters, selection, None, self._workspace)
+        return Latents(selection, values), [x_hat]

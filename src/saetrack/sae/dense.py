@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .workspace import Workspace
+from .workspace import Workspace, beside
 
 _RELU_BACKWARD = getattr(torch.ops.aten, "threshold_backward", None)  # not documented; there is another way without it
 
@@ -55,16 +55,18 @@ class _ReLUReconstruct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         batch, d_sae = len(centred), len(b_enc)
         rounded = b_enc.to(dtype)
-        encoder = _beside(W_enc.T, (b_enc, b_enc - rounded), dtype)  # [d_sae, d_in + 2]
-        inputs = _beside(centred, (centred.new_ones(batch),) * 2, dtype)  # [batch, d_in + 2]
-        decoder = _beside(W_dec, (weights,), dtype)  # [d_sae, d_in + 1]
+        # each with at least so many columns
+        encoder = beside(W_enc.T, (rounded, b_enc - rounded), dtype)  # [d_sae, d_in + 2]
+        inputs = beside(centred, (centred.new_ones(batch),) * 2, dtype)  # [batch, d_in + 2]
+        decoder = beside(W_dec, (weights,), dtype)  # [d_sae, d_in + 1]
         latents = workspace.lend("latents", (batch, d_sae), dtype, centred.device)
         torch.mm(inputs, encoder.T, out=latents).relu_()
         out = latents @ decoder  # [batch, d_in + 1]
         ctx.save_for_backward(inputs, W_enc, decoder, latents)
         ctx.workspace = workspace
         ctx.set_materialize_grads(False)
-        return latents, out[:, :-1] + b_dec, out[:, -1].to(b_dec.dtype)
+        d_in = len(b_dec)
+        return latents, out[:, :d_in] + b_dec, out[:, d_in].to(b_dec.dtype)
 
     @staticmethod
     @once_differentiable
@@ -72,10 +74,10 @@ class _ReLUReconstruct(torch.autograd.Function):
         ctx: Any, into_latents: Tensor | None, grad: Tensor | None, into_sums: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         inputs, W_enc, decoder, latents = ctx.saved_tensors
-        dtype, batch = latents.dtype, len(inputs)
+        dtype, batch, d_in = latents.dtype, len(inputs), len(W_enc)
         grad = W_enc.new_zeros(batch, len(W_enc)) if grad is None else grad
         sums = grad.new_zeros(batch) if into_sums is None else into_sums
-        outputs = _beside(grad, (sums,), dtype)  # [batch, d_in + 1]
+        outputs = beside(grad, (sums,), dtype)  # [batch, d_in + 1]
         into_pre = ctx.workspace.lend("into_latents", tuple(latents.shape), dtype, latents.device)
         torch.mm(outputs, decoder.T, out=into_pre)
         if into_latents is not None:
@@ -83,22 +85,12 @@ class _ReLUReconstruct(torch.autograd.Function):
         _zero_where_inactive_(into_pre, latents)
         into_decoder = latents.T @ outputs  # [d_sae, d_in + 1]
         into_encoder = into_pre.T @ inputs  # [d_sae, d_in + 2]
-        into_W_enc = into_encoder[:, :-2].to(W_enc.dtype, memory_format=torch.contiguous_format)
-        into_b_enc = into_encoder[:, -2].to(W_enc.dtype)
-        into_W_dec = into_decoder[:, :-1].to(W_enc.dtype, memory_format=torch.contiguous_format)
-        into_weights = into_decoder[:, -1].to(W_enc.dtype)
+        into_W_enc = into_encoder[:, :d_in].to(W_enc.dtype, memory_format=torch.contiguous_format)
+        into_b_enc = into_encoder[:, d_in].to(W_enc.dtype)
+        into_W_dec = into_decoder[:, :d_in].to(W_enc.dtype, memory_format=torch.contiguous_format)
+        into_weights = into_decoder[:, d_in].to(W_enc.dtype)
         into_b_dec = grad.sum(dim=0).addmv_(W_enc, into_b_enc, alpha=-1)
         return None, into_W_enc.T, into_b_enc, into_W_dec, into_b_dec, into_weights, None, None
-
-
-def _beside(matrix: Tensor, columns: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    """``matrix`` ``[n, d]`` and further columns ``[n]`` after it, in another dtype."""
-    n, d = matrix.shape
-    joined = torch.empty(n, d + len(columns), dtype=dtype, device=matrix.device)
-    joined[:, :d].copy_(matrix)
-    for i, column in enumerate(columns):
-        joined[:, d + i].copy_(column)
-    return joined
 
 
 def _zero_where_inactive_(gradient: Tensor, latents: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .base import SAE, LossTerms, firing, require_coefficient, squared_error
+from .base import SAE, LossTerms, count_positive, firing, require_coefficient, squared_error
 from .select import select_positive
 from .sparse import Latents, Selection, decode_at, encode_at, latent_sums
 from .threshold import above_threshold, refuse_negative_thresholds
@@ -136,7 +136,7 @@ class _StraightThrough(torch.autograd.Function):
         latents = above_threshold(pre, each)
         ctx.save_for_backward(pre, each, threshold)
         ctx.bandwidth, ctx.selection = bandwidth, selection
-        return latents, torch.count_nonzero(latents > 0) / (len(pre) if selection is None else selection.batch)
+        return latents, count_positive(latents) / (len(pre) if selection is None else selection.batch)
 
     @staticmethod
     @once_differentiable

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .batch_selection import BatchSelectionSAE
-from .sparse import Latents, Selection, decode_at
+from .sparse import Latents, Selection, decode_at, encode_at
 
 
 @final
@@ -48,6 +48,12 @@ class MatryoshkaSAE(BatchSelectionSAE):
         super().__init__(d_in, expansion_factor, k, aux_coefficient, aux_k)
         self.prefixes = default_prefixes(self.d_sae) if prefixes is None else list(prefixes)
         _check_prefixes(self.prefixes, self.d_sae)
+
+    def latents_and_reconstructions(self, centred: Tensor, selection: Selection) -> tuple[Latents, list[Tensor]]:
+        """Reconstruct from each prefix."""
+        values = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection).relu()  # [k * batch]
+        latents = Latents(selection, values)
+        return latents, self.reconstructions(latents)
 
     def reconstructions(self, latents: Latents) -> list[Tensor]:
         """Reconstruct from each prefix; each adds its own latents to the one before, so none is decoded twice.

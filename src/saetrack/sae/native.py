@@ -1,7 +1,8 @@
-"""Native kernels for the sparse step on a CPU: never needed, built when asked for.
+"""Native kernels for the sparse step: never needed, built when asked for.
 
-``native.cpp`` is compiled once for this machine into the user's cache (``SAETRACK_CACHE``, else ``~/.cache/saetrack``).
-It has only plain C symbols, so it needs no header of PyTorch, and a build takes seconds.
+On a CPU they are ``native.cpp``, compiled once for this machine into the user's cache (``SAETRACK_CACHE``, else
+``~/.cache/saetrack``). It has only plain C symbols, so it needs no header of PyTorch, and a build takes seconds.
+On a GPU they are those of `gpu`; the functions here pass on to them what lies there.
 
 Where the CPU has VNNI and no AMX, products of 8-bit numbers name candidates for the k largest, and their float32 values
 decide: four times as fast as a product in bfloat16, and nearer to float32's choice (tests/unit/sae/test_native.py).
@@ -9,12 +10,14 @@ decide: four times as fast as a product in bfloat16, and nearer to float32's cho
 
 import ctypes
 import hashlib
+import importlib
 import os
 import platform
 import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -34,37 +37,43 @@ if platform.machine() in ("x86_64", "AMD64"):
 _SPARE = 8
 """Candidates beyond k that `select` names at least; a quarter of k where that is more."""
 _in_use: ctypes.CDLL | None = None
+_on_gpu: ModuleType | None = None
 
 
-def use_kernels(kernels: Kernels) -> None:
+def use_kernels(kernels: Kernels, device: str = "cpu") -> None:
     """Choose the kernels of this process.
 
     Args:
         kernels: ``pytorch``, or ``native``, which are compiled on first use.
+        device: Type of the device that they are for, ``cpu`` or ``cuda``; others have none but PyTorch's.
 
     Raises:
         ValueError: If the choice is neither of the two.
-        RuntimeError: If there is no C++ compiler, or it fails.
+        RuntimeError: If there is no C++ compiler, or it fails; on a GPU, if there is no Triton.
     """
     if kernels not in get_args(Kernels):
         raise ValueError(f"model.kernels is {kernels!r}; it must be one of {', '.join(get_args(Kernels))}.")
-    global _in_use
-    _in_use = _library() if kernels == "native" else None
+    global _in_use, _on_gpu
+    _in_use = _library() if kernels == "native" and device == "cpu" else None
+    _on_gpu = _triton() if kernels == "native" and device == "cuda" else None
 
 
 def in_use(*tensors: Tensor) -> bool:
-    """Whether the native kernels are chosen and can work on these: all float32 on the CPU."""
-    fitting = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-    return _in_use is not None and fitting
+    """Whether the native kernels are chosen and can work on these: all float32 on the device they were chosen for."""
+    device = "cpu" if _in_use is not None else "cuda" if _on_gpu is not None else None
+    return device is not None and all(t.device.type == device and t.dtype == torch.float32 for t in tensors)
 
 
 def largest(pre: Tensor, k: int) -> Tensor | None:
     """Where the k largest of each row are, int64 ``[rows, k]``; None where the kernel cannot say.
 
     Args:
-        pre: Contiguous, bfloat16 on the CPU, ``[rows, d]``; a value below zero counts as any other below zero.
+        pre: Contiguous, bfloat16, ``[rows, d]``; a value below zero counts as any other below zero.
         k: 1 to d.
     """
+    if _on_gpu is not None and pre.is_cuda and pre.dtype == torch.bfloat16:
+        found: Tensor | None = _on_gpu.largest(pre, k)
+        return found
     if _in_use is None or pre.dtype != torch.bfloat16 or pre.device.type != "cpu":
         return None
     rows, d = pre.shape
@@ -73,8 +82,17 @@ def largest(pre: Tensor, k: int) -> Tensor | None:
     return out
 
 
-def row_dots(left: Tensor, right: Tensor, rows: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """``left[row] . right[latent]`` for the entries of each latent, put back where ``order`` says, ``[nnz]``."""
+def row_dots(left: Tensor, right: Tensor, selection: "Selection") -> Tensor:
+    """``left[row] . right[latent]`` at the selection's entries, in their order, ``[nnz]``."""
+    if left.is_cuda:
+        assert _on_gpu is not None
+        dots: Tensor = _on_gpu.row_dots(left, right, selection)
+        return dots
+    return _row_dots(left, right, selection.rows_by_latent, selection.order, selection.latent_offsets)
+
+
+def _row_dots(left: Tensor, right: Tensor, rows: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
+    """The dot products of the entries of each latent, put back where ``order`` says."""
     assert _in_use is not None
     dots = torch.empty(len(rows))
     sizes = (_c(len(right)), _c(right.shape[1]))
@@ -96,7 +114,7 @@ def select(
         k: 1 to d_sae.
         workspace: Holds the 8-bit weights.
     """
-    if not in_use(centred, weights, bias) or _in_use is None or not _in_use.saetrack_has_int8():
+    if _in_use is None or not in_use(centred, weights, bias) or not _in_use.saetrack_has_int8():
         return None
     (batch, d_in), d_sae = centred.shape, len(bias)
     centred, weights = centred.contiguous(), weights.contiguous()
@@ -115,11 +133,16 @@ def select(
     )
     order, offsets = sort(candidates.flatten(), d_sae)
     rows = order // width
-    values = row_dots(centred, weights, rows, order, offsets).add_(bias[candidates.flatten()])
+    values = _row_dots(centred, weights, rows, order, offsets).add_(bias[candidates.flatten()])
     indices, best = torch.empty(batch, k, dtype=torch.int64), torch.empty(batch, k)
     sizes = (_c(batch), _c(width), _c(k))
     _in_use.saetrack_best(*_pointers(values, candidates), *sizes, *_pointers(indices, best), threads)
     return indices, best
+
+
+def sorts(columns: Tensor) -> bool:
+    """Whether `sort` is there for these; a GPU's own is fast."""
+    return _in_use is not None and columns.device.type == "cpu"
 
 
 def sort(columns: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
@@ -132,6 +155,10 @@ def sort(columns: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
 
 def decode(values: Tensor, table: Tensor, bias: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:
     """``bias`` and, for each activation, the sum of its latents' rows of ``table``, ``[batch, d_in]``."""
+    if table.is_cuda:
+        assert _on_gpu is not None
+        x_hat: Tensor = _on_gpu.decode(values, table, bias, columns, offsets)
+        return x_hat
     assert _in_use is not None
     out = torch.empty(len(offsets) - 1, table.shape[1])
     _in_use.saetrack_decode(
@@ -163,6 +190,12 @@ def backward(
         selection: Which latents.
         workspace: Lends memory to both matrices' gradients.
     """
+    if W_dec.is_cuda:
+        assert _on_gpu is not None
+        gradients: tuple[Tensor, Tensor, Tensor] = _on_gpu.backward(
+            centred, grad, W_dec, values, into_values, selection
+        )
+        return gradients
     assert _in_use is not None
     into_W_enc, into_W_dec = (
         workspace.lend(name, tuple(W_dec.shape), W_dec.dtype, W_dec.device) for name in ("into_W_enc", "into_W_dec")
@@ -182,6 +215,10 @@ def backward(
 
 def remove_parallel_(table: Tensor, grad: Tensor) -> None:
     """Take out of each row of ``grad`` ``[n, d]`` what lies along that of ``table``, in place."""
+    if table.is_cuda:
+        assert _on_gpu is not None
+        _on_gpu.remove_parallel_(table, grad)
+        return
     assert _in_use is not None
     sizes = (_c(n) for n in table.shape)
     _in_use.saetrack_remove_parallel(*_pointers(table, grad), *sizes, torch.get_num_threads())
@@ -189,6 +226,10 @@ def remove_parallel_(table: Tensor, grad: Tensor) -> None:
 
 def normalise_(table: Tensor) -> None:
     """Bring each row of ``table`` ``[n, d]`` to unit norm, in place."""
+    if table.is_cuda:
+        assert _on_gpu is not None
+        _on_gpu.normalise_(table)
+        return
     assert _in_use is not None
     _in_use.saetrack_normalise(*_pointers(table), *(_c(n) for n in table.shape), torch.get_num_threads())
 
@@ -200,6 +241,17 @@ def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
 
 def _c(number: int) -> ctypes.c_int64:
     return ctypes.c_int64(number)
+
+
+def _triton() -> ModuleType:
+    """The kernels of a GPU."""
+    try:
+        return importlib.import_module(".gpu", __package__)
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            "model.kernels is native, but there is no Triton to build them for a GPU; install it (`pip install "
+            "triton`), or set `model.kernels: pytorch`."
+        ) from error
 
 
 @cache

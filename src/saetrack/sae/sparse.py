@@ -100,7 +100,7 @@ class Selection:
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor]:
-        if native.in_use() and self.columns.device.type == "cpu":
+        if native.sorts(self.columns):
             return native.sort(self.columns.contiguous(), self.d_sae)
         # stable, so that sums over one latent's activations always run in the same order
         columns, order = self.columns.sort(stable=True)
@@ -316,10 +316,10 @@ def row_dots(left: Tensor, right: Tensor, selection: Selection) -> Tensor:
         selection: Which pairs.
     """
     left, right = left.contiguous(), right.contiguous()
+    if native.in_use(left, right):
+        return native.row_dots(left, right, selection)
     # One latent after another: its row stays in the cache while those of the activations, which are fewer, go by.
     rows = selection.rows_by_latent
-    if native.in_use(left, right):
-        return native.row_dots(left, right, rows, selection.order, selection.latent_offsets)
     if _ROW_DOTS is None:
         dots = _row_dots(left, rows, right, selection.columns_by_latent)
     else:

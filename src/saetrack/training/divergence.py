@@ -33,7 +33,7 @@ def refuse_divergence(hookpoint: str, sae: SAE, loss: float, kernels: Kernels, x
             reference = float(sae.loss(x, dead).loss)
     finally:
         sae.precision = precision
-        use_kernels(kernels)
+        use_kernels(kernels, x.device.type)
     if math.isfinite(reference):
         fast = f"model.precision {str(precision).removeprefix('torch.')} and model.kernels {kernels}"
         raise ValueError(

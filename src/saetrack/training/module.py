@@ -133,7 +133,8 @@ class SAEModule(LightningModule):
         precision: Dtype of the large matrix products of a step. Where latents are few (TopK) they only choose which
             ones, and all values and gradients are float32; where they are dense (StandardSAE, SAETrackSAE) latents and
             gradients pass through it. ``auto`` is bfloat16 where the hardware has it, else float32.
-        kernels: ``pytorch``, or ``native``: the inner loops of sparse steps on a CPU in C++, compiled on first use.
+        kernels: ``pytorch``, or ``native``: the inner loops of sparse steps in C++ on a CPU, in Triton on a GPU,
+            compiled on first use.
         start: The snapshot to begin the series with, instead of a fresh SAE: a track, such as ``saetrack import``
             makes, or a run with one for each hookpoint, each with ``@step`` where it holds several snapshots, or the
             folder of a snapshot. It becomes the track's first, untrained, at its own LLM step; every other stage has
@@ -197,7 +198,7 @@ class SAEModule(LightningModule):
         """Build the SAEs, now that the LLM's widths are known."""
         if self.hookpoints:
             return
-        use_kernels(self.kernels)
+        use_kernels(self.kernels, self.data.device.type)
         refuse_other_names(self._choice, list(self.data.widths))
         for hookpoint, d_in in self.data.widths.items():
             sae = self.build_sae(hookpoint, d_in)
