@@ -106,7 +106,8 @@ def ours(
 ) -> None:
     """A stage of ``saetrack fit``: DataModule, module, scheduler and Lightning's loop.
 
-    It is two chunks long; the second is timed, its harvest included.
+    On a CPU it is two chunks long, and the second is timed, its harvest included. On a GPU the harvest of a chunk runs
+    beside the training on the one before, so there is a third chunk, whose harvest falls into the time of the second.
 
     Args:
         shape: What to train.
@@ -120,7 +121,7 @@ def ours(
     hookpoints = [f"gpt_neox.layers.{layer}" for layer in layers or (shape.layer,)]
     ends = StepEnds(Watch(batches, 2 * batches))
     with tempfile.TemporaryDirectory(dir=shape.folder) as run:
-        budget = 2 * batches * shape.batch
+        budget = (3 if shape.device == "cuda" else 2) * batches * shape.batch
         module = SAEModule(
             lambda d_in: TopKSAE(d_in, shape.d_sae // d_in, shape.k),
             OptimizerSettings(lr=2e-4, warmup_tokens=0, tolerance=None),
@@ -128,6 +129,7 @@ def ours(
         )
         Trainer(
             accelerator={"cpu": "cpu", "cuda": "gpu"}[shape.device],
+            devices=1,
             max_epochs=-1,
             reload_dataloaders_every_n_epochs=1,
             logger=TensorBoardLogger(run, name="tensorboard", version=""),

@@ -29,9 +29,9 @@ class Timing:
         """Medians and the spread, in milliseconds, with the variant's name in the keys."""
         low, _, high = statistics.quantiles(self.wall, n=4) if len(self.wall) > 1 else [self.wall[0]] * 3
         return {
-            f"{name}_ms": round(1e3 * statistics.median(self.wall), 1),
-            f"{name}_iqr_ms": round(1e3 * (high - low), 1),
-            f"{name}_cpu_ms": round(1e3 * statistics.median(self.cpu), 1),
+            f"{name}_ms": round(1e3 * statistics.median(self.wall), 2),
+            f"{name}_iqr_ms": round(1e3 * (high - low), 2),
+            f"{name}_cpu_ms": round(1e3 * statistics.median(self.cpu), 2),
         }
 
 

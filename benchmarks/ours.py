@@ -42,7 +42,7 @@ def step_of(
         out.loss.backward()
         sae.remove_parallel_gradient_()
         optimizer.step()
-        sae.normalise_decoder_()
+        sae.after_step_(out.smallest_kept)
         state.update(out.fired, len(x), 2**62)
 
     return step

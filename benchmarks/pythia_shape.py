@@ -15,16 +15,26 @@ D_IN, LAYERS, VOCABULARY, CONTEXT = 512, 6, 50_304, 128
 ROWS = 2_000
 
 
-def make(folder: Path, d_in: int = D_IN, vocabulary: int = VOCABULARY, rows: int = ROWS) -> Path:
-    """The LLM in ``folder/step0``, and ``folder/rows.jsonl``; what is there is left as it is."""
-    checkpoint = folder / "step0"
-    if not checkpoint.is_dir():
-        torch.manual_seed(0)
+def make(
+    folder: Path,
+    d_in: int = D_IN,
+    vocabulary: int = VOCABULARY,
+    rows: int = ROWS,
+    layers: int = LAYERS,
+    heads: int = 8,
+    checkpoints: int = 1,
+) -> Path:
+    """The LLM in ``folder/step0`` and on, and ``folder/rows.jsonl``; what is there is left as it is."""
+    for step in range(checkpoints):
+        checkpoint = folder / f"step{step}"
+        if checkpoint.is_dir():
+            continue
+        torch.manual_seed(step)
         config = GPTNeoXConfig(
             vocab_size=vocabulary,
             hidden_size=d_in,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=8,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
             intermediate_size=4 * d_in,
             rotary_pct=0.25,
             max_position_embeddings=2048,
@@ -34,10 +44,11 @@ def make(folder: Path, d_in: int = D_IN, vocabulary: int = VOCABULARY, rows: int
         GPTNeoXForCausalLM(config).save_pretrained(checkpoint)
         words = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
         PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(checkpoint)
+    file = folder / "rows.jsonl"
+    if not file.is_file() or len(file.read_text().splitlines()) < rows:
         ids = np.random.default_rng(0).integers(vocabulary, size=(rows, CONTEXT))
-        lines = [f'{{"input_ids": {row.tolist()}}}\n' for row in ids]
-        (folder / "rows.jsonl").write_text("".join(lines))
-    return checkpoint
+        file.write_text("".join(f'{{"input_ids": {row.tolist()}}}\n' for row in ids))
+    return folder / "step0"
 
 
 def data(folder: Path, hookpoints: list[str], chunk_tokens: int, llm_dtype: str, batch: int) -> ActivationDataModule:

@@ -3,13 +3,18 @@
 python benchmarks/step_gpu.py [--d_sae 16384 65536] [--rounds 9]
 
 A turn is many steps, launched without waiting for each, as in training. SAELens is measured with autocast too, and
-sparsify is under bfloat16 autocast by itself on a GPU. Every SAE and its optimizer is in float32.
+sparsify is under bfloat16 autocast by itself on a GPU. Every SAE and its optimizer is in float32. Memory is what a step
+takes at its peak beside weights, gradients and Adam's moments, in a process of its own.
 """
 
 import argparse
 import gc
 import itertools
+import json
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from measuring import installed, interleaved, ratio, report
@@ -17,7 +22,6 @@ from ours import activations, floor_of, step_of
 from peers import Step, dictionary_learning, sae_lens, sparsify
 
 from saetrack.sae import (
-    SAE,
     BatchTopKSAE,
     GatedSAE,
     JumpReLUSAE,
@@ -29,6 +33,41 @@ from saetrack.sae import (
 )
 
 D_IN, BATCH, K, STEPS = 512, 4096, 32, 20
+PEERS = {
+    "sparsify": "eai-sparsify",
+    "sae_lens": "sae-lens",
+    "sae_lens_autocast": "sae-lens",
+    "dictionary_learning": "dictionary-learning",
+}
+WEIGHED = ("topk", "topk_native", "sparsify", "sae_lens_autocast", "dictionary_learning")
+"""Those whose memory is measured."""
+
+
+def variants(d_sae: int) -> dict[str, Callable[[], Step]]:
+    """What makes each step."""
+    factor = d_sae // D_IN
+    ours = partial(step_of, device="cuda")
+    lens = partial(sae_lens, "topk", D_IN, d_sae, K, BATCH, device="cuda")
+    return {
+        "topk_native": lambda: ours(TopKSAE(D_IN, factor, K)),
+        "topk": lambda: ours(TopKSAE(D_IN, factor, K)),
+        "topk_2_percent_dead": lambda: ours(TopKSAE(D_IN, factor, K), dead_share=0.02),
+        "batch_topk_native": lambda: ours(BatchTopKSAE(D_IN, factor, K)),
+        "matryoshka_native": lambda: ours(MatryoshkaSAE(D_IN, factor, K)),
+        "standard": lambda: ours(StandardSAE(D_IN, factor)),
+        "jumprelu": lambda: ours(JumpReLUSAE(D_IN, factor)),
+        "gated": lambda: ours(GatedSAE(D_IN, factor)),
+        "floor": lambda: floor_of(D_IN, d_sae, device="cuda"),
+        "sparsify": lambda: sparsify(D_IN, d_sae, K, "cuda"),
+        "sae_lens": lambda: lens(autocast=False),
+        "sae_lens_autocast": lambda: lens(autocast=True),
+        "dictionary_learning": lambda: dictionary_learning(D_IN, d_sae, K, "cuda"),
+    }
+
+
+def kernels_of(name: str) -> Kernels:
+    """Those that a variant runs on."""
+    return "native" if name.endswith("native") else "pytorch"
 
 
 def on(step: Step, batches: list[torch.Tensor], kernels: Kernels) -> Callable[[], None]:
@@ -43,64 +82,49 @@ def on(step: Step, batches: list[torch.Tensor], kernels: Kernels) -> Callable[[]
     return turn
 
 
-def peaks(steps: dict[str, Step], x: torch.Tensor) -> dict[str, float]:
-    """The most memory that a step of each holds above what is there between steps, MiB."""
-    found = {}
-    for name, step in steps.items():
-        use_kernels("native" if "native" in name else "pytorch", "cuda")
+def weigh(name: str, d_sae: int) -> float:
+    """Peak of a step, MiB, without weights, gradients and Adam's moments; the process has done nothing else."""
+    use_kernels(kernels_of(name), "cuda")
+    step, batches = variants(d_sae)[name](), activations(BATCH, D_IN, device="cuda")
+    for x in batches:
         step(x)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(x)
-        torch.cuda.synchronize()
-        found[name] = round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-    return found
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step(batches[0])
+    torch.cuda.synchronize()
+    trained = 4 * 4 * (2 * D_IN * d_sae + d_sae + D_IN)
+    given = sum(x.nbytes for x in batches)
+    return round((torch.cuda.max_memory_allocated() - trained - given) / 2**20, 1)
 
 
 def measure(d_sae: int, rounds: int) -> None:
-    """TopK beside everything, and the step of every class of ours."""
+    """Every variant in turn, and the memory of some."""
     batches = activations(BATCH, D_IN, device="cuda")
-    factor = d_sae // D_IN
-    classes: dict[str, SAE] = {
-        "topk": TopKSAE(D_IN, factor, K),
-        "batch_topk": BatchTopKSAE(D_IN, factor, K),
-        "matryoshka": MatryoshkaSAE(D_IN, factor, k=K),
-        "standard": StandardSAE(D_IN, factor),
-        "jumprelu": JumpReLUSAE(D_IN, factor),
-        "gated": GatedSAE(D_IN, factor),
-    }
-    steps: dict[str, Step] = {name: step_of(sae, device="cuda") for name, sae in classes.items()}
-    for name in ("topk", "batch_topk", "matryoshka"):
-        steps[f"{name}_native"] = step_of(type(classes[name])(D_IN, factor, k=K), device="cuda")
-    steps |= {
-        "topk_2_percent_dead": step_of(TopKSAE(D_IN, factor, K), dead_share=0.02, device="cuda"),
-        "floor": floor_of(D_IN, d_sae, device="cuda"),
-        "sparsify": sparsify(D_IN, d_sae, K, "cuda"),
-        "sae_lens": sae_lens("topk", D_IN, d_sae, K, BATCH, autocast=False, device="cuda"),
-        "sae_lens_autocast": sae_lens("topk", D_IN, d_sae, K, BATCH, autocast=True, device="cuda"),
-        "dictionary_learning": dictionary_learning(D_IN, d_sae, K, "cuda"),
-    }
-    turns = {name: on(step, batches, "native" if "native" in name else "pytorch") for name, step in steps.items()}
+    turns = {name: on(make(), batches, kernels_of(name)) for name, make in variants(d_sae).items()}
     times = interleaved(turns, rounds)
-    memory = peaks(steps, batches[0])
+    del turns
+    gc.collect()
+    torch.cuda.empty_cache()
     sizes = {"d_in": D_IN, "d_sae": d_sae, "batch": BATCH, "k": K, "rounds": rounds, "steps": STEPS}
-    packages = {"sparsify": "eai-sparsify", "dictionary_learning": "dictionary-learning"}
-    for name in steps:
-        # facts are of a turn
-        facts = {key: round(value / STEPS, 3) for key, value in times[name].facts("step").items()}
-        theirs = name in packages or name.startswith("sae_lens")
-        peer = {"peer": installed(packages.get(name, "sae-lens"))} if theirs else {}
-        over = ratio(times[name], times["topk_native"])
-        report("step_gpu", f"{name}_over_topk_native", **sizes, **over, **facts, peak_mib=memory[name], **peer)
+    for name, timing in times.items():
+        facts = {key: round(value / STEPS, 3) for key, value in timing.facts("step").items()}  # they are of a turn
+        peer = {"peer": installed(PEERS[name])} if name in PEERS else {}
+        over = ratio(timing, times["topk_native"])
+        report("step_gpu", f"{name}_over_topk_native", **sizes, **over, **facts, **peer)
+    for name in WEIGHED:
+        command = [sys.executable, __file__, "--d_sae", str(d_sae), "--weigh", name]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        report("step_gpu", f"peak_mib_{name}", **sizes, value=json.loads(done.stdout.splitlines()[-1]))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--d_sae", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--weigh", choices=WEIGHED)
     asked = parser.parse_args()
+    if asked.weigh:
+        print(weigh(asked.weigh, asked.d_sae[0]))
+        sys.exit()
     for size in asked.d_sae:
         measure(size, asked.rounds)
-        gc.collect()
-        torch.cuda.empty_cache()

@@ -37,6 +37,7 @@ def one_step(shape: Shape, timing: Timing) -> None:
 LOOPS: dict[str, Callable[[Shape, Timing], None]] = {
     "ours": loops.ours,
     "ours_bfloat16": lambda shape, timing: loops.ours(shape, timing, "bfloat16"),
+    "ours_bfloat16_native": lambda shape, timing: loops.ours(shape, timing, "bfloat16", kernels="native"),
     "sparsify": loops.sparsify,
     "sparsify_bfloat16": lambda shape, timing: loops.sparsify(shape, timing, torch.bfloat16),
     "dictionary_learning": loops.dictionary_learning,
@@ -63,7 +64,7 @@ def in_turn(names: list[str], folder: Path, rounds: int) -> dict[str, Timing]:
 
 
 def beside_the_peers(shape: Shape, rounds: int) -> None:
-    """Ours with the LLM in float32, as theirs, and in bfloat16."""
+    """Ours with the LLM in float32, as theirs, in bfloat16, and that with the native kernels."""
     times = in_turn([name for name in LOOPS if name != "step" and "hookpoints" not in name], shape.folder, rounds)
     for name, timing in times.items():
         value = round(shape.batch / statistics.median(timing.wall))
@@ -71,7 +72,7 @@ def beside_the_peers(shape: Shape, rounds: int) -> None:
     theirs = ("sparsify", "dictionary_learning")
     fastest = min(theirs, key=lambda name: statistics.median(times[name].wall))
     packages = {"sparsify": "eai-sparsify", "dictionary_learning": "dictionary-learning", "sae_lens": "sae-lens"}
-    for llm in ("ours", "ours_bfloat16"):
+    for llm in ("ours", "ours_bfloat16", "ours_bfloat16_native"):
         for peer, bar in ((fastest, 3.0), ("sae_lens", 6.0)):
             report(
                 "stream",

@@ -17,7 +17,7 @@ from loops import Shape
 from measuring import Timing, ratio, report
 from pythia_shape import D_IN, make
 
-ROWS, STEPS = 16_000, 64
+ROWS, STEPS = 20_000, 128
 LOOPS: dict[str, Callable[[Shape, Timing], None]] = {
     "ours": lambda shape, timing: loops.ours(shape, timing, batches=STEPS),
     "ours_native": lambda shape, timing: loops.ours(shape, timing, batches=STEPS, kernels="native"),

@@ -190,13 +190,17 @@ def main(args: list[str] | None = None) -> None:
 
 def _refuse_device(device: str) -> None:
     try:
-        kind = torch.device(device).type
+        asked = torch.device(device)
     except RuntimeError:
         raise ValueError(
             f"--device is {device!r}, which PyTorch does not know; expected cpu, cuda or cuda:1."
         ) from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {device}, but this machine has no GPU that PyTorch can use; use cpu.")
+    if asked.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {device}; expected cpu, cuda or cuda:1.")
+    gpus = torch.cuda.device_count()
+    if asked.type == "cuda" and (asked.index or 0) >= gpus:
+        there = f"only {gpus}, counted from 0" if gpus else "no GPU that PyTorch can use"
+        raise ValueError(f"--device is {device}, but this machine has {there}; use {'cuda' if gpus else 'cpu'}.")
 
 
 def _parser(name: str, command: Callable[..., Any]) -> ArgumentParser:

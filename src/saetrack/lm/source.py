@@ -8,6 +8,7 @@ from saetrack.lm import files
 from saetrack.lm.hub_listing import label
 from saetrack.lm.loading import LLMCheckpoint
 from saetrack.lm.watching import Watcher
+from saetrack.pickles import reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,13 +46,20 @@ class CheckpointSource(ABC):
         from transformers import AutoTokenizer
 
         name, revision = self.tokenizer_name
+        where = label(name, revision)
         try:
             return AutoTokenizer.from_pretrained(
                 files.fetch_tokenizer(name, revision, cache_dir), trust_remote_code=False
             )
         except (OSError, ValueError) as error:
+            if files.has_tokenizer(name, revision, cache_dir):
+                raise ValueError(
+                    f"The tokenizer in {where} cannot be read ({reason(error)}): its files, or the config.json beside "
+                    "them, are damaged or could not be downloaded. Restore them, or name another folder as `tokenizer` "
+                    "of the checkpoint source."
+                ) from error
             raise FileNotFoundError(
-                f"There is no tokenizer in {label(name, revision)}. Name a folder or a repository that has one "
+                f"There is no tokenizer in {where}. Name a folder or a repository that has one "
                 f"as `tokenizer` (or `tokenizer_revision`) of the checkpoint source."
             ) from error
 

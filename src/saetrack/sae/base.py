@@ -396,7 +396,8 @@ def count_positive(latents: Tensor) -> Tensor:
     on floats; on a GPU that writes other tensors of their size, and takes seven times as long as a norm.
     """
     if latents.is_cuda:
-        number: Tensor = torch.linalg.vector_norm(latents, ord=0, dtype=torch.float32)
+        wide = torch.promote_types(latents.dtype, torch.float32)  # bfloat16 would count to 256
+        number: Tensor = torch.linalg.vector_norm(latents, ord=0, dtype=wide)
         return number
     return torch.count_nonzero(latents > 0)
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .workspace import Workspace, beside
+from .columns import beside
+from .workspace import Workspace
 
 _RELU_BACKWARD = getattr(torch.ops.aten, "threshold_backward", None)  # not documented; there is another way without it
 

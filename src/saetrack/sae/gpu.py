@@ -25,6 +25,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 def row_dots(left: Tensor, right: Tensor, selection: "Selection") -> Tensor:
     """``left[row] . right[latent]`` at the selection's entries, ``[nnz]``; as `native.row_dots`."""
+    _require_contiguous(left, right)
     dots = left.new_empty(len(selection.columns))
     _row_dots[(len(left),)](left, right, selection.columns, selection.offsets, dots, left.shape[1], **_tiles(left))
     return dots
@@ -47,6 +48,7 @@ def _row_dots(left, right, columns, offsets, dots, d, ENTRIES: tl.constexpr, WID
 
 def decode(values: Tensor, table: Tensor, bias: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:
     """As `native.decode`."""
+    _require_contiguous(values, table, bias, columns, offsets)
     out = table.new_empty(len(offsets) - 1, table.shape[1])
     _decode[(len(out),)](values, table, bias, columns, offsets, out, out.shape[1], **_tiles(out))
     return out
@@ -78,6 +80,7 @@ def backward(
     selection: "Selection",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `native.backward`."""
+    _require_contiguous(centred, grad, W_dec, values)
     into_W_enc, into_W_dec = torch.empty_like(W_dec), torch.empty_like(W_dec)
     into_b_enc = W_dec.new_empty(len(W_dec))
     own = values if into_values is None else into_values.contiguous()
@@ -148,6 +151,7 @@ def _backward(
 
 def remove_parallel_(table: Tensor, grad: Tensor) -> None:
     """As `native.remove_parallel_`."""
+    _require_contiguous(table, grad)
     _remove_parallel[(len(table),)](table, grad, table.shape[1], _TINY, WIDTH=_width(table))
 
 
@@ -163,6 +167,7 @@ def _remove_parallel(table, grad, d, tiny, WIDTH: tl.constexpr):
 
 def normalise_(table: Tensor) -> None:
     """As `native.normalise_`."""
+    _require_contiguous(table)
     _normalise[(len(table),)](table, table.shape[1], _TINY, WIDTH=_width(table))
 
 
@@ -227,6 +232,11 @@ def _select(keys, best, out, d, k, step, width, GROUP: tl.constexpr, SIZE: tl.co
     tl.store(out + row * k + (counts & 65535) - 1, at.to(tl.int64), mask=above)
     place = n_above + (counts >> 16) - 1
     tl.store(out + row * k + place, at.to(tl.int64), mask=equal & (place < k))
+
+
+def _require_contiguous(*tensors: Tensor) -> None:
+    """The kernels count numbers from the first of a tensor; they know no strides."""
+    assert all(tensor.is_contiguous() for tensor in tensors)
 
 
 def _width(table: Tensor) -> int:

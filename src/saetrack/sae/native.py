@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from saetrack.pickles import reason
+
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS.append("-mprefer-vector-width=512")
 _SPARE = 8
 """Candidates beyond k that `select` names at least; a quarter of k where that is more."""
-_in_use: ctypes.CDLL | None = None
+_on_cpu: ctypes.CDLL | None = None
 _on_gpu: ModuleType | None = None
 
 
@@ -53,14 +55,14 @@ def use_kernels(kernels: Kernels, device: str = "cpu") -> None:
     """
     if kernels not in get_args(Kernels):
         raise ValueError(f"model.kernels is {kernels!r}; it must be one of {', '.join(get_args(Kernels))}.")
-    global _in_use, _on_gpu
-    _in_use = _library() if kernels == "native" and device == "cpu" else None
+    global _on_cpu, _on_gpu
+    _on_cpu = _library() if kernels == "native" and device == "cpu" else None
     _on_gpu = _triton() if kernels == "native" and device == "cuda" else None
 
 
 def in_use(*tensors: Tensor) -> bool:
     """Whether the native kernels are chosen and can work on these: all float32 on the device they were chosen for."""
-    device = "cpu" if _in_use is not None else "cuda" if _on_gpu is not None else None
+    device = "cpu" if _on_cpu is not None else "cuda" if _on_gpu is not None else None
     return device is not None and all(t.device.type == device and t.dtype == torch.float32 for t in tensors)
 
 
@@ -74,11 +76,11 @@ def largest(pre: Tensor, k: int) -> Tensor | None:
     if _on_gpu is not None and pre.is_cuda and pre.dtype == torch.bfloat16:
         found: Tensor | None = _on_gpu.largest(pre, k)
         return found
-    if _in_use is None or pre.dtype != torch.bfloat16 or pre.device.type != "cpu":
+    if _on_cpu is None or pre.dtype != torch.bfloat16 or pre.device.type != "cpu":
         return None
     rows, d = pre.shape
     out = torch.empty(rows, k, dtype=torch.int64)
-    _in_use.saetrack_largest(*_pointers(pre), _c(rows), _c(d), _c(k), *_pointers(out), torch.get_num_threads())
+    _on_cpu.saetrack_largest(*_pointers(pre), _c(rows), _c(d), _c(k), *_pointers(out), torch.get_num_threads())
     return out
 
 
@@ -93,10 +95,10 @@ def row_dots(left: Tensor, right: Tensor, selection: "Selection") -> Tensor:
 
 def _row_dots(left: Tensor, right: Tensor, rows: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
     """The dot products of the entries of each latent, put back where ``order`` says."""
-    assert _in_use is not None
+    assert _on_cpu is not None
     dots = torch.empty(len(rows))
     sizes = (_c(len(right)), _c(right.shape[1]))
-    _in_use.saetrack_row_dots(
+    _on_cpu.saetrack_row_dots(
         *_pointers(left, right, rows, order, offsets), *sizes, *_pointers(dots), torch.get_num_threads()
     )
     return dots
@@ -114,7 +116,7 @@ def select(
         k: 1 to d_sae.
         workspace: Holds the 8-bit weights.
     """
-    if _in_use is None or not in_use(centred, weights, bias) or not _in_use.saetrack_has_int8():
+    if _on_cpu is None or not in_use(centred, weights, bias) or not _on_cpu.saetrack_has_int8():
         return None
     (batch, d_in), d_sae = centred.shape, len(bias)
     centred, weights = centred.contiguous(), weights.contiguous()
@@ -125,7 +127,7 @@ def select(
     width = min(d_sae, k + max(_SPARE, k // 4))
     candidates = torch.empty(batch, width, dtype=torch.int64)
     threads = torch.get_num_threads()
-    _in_use.saetrack_candidates(
+    _on_cpu.saetrack_candidates(
         *_pointers(centred, weights, bias, smooth),
         *(_c(n) for n in (batch, d_sae, d_in, width)),
         *_pointers(packed, candidates),
@@ -136,20 +138,20 @@ def select(
     values = _row_dots(centred, weights, rows, order, offsets).add_(bias[candidates.flatten()])
     indices, best = torch.empty(batch, k, dtype=torch.int64), torch.empty(batch, k)
     sizes = (_c(batch), _c(width), _c(k))
-    _in_use.saetrack_best(*_pointers(values, candidates), *sizes, *_pointers(indices, best), threads)
+    _on_cpu.saetrack_best(*_pointers(values, candidates), *sizes, *_pointers(indices, best), threads)
     return indices, best
 
 
 def sorts(columns: Tensor) -> bool:
     """Whether `sort` is there for these; a GPU's own is fast."""
-    return _in_use is not None and columns.device.type == "cpu"
+    return _on_cpu is not None and columns.device.type == "cpu"
 
 
 def sort(columns: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
     """The entries in order of their latents, ``[nnz]``, and where each latent's part begins, ``[d_sae + 1]``."""
-    assert _in_use is not None
+    assert _on_cpu is not None
     order, offsets = torch.empty_like(columns), columns.new_empty(d_sae + 1)
-    _in_use.saetrack_sort(*_pointers(columns), _c(len(columns)), _c(d_sae), *_pointers(order, offsets))
+    _on_cpu.saetrack_sort(*_pointers(columns), _c(len(columns)), _c(d_sae), *_pointers(order, offsets))
     return order, offsets
 
 
@@ -159,9 +161,9 @@ def decode(values: Tensor, table: Tensor, bias: Tensor, columns: Tensor, offsets
         assert _on_gpu is not None
         x_hat: Tensor = _on_gpu.decode(values, table, bias, columns, offsets)
         return x_hat
-    assert _in_use is not None
+    assert _on_cpu is not None
     out = torch.empty(len(offsets) - 1, table.shape[1])
-    _in_use.saetrack_decode(
+    _on_cpu.saetrack_decode(
         *_pointers(values, table, bias, columns, offsets),
         *(_c(n) for n in out.shape),
         *_pointers(out),
@@ -196,13 +198,13 @@ def backward(
             centred, grad, W_dec, values, into_values, selection
         )
         return gradients
-    assert _in_use is not None
+    assert _on_cpu is not None
     into_W_enc, into_W_dec = (
         workspace.lend(name, tuple(W_dec.shape), W_dec.dtype, W_dec.device) for name in ("into_W_enc", "into_W_dec")
     )
     into_b_enc = torch.empty(len(W_dec))
     own = [ctypes.c_void_p()] if into_values is None else _pointers(into_values.contiguous())
-    _in_use.saetrack_backward(
+    _on_cpu.saetrack_backward(
         *_pointers(centred, grad, W_dec, values),
         *own,
         *_pointers(selection.rows_by_latent, selection.order, selection.latent_offsets),
@@ -219,9 +221,9 @@ def remove_parallel_(table: Tensor, grad: Tensor) -> None:
         assert _on_gpu is not None
         _on_gpu.remove_parallel_(table, grad)
         return
-    assert _in_use is not None
+    assert _on_cpu is not None
     sizes = (_c(n) for n in table.shape)
-    _in_use.saetrack_remove_parallel(*_pointers(table, grad), *sizes, torch.get_num_threads())
+    _on_cpu.saetrack_remove_parallel(*_pointers(table, grad), *sizes, torch.get_num_threads())
 
 
 def normalise_(table: Tensor) -> None:
@@ -230,8 +232,8 @@ def normalise_(table: Tensor) -> None:
         assert _on_gpu is not None
         _on_gpu.normalise_(table)
         return
-    assert _in_use is not None
-    _in_use.saetrack_normalise(*_pointers(table), *(_c(n) for n in table.shape), torch.get_num_threads())
+    assert _on_cpu is not None
+    _on_cpu.saetrack_normalise(*_pointers(table), *(_c(n) for n in table.shape), torch.get_num_threads())
 
 
 def _pointers(*tensors: Tensor) -> list[ctypes.c_void_p]:
@@ -243,15 +245,18 @@ def _c(number: int) -> ctypes.c_int64:
     return ctypes.c_int64(number)
 
 
+@cache
 def _triton() -> ModuleType:
-    """The kernels of a GPU."""
+    """The kernels of a GPU, after one of them was compiled: that needs a C compiler and Python's headers."""
     try:
-        return importlib.import_module(".gpu", __package__)
-    except ModuleNotFoundError as error:
+        kernels = importlib.import_module(".gpu", __package__)
+        kernels.normalise_(torch.ones(1, 1, device="cuda"))
+    except Exception as error:  # Triton and the compiler it calls fail in ways of their own
         raise RuntimeError(
-            "model.kernels is native, but there is no Triton to build them for a GPU; install it (`pip install "
-            "triton`), or set `model.kernels: pytorch`."
+            f"model.kernels is native, but Triton cannot build kernels for this GPU ({reason(error)}); install Triton, "
+            "a C compiler and Python's headers, or set `model.kernels: pytorch`."
         ) from error
+    return kernels
 
 
 @cache

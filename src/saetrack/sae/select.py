@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from . import native
+from .columns import beside, width_beside
 from .sparse import Selection
-from .workspace import Workspace, beside, width_beside
+from .workspace import Workspace
 
 _CHUNK_NUMBERS = 2**25  # 64 MiB of bfloat16: the pre-activations that are held at a time
-_CHUNK_NUMBERS_GPU = 2**28  # eight times as many, for fewer and larger launches
+_CHUNK_NUMBERS_GPU = 2**26  # 128 MiB, for fewer launches
 _GROUP = 4  # 8 is as fast from 16,384 latents on, slower below
 _SAMPLE = 64  # activations by which `select_positive` decides whether latents are few
 _FEW = 1 / 32  # share of the latents up to which a sparse step is faster

@@ -2,7 +2,7 @@
 
 A TopK step needs one dense product, the pre-activations that decide which latents are used, and that one needs no
 gradient and no precision. Everything else, forward and backward, touches only the chosen (activation, latent) pairs.
-All of it is plain PyTorch on any device, without atomics: equal inputs give equal bits.
+It is plain PyTorch on any device, or the kernels of `native`, all without atomics: equal inputs give equal bits.
 """
 
 from functools import cached_property
@@ -182,7 +182,7 @@ def reconstruct_at(
     """
     values: Tensor
     x_hat: Tensor
-    values, x_hat = _ReconstructAt.apply(centred.detach(), *parameters, selection, pre, workspace)  # type: ignore[no-untyped-call]
+    values, x_hat = _ReconstructAt.apply(centred.detach().contiguous(), *parameters, selection, pre, workspace)  # type: ignore[no-untyped-call]
     return values, x_hat
 
 

@@ -51,33 +51,3 @@ class Workspace:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_buffers": {}, "_lent": {}}
-
-
-_ALIGNED = (
-    8  # columns of 16-bit numbers: a GPU's fast products want rows of 16 bytes, and others take 2.5 times as long
-)
-
-
-def beside(matrix: Tensor, columns: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """``matrix`` ``[n, d]`` and further columns ``[n]`` after it, in another dtype; on a GPU then columns of zeros.
-
-    Args:
-        matrix: What comes first.
-        columns: What comes after it.
-        dtype: Of the result.
-        out: Memory for it, of `width_beside` columns; None for new.
-    """
-    n, d = matrix.shape
-    width = width_beside(matrix, len(columns))
-    joined = torch.empty(n, width, dtype=dtype, device=matrix.device) if out is None else out
-    joined[:, :d].copy_(matrix)
-    for i, column in enumerate(columns):
-        joined[:, d + i].copy_(column)
-    joined[:, d + len(columns) :].zero_()
-    return joined
-
-
-def width_beside(matrix: Tensor, columns: int) -> int:
-    """How many columns `beside` gives."""
-    width = matrix.shape[1] + columns
-    return -(-width // _ALIGNED) * _ALIGNED if matrix.is_cuda else width

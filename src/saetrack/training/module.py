@@ -198,7 +198,10 @@ class SAEModule(LightningModule):
         """Build the SAEs, now that the LLM's widths are known."""
         if self.hookpoints:
             return
-        use_kernels(self.kernels, self.data.device.type)
+        device = self.data.device.type
+        if device not in ("cpu", "cuda"):  # sums in float64, which others lack
+            raise ValueError(f"trainer.accelerator gave the device {device}; set `trainer.accelerator` to cpu or gpu.")
+        use_kernels(self.kernels, device)
         refuse_other_names(self._choice, list(self.data.widths))
         for hookpoint, d_in in self.data.widths.items():
             sae = self.build_sae(hookpoint, d_in)

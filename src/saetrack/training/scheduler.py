@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -362,11 +363,14 @@ class CheckpointScheduler(Callback):
         source = self._stage_at(self.position + 1).source
         assert source is not None
         snapshots = {hookpoint: track.numbered(source) for hookpoint, track in self.tracks.items()}
-        fvu_here = self._work.held_out_fvu(self.checkpoints[source], snapshots)
+
+        @cache  # not asked for where only one checkpoint is ahead
+        def fvu_here() -> dict[str, float]:
+            return self._work.held_out_fvu(self.checkpoints[source], snapshots)
 
         def rise_on(checkpoint: LLMCheckpoint) -> float:
             there = self._work.held_out_fvu(checkpoint, snapshots)
-            return max(there[hookpoint] / fvu_here[hookpoint] - 1 for hookpoint in there)
+            return max(there[hookpoint] / fvu_here()[hookpoint] - 1 for hookpoint in there)
 
         # the ranks' last bits may differ, their series may not
         self._choice = trainer.strategy.broadcast(

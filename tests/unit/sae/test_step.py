@@ -13,10 +13,12 @@ from saetrack.sae import (
     BatchTopKSAE,
     GatedSAE,
     JumpReLUSAE,
+    Kernels,
     MatryoshkaSAE,
     SAETrackSAE,
     StandardSAE,
     TopKSAE,
+    use_kernels,
 )
 from saetrack.sae.precision import has_bfloat16
 
@@ -197,13 +199,16 @@ def test_autocast_outside_changes_nothing(make: Callable[[], SAE]) -> None:
 @pytest.mark.gpu
 @each_class
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", ["pytorch", "native"])
 def test_a_gpu_takes_the_same_step_twice_and_the_one_of_the_cpu(
-    make: Callable[[], SAE], precision: torch.dtype
+    make: Callable[[], SAE], precision: torch.dtype, kernels: Kernels, request: pytest.FixtureRequest
 ) -> None:
     sae, x, dead = started(make), activations(13), torch.arange(256) % 5 == 0
     expected = gradients(sae, sae.loss(x, dead).loss)
     there = copy.deepcopy(sae).cuda()
     there.precision = precision
+    request.addfinalizer(lambda: use_kernels("pytorch"))
+    use_kernels(kernels, "cuda")
     first = gradients(there, there.loss(x.cuda(), dead.cuda()).loss)
     again = gradients(there, there.loss(x.cuda(), dead.cuda()).loss)
     tolerance = 1e-4 if precision == torch.float32 else 0.1
