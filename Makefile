@@ -12,17 +12,19 @@ SHELL := bash
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help quickstart controls test test-all test-peers check docs bench bench-step bench-stream bench-warm-starts bench-report
+.PHONY: help quickstart controls test test-all test-gpu test-peers check docs bench bench-step bench-stream bench-gpu bench-warm-starts bench-report
 .PHONY: bench-analyses validation clean
 
 help:
 	@echo "make quickstart  train a small LLM, follow an SAE through its training, analyse (minutes, 2 CPU cores)"
 	@echo "make test        run the tests, without the slow ones and those that need a GPU or the Hub"
 	@echo "make test-all    the slow ones too"
+	@echo "make test-gpu    those that need a GPU"
 	@echo "make test-peers  open what we export in the packages it is for, in an environment of their own"
 	@echo "make check       ruff, format and mypy"
 	@echo "make docs        the documentation as a site, in build/site"
 	@echo "make bench       measure beside SAELens, sparsify and dictionary_learning (an hour, 2 CPU cores)"
+	@echo "make bench-gpu   the same on a GPU, and a series of pythia-410m's shape (ten minutes of an H100)"
 	@echo "make bench-warm-starts  every way to begin a stage, for docs/warm-starts.md (an hour of one core)"
 	@echo "make bench-analyses  time and memory of the analyses, by LLM checkpoints and by features (ten minutes)"
 	@echo "make controls    all controls of the quickstart, and its analyses beside them (an hour, 2 CPU cores)"
@@ -59,6 +61,9 @@ test: .venv/.dev
 
 test-all: .venv/.dev
 	$(BIN)/pytest -q -m "not gpu and not network"
+
+test-gpu: .venv/.dev
+	$(BIN)/pytest -q -m gpu tests/unit
 
 check: .venv/.dev
 	$(BIN)/ruff check .
@@ -105,6 +110,13 @@ bench-stream: .venv-bench/.peers runs/bench-llm/step512
 	$(BENCH)/stream.py runs/bench-pythia | tee runs/bench/7-stream.jsonl
 	$(BENCH)/llm_dtype.py runs/bench-llm | tee runs/bench/8-llm-dtype.jsonl
 	$(BENCH)/memory.py runs/bench-memory | tee runs/bench/9-process-memory.jsonl
+
+# on a machine with a GPU
+bench-gpu: .venv-bench/.peers
+	@mkdir -p runs/bench
+	$(BENCH)/step_gpu.py | tee runs/bench/gpu-1-step.jsonl
+	$(BENCH)/stream_gpu.py runs/bench-pythia-gpu | tee runs/bench/gpu-2-stream.jsonl
+	$(BENCH)/series_gpu.py runs/bench-pythia-410m | tee runs/bench/gpu-3-series.jsonl
 
 test-peers: .venv-bench/.peers
 	.venv-bench/bin/pytest -q -m peers tests/peers
