@@ -135,20 +135,20 @@ def main() -> None:
         whole = found[CHECKPOINTS[-1]]
         report("analyses", "all, no controls", value=whole["wall_s"], bar=BAR_SECONDS, at_most=True, **whole)
         for n, facts in found.items():
-            report("analyses", "by checkpoints", checkpoints=n, **facts)
+            report("analyses", "by checkpoints", value=facts["cpu_s"], checkpoints=n, **facts)
         value = growth(found[4], found[8], 2.0)
         report("analyses", "growth with checkpoints, 4 to 8", value=value, bar=1.1, at_most=True)
         series, wide = shortened(track, folder / "four", AT), {}
         for n in FEATURES:
             wide[n] = measure(with_features(series, folder / f"f{n}", n))
-            report("analyses", "by features", features=n, checkpoints=AT, **wide[n])
+            report("analyses", "by features", value=wide[n]["cpu_s"], features=n, checkpoints=AT, **wide[n])
             shutil.rmtree(folder / f"f{n}")
         for a, b in pairwise(FEATURES):
             value = growth(wide[a], wide[b], b / a)
             report("analyses", f"growth with features, {a} to {b}", value=value, bar=1.0, at_most=True)
         for n in ROWS:
             facts = measure(series, rows=n)
-            report("analyses", "memory by token rows", rows=n, checkpoints=AT, peak_mb=facts["peak_mb"])
+            report("analyses", "memory by token rows", value=facts["peak_mb"], rows=n, checkpoints=AT)
 
 
 if __name__ == "__main__":
