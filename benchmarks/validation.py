@@ -30,12 +30,11 @@ from saetrack.track import Snapshot
 Floats = NDArray[np.floating]
 
 MATCHED = 0.9  # cosine above which a latent is a planted feature
-CONVERGED = 0.2  # share by which null steps may lower the FVU of a snapshot that counts as converged
 KEPT = 0.5  # functional correlation above which a latent goes on meaning the same
 DOCUMENTS = 15_000
 STEPS = (0, 1, 2, 4, 8, 16, 32, 64)
 DRIFT = 0.2
-CONTROLLED = [3, 7]  # stages of the whole series with controls
+CONTROLLED = [3, 6, 7]  # stages of the whole series with controls; features begin in the first
 
 
 def fit_arguments(
@@ -114,10 +113,10 @@ def map_leaves(track: Track, truth: Truth) -> Row:
     The map explains what it can of the activations, so also movements that features made on their own. Where a feature
     comes or goes it also follows that.
     """
-    own, left, here = [], [], truth.amplitudes
+    own, left = [], []
     for t in range(1, len(track)):
         transport = transport_into(track[t])
-        if transport is None or t == truth.plan.half or (here[t - 1] != here[t]).any():
+        if transport is None or not is_calm(truth, t):
             continue
         features = followed(track, truth, t)[1]
         turned = truth.directions[t - 1, features] @ transport
@@ -126,29 +125,38 @@ def map_leaves(track: Track, truth: Truth) -> Row:
     return ratio_row("(planted drift that the transport maps leave)", "-", *map(np.concatenate, (left, own)))
 
 
-def energy_recovered(track: Track, truth: Truth, settled: bool = False) -> Row:
+def is_calm(truth: Truth, t: int) -> bool:
+    """Whether no planted feature begins, ends or is swapped on entering checkpoint ``t``: each only turns."""
+    return t != truth.plan.half and not ((truth.amplitudes[t - 1] > 0) != (truth.amplitudes[t] > 0)).any()
+
+
+def energy_recovered(track: Track, truth: Truth, calm: bool) -> Row:
     """The drift that the LLM made, by the controls, over the planted drift of the same latents.
+
+    Where features begin, end or are swapped, latents that hold a part of their directions move too, which is drift that
+    the LLM made and no turn of a feature: there the ratio says how much that is, and has no bar.
 
     Args:
         track: With null and replica controls.
         truth: What was planted.
-        settled: Whether only stages count that began from a snapshot that had converged: by whose null steps the FVU
-            fell by less than a fifth.
+        calm: Whether only stages count in which features turn and nothing else happens, or only the others.
     """
     start = "prior, no rotation" if transport_into(track[1]) is None else "transported"
-    what = f"planted drift recovered (energy; {start}{', converged stages' if settled else ''})"
+    what = f"planted drift recovered (energy; {start})"
+    if not calm:
+        what = f"(the same where features {'begin' if len(track) > 2 else 'are swapped'}; {start})"
     path, energy, planted = track.analyses_dir / "drift", [np.zeros(0)], [np.zeros(0)]
     if (path / "excess.parquet").is_file():
         table = pd.read_parquet(path / "excess.parquet").set_index(["step", "feature"])["energy"]
-        stages = pd.read_parquet(path / "calibration.parquet")
-        fell = 1 - stages["fvu_null"] / stages["fvu_before_null"]
-        for step in stages.loc[(fell < CONVERGED) | (not settled), "step"]:
+        for step in pd.read_parquet(path / "calibration.parquet")["step"]:
             t = track.steps.index(step)
+            if is_calm(truth, t) != calm:
+                continue
             latents, features = followed(track, truth, t)
             counts = np.isin(latents, table.loc[step].index)
             energy.append(table.loc[step].loc[latents[counts]].to_numpy())
             planted.append(truth.own_drift()[t, features[counts]])
-    return ratio_row(what, "0.9-1.1", np.concatenate(energy), np.concatenate(planted))
+    return ratio_row(what, "0.9-1.1" if calm else "-", np.concatenate(energy), np.concatenate(planted))
 
 
 def identity(track: Track, truth: Truth, swapped: bool) -> Row:
@@ -208,9 +216,9 @@ def rows(track: Track, truth: Truth, swap: tuple[Track, Truth]) -> list[Row]:
         false_formed(track),
         token_classes(track, truth),
         false_concepts(track),
-        energy_recovered(*swap),
-        energy_recovered(track, truth),
-        energy_recovered(track, truth, settled=True),
+        energy_recovered(track, truth, calm=True),
+        energy_recovered(track, truth, calm=False),
+        energy_recovered(*swap, calm=False),
         map_leaves(track, truth),
         *(identity(*swap, swapped) for swapped in (False, True)),
     ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from typing import Any
 
 from saetrack.lm.checkpoints import LLMCheckpoint
@@ -46,6 +47,23 @@ class Choice:
     def facts(self) -> dict[str, Any]:
         """Plain values, for json and for the resume file."""
         return asdict(self)
+
+
+def rise_from(
+    here: LLMCheckpoint, fvu_on: Callable[[LLMCheckpoint], Mapping[str, float]]
+) -> Callable[[LLMCheckpoint], float]:
+    """How far the SAEs' FVU rises from one LLM checkpoint to another, as a share, the largest over hookpoints.
+
+    Args:
+        here: What the SAEs were trained on; its FVU is taken when a rise is first asked for.
+        fvu_on: FVU by hookpoint.
+    """
+    fvu_here = cache(partial(fvu_on, here))
+
+    def rise_on(checkpoint: LLMCheckpoint) -> float:
+        return max(fvu / fvu_here()[hookpoint] - 1 for hookpoint, fvu in fvu_on(checkpoint).items())
+
+    return rise_on
 
 
 def farthest_within(

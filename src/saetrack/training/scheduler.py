@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from saetrack.training import tracks
 from saetrack.training.checks import audited, refuse_what_cuts_stages
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.following import follow, refuse_what_needs_the_end
-from saetrack.training.grid import Choice, farthest_within, select_checkpoints
+from saetrack.training.grid import Choice, farthest_within, rise_from, select_checkpoints
 from saetrack.training.module import SAEModule, refuse_changes
 from saetrack.training.order import Direction, branch_ahead, reachable, source_of, training_order
 from saetrack.training.stage import Stage, StageStart, StageWork
@@ -363,15 +363,7 @@ class CheckpointScheduler(Callback):
         source = self._stage_at(self.position + 1).source
         assert source is not None
         snapshots = {hookpoint: track.numbered(source) for hookpoint, track in self.tracks.items()}
-
-        @cache  # not asked for where only one checkpoint is ahead
-        def fvu_here() -> dict[str, float]:
-            return self._work.held_out_fvu(self.checkpoints[source], snapshots)
-
-        def rise_on(checkpoint: LLMCheckpoint) -> float:
-            there = self._work.held_out_fvu(checkpoint, snapshots)
-            return max(there[hookpoint] / fvu_here()[hookpoint] - 1 for hookpoint in there)
-
+        rise_on = rise_from(self.checkpoints[source], partial(self._work.held_out_fvu, snapshots=snapshots))
         # the ranks' last bits may differ, their series may not
         self._choice = trainer.strategy.broadcast(
             farthest_within(ahead, rise_on, max_rise) if trainer.is_global_zero else None
