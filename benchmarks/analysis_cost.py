@@ -30,6 +30,7 @@ from measuring import report
 from saetrack import Track
 from saetrack.analysis.sweep import run_analyses
 from saetrack.cli import _built_in_analyses
+from saetrack.tensor_files import read_tensors
 
 BAR_SECONDS = 180.0  # of all analyses on the quickstart's track, issue 4 section 4
 CHECKPOINTS = (4, 6, 8)
@@ -67,7 +68,7 @@ def with_features(track: Track, folder: Path, features: int) -> Track:
         sae.load_state_dict(state)
         table = pd.concat([snapshot.features.iloc[: len(own)], track[0].features.iloc[: len(more)]], ignore_index=True)
         metadata = {**snapshot.metadata, "sae": {**snapshot.metadata["sae"], "arguments": arguments}}
-        statistics = {name: snapshot.statistics(name) for name in ("mean", "transport")}
+        statistics = read_tensors(snapshot.path / "statistics.safetensors")
         made.write(snapshot.number, sae, metadata, statistics, table.assign(feature=range(features)))
     return Track.open(folder)
 
