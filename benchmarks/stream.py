@@ -49,12 +49,12 @@ LOOPS: dict[str, Callable[[Shape, Timing], None]] = {
 }
 
 
-def in_turn(names: list[str], folder: Path, rounds: int) -> dict[str, Timing]:
-    """Run every loop, again and again, each time in a process of its own, so that none has another's memory."""
+def in_turn(names: list[str], folder: Path, rounds: int, script: str = __file__) -> dict[str, Timing]:
+    """Run every loop of a script, again and again, each time in a process of its own: none has another's memory."""
     timings = {name: Timing() for name in names}
     for _ in range(rounds):
         for name in names:
-            command = [sys.executable, __file__, str(folder), "--loop", name]
+            command = [sys.executable, script, str(folder), "--loop", name]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             wall, cpu = json.loads(output.splitlines()[-1])
             print(f"{name}: {wall:.3f} s a step, {cpu:.3f} s of processor time", file=sys.stderr, flush=True)

@@ -6,7 +6,6 @@ python benchmarks/stream_gpu.py FOLDER [--rounds 3]
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from loops import Shape
 from measuring import Timing, ratio, report
 from pythia_shape import D_IN, make
+from stream import in_turn
 
 ROWS, STEPS = 20_000, 128
 LOOPS: dict[str, Callable[[Shape, Timing], None]] = {
@@ -33,17 +33,7 @@ LOOPS: dict[str, Callable[[Shape, Timing], None]] = {
 
 def main(shape: Shape, rounds: int) -> None:
     """Every loop in a process of its own, one after another, again and again."""
-    times = {name: Timing() for name in LOOPS}
-    for _ in range(rounds):
-        for name in LOOPS:
-            command = [sys.executable, __file__, str(shape.folder), "--loop", name]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(f"{name}: {done.stderr[-2000:]}")
-            wall, cpu = json.loads(done.stdout.splitlines()[-1])
-            print(f"{name}: {1e3 * wall:.2f} ms a step", file=sys.stderr, flush=True)
-            times[name].wall.append(wall)
-            times[name].cpu.append(cpu)
+    times = in_turn(list(LOOPS), shape.folder, rounds, __file__)
     for name, timing in times.items():
         value = round(shape.batch / statistics.median(timing.wall))
         sizes = {"d_in": D_IN, "d_sae": shape.d_sae, "batch": shape.batch, "k": shape.k, "rounds": rounds}

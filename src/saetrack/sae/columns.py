@@ -3,30 +3,33 @@
 import torch
 from torch import Tensor
 
+from .workspace import Workspace
+
 # The fast products of a GPU ask for rows of 16 bytes; others take 2.5 times as long.
 _ALIGNED = 8
 
 
-def beside(matrix: Tensor, columns: tuple[Tensor, ...], dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def beside(
+    matrix: Tensor, columns: tuple[Tensor, ...], dtype: torch.dtype, workspace: Workspace | None = None
+) -> Tensor:
     """``matrix`` ``[n, d]`` and further columns ``[n]`` after it, in another dtype; on a GPU then columns of zeros.
 
     Args:
         matrix: What comes first.
         columns: What comes after it.
         dtype: Of the result.
-        out: Memory for it, of `width_beside` columns; None for new.
+        workspace: Keeps its memory for the next; None for new memory.
     """
     n, d = matrix.shape
-    width = width_beside(matrix, len(columns))
-    joined = torch.empty(n, width, dtype=dtype, device=matrix.device) if out is None else out
+    width = d + len(columns)
+    if matrix.is_cuda:
+        width = -(-width // _ALIGNED) * _ALIGNED
+    if workspace is None:
+        joined = torch.empty(n, width, dtype=dtype, device=matrix.device)
+    else:
+        joined = workspace.buffer("beside", (n, width), dtype, matrix.device)
     joined[:, :d].copy_(matrix)
     for i, column in enumerate(columns):
         joined[:, d + i].copy_(column)
     joined[:, d + len(columns) :].zero_()
     return joined
-
-
-def width_beside(matrix: Tensor, columns: int) -> int:
-    """How many columns `beside` gives."""
-    width = matrix.shape[1] + columns
-    return -(-width // _ALIGNED) * _ALIGNED if matrix.is_cuda else width

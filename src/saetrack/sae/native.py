@@ -2,7 +2,8 @@
 
 On a CPU they are ``native.cpp``, compiled once for this machine into the user's cache (``SAETRACK_CACHE``, else
 ``~/.cache/saetrack``). It has only plain C symbols, so it needs no header of PyTorch, and a build takes seconds.
-On a GPU they are those of `gpu`; the functions here pass on to them what lies there.
+On a GPU they are those of `gpu`; the functions here pass on to them what lies there. They import it where they call it,
+for elsewhere there is no Triton.
 
 Where the CPU has VNNI and no AMX, products of 8-bit numbers name candidates for the k largest, and their float32 values
 decide: four times as fast as a product in bfloat16, and nearer to float32's choice (tests/unit/sae/test_native.py).
@@ -10,14 +11,12 @@ decide: four times as fast as a product in bfloat16, and nearer to float32's cho
 
 import ctypes
 import hashlib
-import importlib
 import os
 import platform
 import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -39,7 +38,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 _SPARE = 8
 """Candidates beyond k that `select` names at least; a quarter of k where that is more."""
 _on_cpu: ctypes.CDLL | None = None
-_on_gpu: ModuleType | None = None
+_on_gpu = False
 
 
 def use_kernels(kernels: Kernels, device: str = "cpu") -> None:
@@ -57,12 +56,12 @@ def use_kernels(kernels: Kernels, device: str = "cpu") -> None:
         raise ValueError(f"model.kernels is {kernels!r}; it must be one of {', '.join(get_args(Kernels))}.")
     global _on_cpu, _on_gpu
     _on_cpu = _library() if kernels == "native" and device == "cpu" else None
-    _on_gpu = _triton() if kernels == "native" and device == "cuda" else None
+    _on_gpu = kernels == "native" and device == "cuda" and _builds_on_gpu()
 
 
 def in_use(*tensors: Tensor) -> bool:
     """Whether the native kernels are chosen and can work on these: all float32 on the device they were chosen for."""
-    device = "cpu" if _on_cpu is not None else "cuda" if _on_gpu is not None else None
+    device = "cpu" if _on_cpu is not None else "cuda" if _on_gpu else None
     return device is not None and all(t.device.type == device and t.dtype == torch.float32 for t in tensors)
 
 
@@ -73,9 +72,10 @@ def largest(pre: Tensor, k: int) -> Tensor | None:
         pre: Contiguous, bfloat16, ``[rows, d]``; a value below zero counts as any other below zero.
         k: 1 to d.
     """
-    if _on_gpu is not None and pre.is_cuda and pre.dtype == torch.bfloat16:
-        found: Tensor | None = _on_gpu.largest(pre, k)
-        return found
+    if _on_gpu and pre.is_cuda and pre.dtype == torch.bfloat16:
+        from . import gpu
+
+        return gpu.largest(pre, k)
     if _on_cpu is None or pre.dtype != torch.bfloat16 or pre.device.type != "cpu":
         return None
     rows, d = pre.shape
@@ -87,9 +87,9 @@ def largest(pre: Tensor, k: int) -> Tensor | None:
 def row_dots(left: Tensor, right: Tensor, selection: "Selection") -> Tensor:
     """``left[row] . right[latent]`` at the selection's entries, in their order, ``[nnz]``."""
     if left.is_cuda:
-        assert _on_gpu is not None
-        dots: Tensor = _on_gpu.row_dots(left, right, selection)
-        return dots
+        from . import gpu
+
+        return gpu.row_dots(left, right, selection)
     return _row_dots(left, right, selection.rows_by_latent, selection.order, selection.latent_offsets)
 
 
@@ -158,9 +158,9 @@ def sort(columns: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
 def decode(values: Tensor, table: Tensor, bias: Tensor, columns: Tensor, offsets: Tensor) -> Tensor:
     """``bias`` and, for each activation, the sum of its latents' rows of ``table``, ``[batch, d_in]``."""
     if table.is_cuda:
-        assert _on_gpu is not None
-        x_hat: Tensor = _on_gpu.decode(values, table, bias, columns, offsets)
-        return x_hat
+        from . import gpu
+
+        return gpu.decode(values, table, bias, columns, offsets)
     assert _on_cpu is not None
     out = torch.empty(len(offsets) - 1, table.shape[1])
     _on_cpu.saetrack_decode(
@@ -193,11 +193,9 @@ def backward(
         workspace: Lends memory to both matrices' gradients.
     """
     if W_dec.is_cuda:
-        assert _on_gpu is not None
-        gradients: tuple[Tensor, Tensor, Tensor] = _on_gpu.backward(
-            centred, grad, W_dec, values, into_values, selection
-        )
-        return gradients
+        from . import gpu
+
+        return gpu.backward(centred, grad, W_dec, values, into_values, selection)
     assert _on_cpu is not None
     into_W_enc, into_W_dec = (
         workspace.lend(name, tuple(W_dec.shape), W_dec.dtype, W_dec.device) for name in ("into_W_enc", "into_W_dec")
@@ -218,8 +216,9 @@ def backward(
 def remove_parallel_(table: Tensor, grad: Tensor) -> None:
     """Take out of each row of ``grad`` ``[n, d]`` what lies along that of ``table``, in place."""
     if table.is_cuda:
-        assert _on_gpu is not None
-        _on_gpu.remove_parallel_(table, grad)
+        from . import gpu
+
+        gpu.remove_parallel_(table, grad)
         return
     assert _on_cpu is not None
     sizes = (_c(n) for n in table.shape)
@@ -229,8 +228,9 @@ def remove_parallel_(table: Tensor, grad: Tensor) -> None:
 def normalise_(table: Tensor) -> None:
     """Bring each row of ``table`` ``[n, d]`` to unit norm, in place."""
     if table.is_cuda:
-        assert _on_gpu is not None
-        _on_gpu.normalise_(table)
+        from . import gpu
+
+        gpu.normalise_(table)
         return
     assert _on_cpu is not None
     _on_cpu.saetrack_normalise(*_pointers(table), *(_c(n) for n in table.shape), torch.get_num_threads())
@@ -246,17 +246,18 @@ def _c(number: int) -> ctypes.c_int64:
 
 
 @cache
-def _triton() -> ModuleType:
-    """The kernels of a GPU, after one of them was compiled: that needs a C compiler and Python's headers."""
+def _builds_on_gpu() -> bool:
+    """Compile one of the kernels of a GPU, which needs Triton, a C compiler and Python's headers; else raise."""
     try:
-        kernels = importlib.import_module(".gpu", __package__)
-        kernels.normalise_(torch.ones(1, 1, device="cuda"))
+        from . import gpu
+
+        gpu.normalise_(torch.ones(1, 1, device="cuda"))
     except Exception as error:  # Triton and the compiler it calls fail in ways of their own
         raise RuntimeError(
             f"model.kernels is native, but Triton cannot build kernels for this GPU ({reason(error)}); install Triton, "
             "a C compiler and Python's headers, or set `model.kernels: pytorch`."
         ) from error
-    return kernels
+    return True
 
 
 @cache

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .columns import beside, width_beside
+from .columns import beside
 from .sparse import Selection
 from .workspace import Workspace
 
@@ -140,8 +140,7 @@ def _preactivations(
     low = dtype != W_enc.dtype
     if low:
         rounded = b_enc.to(dtype)
-        kept = workspace.buffer("W_enc", (d_sae, width_beside(W_enc.T, 2)), dtype, W_enc.device)
-        weights = beside(W_enc.T, (rounded, b_enc - rounded), dtype, kept)
+        weights = beside(W_enc.T, (rounded, b_enc - rounded), dtype, workspace)
         inputs = beside(centred, (centred.new_ones(len(centred)),) * 2, dtype)
     else:
         weights, inputs = W_enc.T, centred
