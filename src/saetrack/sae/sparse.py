@@ -5,7 +5,7 @@ gradient and no precision. Everything else, forward and backward, touches only t
 It is plain PyTorch on any device, or the kernels of `native`, all without atomics: equal inputs give equal bits.
 """
 
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +41,10 @@ class Selection:
     @classmethod
     def of_equal_counts(cls, indices: Tensor, d_sae: int) -> "Selection":
         """Every activation uses as many latents: those of its row of ``indices``, ``[batch, k]``."""
-        batch, k = indices.shape
-        return cls(indices.reshape(-1), torch.arange(0, batch * k + 1, k, device=indices.device), d_sae)
+        offsets, rows = _equal_counts(*indices.shape, indices.device)
+        selection = cls(indices.reshape(-1), offsets, d_sae)
+        selection.rows = rows
+        return selection
 
     @property
     def batch(self) -> int:
@@ -102,9 +104,21 @@ class Selection:
     def _sorted(self) -> tuple[Tensor, Tensor]:
         if native.sorts(self.columns):
             return native.sort(self.columns.contiguous(), self.d_sae)
+        columns = self.columns
+        if columns.is_cuda:  # it sorts by a byte at a time
+            columns = columns.to(torch.int16 if self.d_sae < 2**15 else torch.int32)
         # stable, so that sums over one latent's activations always run in the same order
-        columns, order = self.columns.sort(stable=True)
-        return order, torch.searchsorted(columns, torch.arange(self.d_sae + 1, device=columns.device))
+        columns, order = columns.sort(stable=True)
+        latents = torch.arange(self.d_sae + 1, dtype=columns.dtype, device=columns.device)
+        return order, torch.searchsorted(columns, latents)
+
+
+@lru_cache(maxsize=4)
+@torch.inference_mode(mode=False)
+def _equal_counts(batch: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`Selection.offsets` and `Selection.rows` where every activation has k latents: the same in every step."""
+    rows = torch.arange(batch, device=device).repeat_interleave(k)
+    return torch.arange(0, batch * k + 1, k, device=device), rows
 
 
 class Latents(NamedTuple):

@@ -23,7 +23,6 @@ from saetrack.lm.loading import vocabulary_size
 from saetrack.lm.rows import Bos, Layout
 from saetrack.lm.tokens import RowSettings, TokenizedCorpus, TokenRows, tokenize_corpus
 from saetrack.training.stream import (
-    ROWS_PER_FORWARD,
     ActivationStream,
     Batch,
     Forward,
@@ -317,9 +316,11 @@ class ActivationDataModule(LightningDataModule):
         buffers = {module: torch.empty(n, d, dtype=dtype, device=self.device) for module, d in widths.items()}
         llm = self.llm(checkpoint)
         read: list[Forward] = []
+        done = 0
         for forward in forwards(llm, rows, list(widths), indices, buffers):
             read.append(forward)
-            yield span[0] + (span[1] - span[0]) * len(read) * ROWS_PER_FORWARD / len(indices)
+            done += len(forward.rows)
+            yield span[0] + (span[1] - span[0]) * done / len(indices)
         # all at once and not after each, for the look at a result waits until a GPU has it
         finite = torch.stack([torch.stack(list(forward.finite.values())) for forward in read]).tolist()
         for forward, found in zip(read, finite, strict=True):

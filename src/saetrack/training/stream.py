@@ -28,8 +28,9 @@ from saetrack.lm.tokens import TokenRows, usable_counts
 T = TypeVar("T")
 
 ROWS_PER_FORWARD = 32
-"""Token rows in one forward of the LLM. A constant, not an option: another size changes the last bits of the
+"""Token rows in one forward of the LLM on a CPU. A constant, not an option: another size changes the last bits of the
 activations, and with them the hashes of the snapshots."""
+_TOKENS_PER_FORWARD_GPU = 2**15  # in short rows, or launching the forwards of a small LLM takes longer than they do
 _NORMS = 4096  # activations whose norms are taken at a time, in float32
 
 
@@ -51,6 +52,11 @@ class Forward(NamedTuple):
     finite: dict[str, Tensor]
 
 
+def rows_per_forward(device: torch.device, context_size: int) -> int:
+    """Token rows in one forward of the LLM: `ROWS_PER_FORWARD`, and on a GPU more of them where they are short."""
+    return max(ROWS_PER_FORWARD, _TOKENS_PER_FORWARD_GPU // context_size if device.type == "cuda" else 0)
+
+
 def forwards(
     llm: PreTrainedModel,
     rows: TokenRows,
@@ -58,7 +64,7 @@ def forwards(
     indices: NDArray[np.int64],
     buffers: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Forward]:
-    """Run the LLM over token rows, `ROWS_PER_FORWARD` at a time; on a GPU nothing here waits for it.
+    """Run the LLM over token rows, `rows_per_forward` at a time; on a GPU nothing here waits for it.
 
     Args:
         llm: The LLM, on the device where the activations are wanted.
@@ -68,9 +74,9 @@ def forwards(
         buffers: Where the activations of all rows go, by module, ``[n_usable, d_in]`` of any dtype: each forward's are
             then written there and nowhere else, and what is yielded is a view. None makes new tensors, float32.
     """
-    filled = 0
-    for number, start in enumerate(range(0, len(indices), ROWS_PER_FORWARD)):
-        chosen = indices[start : start + ROWS_PER_FORWARD]
+    filled, at_once = 0, rows_per_forward(llm.device, rows.tokens.shape[1])
+    for number, start in enumerate(range(0, len(indices), at_once)):
+        chosen = indices[start : start + at_once]
         tokens = torch.from_numpy(rows.tokens[chosen].astype(np.int64)).to(llm.device)
         usable = torch.from_numpy(np.flatnonzero(rows.usable(chosen))).to(llm.device)
         end = filled + len(usable)
@@ -249,7 +255,7 @@ class Batch(NamedTuple):
 
 def serve(x: Tensor, positions: Tensor, scale: float = 1.0) -> Tensor:
     """The activations at some positions of a chunk, float32 and times their scale."""
-    return x[positions.to(x.device)].float().mul_(scale)  # indexing copies, so the chunk stays as it is
+    return x[positions].float().mul_(scale)  # indexing copies, so the chunk stays as it is
 
 
 def finished(forwards: Generator[float, None, T]) -> T:
@@ -359,7 +365,8 @@ class ActivationStream:
             activations = (coming or Filling(self._fill(chunk), self._ahead)).finish()
             coming = None
             lanes = lane_numbers(list(activations.now))
-            shuffles = {h: self._shuffle(chunk, h, x, lanes[h]) for h, x in activations.now.items()}
+            # on their device once, not a copy that a GPU is waited for at every batch
+            shuffles = {h: self._shuffle(chunk, h, x, lanes[h]).to(x.device) for h, x in activations.now.items()}
             scales = self._scales()
             for i in range(first, per_chunk):
                 if self._position >= self.end:
