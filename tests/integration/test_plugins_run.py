@@ -127,7 +127,7 @@ def test_an_analysis_that_raises_costs_neither_the_track_nor_the_others(
         fit(["mine_in_fit.Raises", "mine_in_fit.Alive"])
     assert stopped.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("saetrack: error: Analysis failed: 'mine_in_fit.Raises' (ZeroDivisionError: by mistake).")
+    assert last.startswith("saetrack: error: Analysis 'mine_in_fit.Raises' failed: ZeroDivisionError: by mistake.")
     track = Track.open(tmp_path / "run")
     assert track.steps == [0, 10]
     assert {p.name for p in track.analyses_dir.iterdir()} == {"mine_in_fit.Alive"}

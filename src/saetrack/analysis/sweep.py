@@ -183,11 +183,11 @@ class _Runs:
         if not self.failures:
             return
         said = {name: one_line(e) or f"{type(e).__name__}: {e}" for name, e in self.failures.items()}
-        causes = "; ".join(f"{name!r} ({line})" for name, line in said.items())
+        causes = " ".join(f"Analysis {name!r} failed: {line.rstrip('.')}." for name, line in said.items())
         kept = (
             f"The results of {', '.join(map(repr, self.results))} are saved." if self.results else "Nothing was saved."
         )
-        raise RuntimeError(f"Analysis failed: {causes}. {kept}") from next(iter(self.failures.values()))
+        raise RuntimeError(f"{causes} {kept}") from next(iter(self.failures.values()))
 
 
 def _sweep(
