@@ -228,6 +228,14 @@ class Track(Sequence[Snapshot]):
         before = before if before is None else self._stands_for.get(before.number, before)
         return None if before is snapshot else before
 
+    def began_from(self, snapshot: Snapshot) -> Snapshot | None:
+        """The snapshot whose weights the stage of ``snapshot`` began with.
+
+        It is that of :meth:`before`; where that one stands for LLM checkpoints of equal weights (:meth:`distinct`), the
+        last that was trained on them.
+        """
+        return None if self.before(snapshot) is None else self.whole.before(self.whole.numbered(snapshot.number))
+
     def distinct(self) -> Track:
         """The same track with neighbouring LLM checkpoints of equal weights as one, and all of it as ``whole``.
 

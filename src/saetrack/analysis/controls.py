@@ -30,7 +30,7 @@ def one_step_controls(track: Track, kind: str) -> dict[int, list[Track]]:
         if snapshot is None and any(s.number == number for s in track.whole):
             continue  # a stage between LLM checkpoints of equal weights, which is none
         snapshot = track.numbered(number)
-        _refuse_foreign(track, control, track.whole.before(track.whole.numbered(number)))
+        _refuse_foreign(track, control, track.began_from(snapshot))
         found.setdefault(snapshot.position, []).append(control)
     return found
 

@@ -12,7 +12,7 @@ from . import figures as look
 from .base import Analysis, AnalysisResult
 from .drift_geometry import unit_rows
 from .drift_rows import alive, decoder_rows, encoder_rows
-from .lineage import rotation_between
+from .lineage import ends_of_stage, rotation_between
 from .matching import CosineSimilarity, directional_covariance, match, random_rows, relate
 
 if TYPE_CHECKING:
@@ -107,9 +107,11 @@ class Dictionaries(Analysis):
     def _neighbours(self, track: Track, before: Snapshot, after: Snapshot) -> dict[str, Any]:
         rotation = rotation_between(track, before, after)
         turn = np.eye(decoder_rows(after).shape[1], dtype=np.float32) if rotation is None else rotation
+        position = after.position
+        before, after = ends_of_stage(track, before, after)
         a, b = alive(before), alive(after)
         if self.kept is not None:
-            a, b = (living & self.kept.into[after.position] for living in (a, b))
+            a, b = (living & self.kept.into[position] for living in (a, b))
         both = np.flatnonzero(a & b)
         decoders = decoder_rows(before) @ turn, decoder_rows(after)
         row = self._compare((decoders[0][a], (encoder_rows(before) @ turn)[a]), _directions(after, b))

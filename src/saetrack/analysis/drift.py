@@ -36,7 +36,7 @@ from .drift_tables import (
     trajectory_table,
 )
 from .figures import label_places
-from .lineage import correlation_between, revived_between, rotation_between
+from .lineage import correlation_between, ends_of_stage, revived_between, rotation_between
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -228,7 +228,7 @@ class Drift(Analysis):
 
 
 def _compare(track: Track) -> tuple[list[dict[str, Floats]], str]:
-    """Cosines of every snapshot to the one before and to the last; at most three dictionaries are held at once."""
+    """Cosines of every snapshot to the one before and to the last; at most four dictionaries are held at once."""
     snapshots = list(track)
     transports = [None, *(rotation_between(track, *pair) for pair in pairwise(snapshots))]
     known = [transport for transport in transports[1:] if transport is not None]
@@ -240,13 +240,16 @@ def _compare(track: Track) -> tuple[list[dict[str, Floats]], str]:
         here = _directions(snapshot)
         cosines: dict[str, Floats] = {}
         if previous is not None:
-            still = frozen(previous["decoder"], here["decoder"], transports[t])
+            ends = ends_of_stage(track, snapshots[t - 1], snapshot)
+            began = previous if ends[0] is snapshots[t - 1] else _directions(ends[0])
+            ended = here if ends[1] is snapshot else _directions(ends[1])
+            still = frozen(began["decoder"], ended["decoder"], transports[t])
             revived = revived_between(track, snapshots[t - 1], snapshot)
-            use = alive(snapshots[t - 1]) & alive(snapshot) & ~revived & ~still
+            use = alive(ends[0]) & alive(ends[1]) & ~revived & ~still
             rotation = (
-                transports[t] if to_last is not None else fitted_rotation(previous["decoder"], here["decoder"], use)
+                transports[t] if to_last is not None else fitted_rotation(began["decoder"], ended["decoder"], use)
             )
-            cosines |= _cosines(previous, here, rotation, "previous")
+            cosines |= _cosines(began, ended, rotation, "previous")
             cosines["frozen"] = still.astype(np.float64)
         if t < len(snapshots) - 1:
             use = alive(snapshot) & alive(snapshots[-1]) & ~revived_between(track, snapshot, snapshots[-1])
@@ -315,7 +318,7 @@ def _feature_table(track: Track, cosines: list[dict[str, Floats]], steps: list[i
         living = alive(snapshot)
         still = found.get("frozen", np.zeros(count)) > 0
         later = revived_between(track, snapshot, snapshots[-1])
-        from_alive = np.ones(count, dtype=bool) if before is None else alive(before)
+        from_alive = np.ones(count, dtype=bool) if before is None else alive(ends_of_stage(track, before, snapshot)[0])
         columns: dict[str, Any] = {
             "feature": np.arange(count),
             "step": steps[t],

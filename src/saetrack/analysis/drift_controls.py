@@ -100,7 +100,9 @@ def calibrate(track: Track, kept: Kept | None = None) -> Calibration:
 def _calibrate_stage(
     track: Track, position: int, replicas: list[Track], nulls: list[Track], counts: NDArray[np.bool_] | None
 ) -> tuple[dict[str, float], pd.DataFrame] | None:
-    before, ends = _began_from(track, position), [track[position], *(c[1] for c in replicas), *(c[1] for c in nulls)]
+    before = track.began_from(track[position])
+    assert before is not None  # one_step_controls has compared it with the control's first
+    ends = [track[position], *(c[1] for c in replicas), *(c[1] for c in nulls)]
     start = decoder_rows(before)
     n_real = 1 + len(replicas)
     moved, use = _displacements(before, start, ends)
@@ -138,13 +140,6 @@ def _calibrate_stage(
         "fvu_null": float(np.mean([c[1].metadata["fvu"] for c in nulls])),
     }
     return stage, table
-
-
-def _began_from(track: Track, position: int) -> Snapshot:
-    whole = track.whole
-    before = whole.before(whole.numbered(track[position].number))
-    assert before is not None  # one_step_controls has compared it with the control's first
-    return before
 
 
 def _displacements(before: Snapshot, start: Floats, ends: list[Snapshot]) -> tuple[list[Floats], NDArray[np.bool_]]:

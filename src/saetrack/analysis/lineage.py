@@ -37,6 +37,19 @@ def stages_between(track: Track, a: Snapshot, b: Snapshot) -> tuple[list[Snapsho
     return [s for s in up if s.number not in shared], [s for s in down if s.number not in shared][::-1]
 
 
+def ends_of_stage(track: Track, a: Snapshot, b: Snapshot) -> tuple[Snapshot, Snapshot]:
+    """The snapshots between which the stage from ``a`` to ``b`` lies, whose weights say what it changed.
+
+    They are ``a`` and ``b`` themselves, except where one of them stands for LLM checkpoints of equal weights: the next
+    stage began from the last of their snapshots, and training once more in between is no part of it.
+    """
+    if track.before(b) is a:
+        return track.began_from(b) or a, b
+    if track.before(a) is b:
+        return a, track.began_from(a) or b
+    return a, b
+
+
 def rotation_between(track: Track, a: Snapshot, b: Snapshot) -> Floats | None:
     """The rotation ``[d_in, d_in]`` that leads from the activations at ``a`` to those at ``b``.
 

@@ -128,7 +128,7 @@ def plan_controls(track: Track, settings: ControlSettings) -> list[Control]:
         chosen = tuple(s.llm for s in _chosen(track, list(track), settings.positions, count=5))
         first = settings.budget == "first"
         return [Control(f"scratch-{settings.budget}", kind, None, None, chosen, first, warm_start="scratch")]
-    began = {snapshot: before for snapshot in track if (before := track.before(snapshot)) is not None}
+    began = {snapshot: before for snapshot in track if (before := track.began_from(snapshot)) is not None}
     controls = []
     for snapshot in _chosen(track, list(began), settings.positions, count=4):
         before = began[snapshot]

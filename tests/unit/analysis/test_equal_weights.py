@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from saetrack.analysis.controls import one_step_controls
+from saetrack.analysis.dictionaries import Dictionaries
 from saetrack.analysis.drift import Drift
 from saetrack.analysis.quality import Quality
 from saetrack.analysis.sweep import run_analyses
@@ -45,6 +46,32 @@ def test_of_equal_ones_the_last_of_the_beginning_and_the_first_of_later_ones_sta
     assert one.is_forward_chain
     assert track.is_forward_chain
     assert one.whole is track
+
+
+def test_the_stage_after_later_ones_is_compared_with_what_it_began_from(tmp_path: Path) -> None:
+    """The SAE of step 16 was trained from that of step 8, which step 4 stands for."""
+    track = series(tmp_path)
+    one = track.distinct()
+    assert [b and b.step for b in map(one.began_from, one)] == [None, 2, 8]
+    results = run_analyses(track, {"drift": Drift(replicates=20), "dictionaries": Dictionaries(random_pairs=2)})
+    drift = results["drift"].tables["drift"].query("step == 16")
+    left = 1 - 8 / 128  # of what rows move on their own, after the rotation that they have in common
+    assert (1 - drift["decoder_to_previous_without_rotation"]).mean() == pytest.approx(0.05 * left, rel=0.1)
+    neighbours = results["dictionaries"].tables["neighbours"].set_index("step")
+    assert neighbours.loc[16, "same_index"] == pytest.approx(0.95, abs=0.005)
+
+
+def test_a_control_of_the_stage_after_later_ones_begins_where_that_did(tmp_path: Path) -> None:
+    track = series(tmp_path)
+    (planned,) = plan_controls(track, ControlSettings("null", positions=[5]))
+    assert planned.start is not None
+    assert planned.start.step == 8
+    control = {"kind": "null", "position": 5, "stages": 2, "replica": 0}
+    made = begin(tmp_path / "controls" / "null-0005-0", 8, 64, control=control)
+    shutil.copytree(track.path / "snapshots" / "0004-step8", made.path / "snapshots" / "0000-step8")
+    shutil.copytree(track.path / "snapshots" / "0005-step16", made.path / "snapshots" / "0001-step8")
+    assert list(one_step_controls(track.distinct(), "null")) == [2]
+    assert run_analyses(track, {"drift": Drift(replicates=20)})["drift"].tables["calibration"]["step"].tolist() == [16]
 
 
 def test_drift_says_that_they_are_one_and_gives_what_lies_between_them_as_null_steps(tmp_path: Path) -> None:
