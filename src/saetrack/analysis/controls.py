@@ -4,8 +4,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 if TYPE_CHECKING:
     from saetrack.track import Snapshot, Track
+
+_OWN = ("schema", "saetrack", "control", "recipe", "model", "tokenizer")
+"""Facts in which a control may differ: the LLM is known by its weights, its tokenizer by the corpus."""
+_BUDGETS = ("scheduler.tokens_first", "scheduler.tokens_next")
+
+
+def controls_of(track: Track, kind: str) -> list[Track]:
+    """The complete controls of a kind.
+
+    Args:
+        track: The track that they calibrate.
+        kind: As `Track.controls` takes it.
+
+    Raises:
+        ValueError: If one was made by another recipe, or on LLM checkpoints with other weights.
+    """
+    controls = track.controls(kind)
+    for control in controls:
+        _refuse_made_otherwise(track, control)
+    return controls
 
 
 def one_step_controls(track: Track, kind: str) -> dict[int, list[Track]]:
@@ -22,7 +44,7 @@ def one_step_controls(track: Track, kind: str) -> dict[int, list[Track]]:
         ValueError: If a control begins with another snapshot than the track's, or was made by another recipe.
     """
     found: dict[int, list[Track]] = {}
-    for control in track.controls(kind):
+    for control in controls_of(track, kind):
         number = control.facts["control"]["position"]  # in the order of training, which no extension changes
         if number is None:
             continue
@@ -30,7 +52,7 @@ def one_step_controls(track: Track, kind: str) -> dict[int, list[Track]]:
         if snapshot is None and any(s.number == number for s in track.whole):
             continue  # a stage between LLM checkpoints of equal weights, which is none
         snapshot = track.numbered(number)
-        _refuse_foreign(track, control, track.began_from(snapshot))
+        _refuse_another_start(track, control, track.began_from(snapshot))
         found.setdefault(snapshot.position, []).append(control)
     return found
 
@@ -45,30 +67,15 @@ def null_chains(track: Track) -> list[Track]:
         ValueError: If a chain begins with another snapshot than the track's, or was made by another recipe, or the
             track is no chain itself.
     """
-    chains = [control for control in track.controls("null") if control.facts["control"]["position"] is None]
+    chains = [control for control in controls_of(track, "null") if control.facts["control"]["position"] is None]
     for chain in chains:
         if not track.is_forward_chain:
             raise ValueError(
                 f"The control {chain.path} repeats a series that was trained forward in one go, but {track.path} was "
                 "not, or has been extended since, so it cannot calibrate it. Move it out of the folder."
             )
-        _refuse_foreign(track, chain, track[0])
+        _refuse_another_start(track, chain, track[0])
     return chains
-
-
-def random_controls(track: Track) -> list[Track]:
-    """The SAEs on LLMs that were never trained, one snapshot each: what the measures give where nothing was learned.
-
-    Args:
-        track: The track that they calibrate.
-
-    Raises:
-        ValueError: If a control was made by another recipe.
-    """
-    controls = track.controls("random")
-    for control in controls:
-        _refuse_another_recipe(track, control)
-    return controls
 
 
 def scratch_controls(track: Track) -> dict[str, list[Track]]:
@@ -81,23 +88,40 @@ def scratch_controls(track: Track) -> dict[str, list[Track]]:
         ValueError: If a control was made by another recipe.
     """
     found: dict[str, list[Track]] = {}
-    for control in track.controls("scratch"):
-        _refuse_another_recipe(track, control)
+    for control in controls_of(track, "scratch"):
         budget = "first" if control.facts["control"]["first_budget"] else "next"
         found.setdefault(budget, []).append(control)
     return found
 
 
-def _refuse_foreign(track: Track, control: Track, start: Snapshot | None) -> None:
-    """Refuse another recipe, and another snapshot at the beginning than ``start`` of the track."""
-    _refuse_another_recipe(track, control)
-    if start is None or _facts(control[0]) != _facts(start):
+def _refuse_another_start(track: Track, control: Track, start: Snapshot | None) -> None:
+    """Refuse another snapshot at the beginning than ``start`` of the track."""
+    if start is None or not _are_equal(control[0], start):
         _refuse(track, control, "begins with another snapshot than the stage of the track did that it repeats")
 
 
-def _refuse_another_recipe(track: Track, control: Track) -> None:
-    if track.training_recipe != control.training_recipe:
-        _refuse(track, control, f"was made by another recipe than {track.path}")
+def _refuse_made_otherwise(track: Track, control: Track) -> None:
+    """Refuse what was made by another recipe, or on LLM checkpoints with other weights."""
+    kind, factor = control.facts["control"]["kind"], control.facts["control"].get("factor", 1)
+    recipe = track.facts.get("recipe", {})
+    expected = {**dict.fromkeys(control.training_recipe), **track.training_recipe}
+    expected |= {name: fact for name, fact in track.facts.items() if name not in _OWN}
+    expected |= {name: recipe[name] * factor for name in _BUDGETS if name in recipe}
+    if kind in ("null", "replica"):  # the others have a warm start of their own
+        expected |= {name: recipe[name] for name in ("scheduler.warm_start",) if name in recipe}
+    made = {**control.facts, **control.facts.get("recipe", {})}
+    for name, value in expected.items():
+        if made.get(name) != value:
+            _refuse(
+                track,
+                control,
+                f"was made by another recipe than {track.path} ({name} is {made.get(name)}, not {value})",
+            )
+    weights = {s.step: s.metadata["llm"].get("weight_hash") for s in track.whole}
+    for snapshot in control if kind != "random" else ():
+        had, has = snapshot.metadata["llm"].get("weight_hash"), weights.get(snapshot.step)
+        if None not in (had, has) and had != has:
+            _refuse(track, control, f"was trained on an LLM checkpoint of step {snapshot.step} with other weights")
 
 
 def _refuse(track: Track, control: Track, what: str) -> None:
@@ -106,6 +130,11 @@ def _refuse(track: Track, control: Track, what: str) -> None:
         f"The control {control.path} {what}, so it cannot calibrate it. Remove it and run "
         f"`saetrack control {track.path} --kind {kind}`."
     )
+
+
+def _are_equal(one: Snapshot, other: Snapshot) -> bool:
+    """Whether they are the same snapshot: by their metadata and one small tensor, which no two SAEs share."""
+    return _facts(one) == _facts(other) and torch.equal(one.tensor("b_dec"), other.tensor("b_dec"))
 
 
 def _facts(snapshot: Snapshot) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.optimize import isotonic_regression
 
 from . import figures as look
 from .base import Analysis, AnalysisResult
+from .controls import controls_of, one_step_controls
 from .drift_rows import alive, decoder_rows
 from .resampling import bootstrap_means
 
@@ -71,7 +73,7 @@ class Density(Analysis):
 
     def run(self, track: Track) -> AnalysisResult:
         """Compare the thinned series of a track with it; without any, the result says how to make them."""
-        controls = track.controls("thinned")
+        controls = controls_of(track, "thinned")
         if not controls:
             missing = (
                 f"Not available: {track.path} has no thinned controls. Make some with `saetrack control {track.path} "
@@ -146,11 +148,8 @@ def _gaps(track: Track, controls: list[Track]) -> pd.DataFrame:
 def _admissible(gaps: pd.DataFrame, track: Track) -> dict[str, Any]:
     """The largest gap over which identity keeps its share of the ceiling, of the series of one warm start."""
     known = gaps.dropna(subset=["rise", "retained"]).sort_values("rise")
-    nulls = [
-        control[-1].metadata["functional_correlation_median"]
-        for control in track.controls("null")
-        if control.facts["control"]["position"] is not None
-    ]
+    made = chain.from_iterable(one_step_controls(track, "null").values())
+    nulls = [control[-1].metadata["functional_correlation_median"] for control in made]
     fitted = isotonic_regression(known["retained"].to_numpy(), increasing=False).x if len(known) else np.array([np.nan])
     ceiling = float(np.median(nulls)) if nulls else float(fitted[0])
     within = known["rise"].to_numpy()[fitted >= KEPT * ceiling] if len(known) else []

@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 
 from . import figures
 from .base import Analysis, AnalysisResult
-from .controls import one_step_controls, random_controls, scratch_controls
+from .controls import controls_of, one_step_controls, scratch_controls
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,7 +108,7 @@ class Quality(Analysis):
         table = pd.concat([table, pd.DataFrame(identity)], axis=1)
         controls, reached = _control_table(track), _tokens_to_reach(track)
         title = f"{str(track.facts['model']).rstrip('/').split('/')[-1]}, {track.facts['hookpoint']}"
-        untrained = [control[-1].metadata["fvu"] for control in random_controls(track)]
+        untrained = [control[-1].metadata["fvu"] for control in controls_of(track, "random")]
         return AnalysisResult(
             tables={"quality": table}
             | ({} if controls.empty else {"controls": controls})

@@ -96,7 +96,12 @@ class Displacements:
     learning: float = 0.0
 
 
-RECIPE = {"model.continuity": 0.1, "scheduler.steps": [0, 8]}
+RECIPE = {
+    "model.continuity": 0.1,
+    "scheduler.steps": [0, 8],
+    "scheduler.warm_start": "transported",
+    "scheduler.tokens_next": 1000,
+}
 
 
 def planted_stage(

@@ -1,6 +1,7 @@
 """Drift against controls whose displacements are planted: what is common to the arms, and what is each one's own."""
 
 import json
+import shutil
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 
+from saetrack.analysis.controls import controls_of
 from saetrack.analysis.drift import Drift
 from saetrack.analysis.drift_controls import calibrate
 from saetrack.analysis.drift_geometry import unit_rows
@@ -146,17 +149,61 @@ def test_drift_on_a_null_chain_is_by_place_and_phases_calibrates_with_it(tmp_pat
     assert set(calibrated.tables["rates"].query(cut)["phase"]) == {1}
 
 
-@pytest.mark.parametrize("changed", ["snapshot", "recipe"])
-def test_a_control_of_another_track_is_refused(tmp_path: Path, changed: str) -> None:
+@pytest.mark.parametrize("changed", ["metadata", "weights"])
+def test_a_control_that_begins_with_another_snapshot_is_refused(tmp_path: Path, changed: str) -> None:
     track = planted(tmp_path / "t", 0, replicas=0, nulls=1)
-    if changed == "snapshot":
+    if changed == "metadata":
         facts = {**track[0].metadata, "fvu": 0.2}
         (track[0].path / "metadata.json").write_text(json.dumps(facts), encoding="utf-8")
-        track = Track.open(track.path)
     else:
-        track.facts["recipe"] = {**RECIPE, "model.continuity": 0.3}
-    with pytest.raises(ValueError, match="another " + changed):
+        file = track[0].path / "sae_weights.safetensors"
+        weights = load_file(file)
+        save_file({**weights, "b_dec": weights["b_dec"] + 0.1}, file)
+    with pytest.raises(ValueError, match="begins with another snapshot"):
+        calibrate(Track.open(track.path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("model.continuity", 0.3),
+        ("model.dead_after_tokens", 7),
+        ("scheduler.tokens_next", 2000),
+        ("scheduler.warm_start", "prior"),
+        ("corpus_hash", "another"),
+        ("d_sae", 512),
+    ],
+)
+def test_a_control_of_another_recipe_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    track = planted(tmp_path / "t", 0, replicas=0, nulls=1)
+    if "." in name:
+        track.facts["recipe"] = {**RECIPE, name: value}
+    else:
+        track.facts[name] = value
+    with pytest.raises(ValueError, match=f"another recipe .*{name} is .*, not {value}"):
         calibrate(track)
+
+
+def test_a_control_on_an_llm_with_other_weights_is_refused(tmp_path: Path) -> None:
+    track = planted(tmp_path / "t", 0, replicas=1, nulls=1)
+    for at, weights in ((track[1], "a"), (track.controls("replica")[0][1], "b")):
+        llm = {**at.metadata["llm"], "weight_hash": weights}
+        file = at.path / "metadata.json"
+        file.write_text(json.dumps({**at.metadata, "llm": llm}), encoding="utf-8")
+    with pytest.raises(
+        ValueError, match="replica-0001-0 was trained on an LLM checkpoint of step 8 with other weights"
+    ):
+        calibrate(Track.open(track.path))
+
+
+def test_a_thinned_control_of_more_tokens_is_of_the_same_recipe(tmp_path: Path) -> None:
+    track = planted(tmp_path / "t", 0, replicas=0, nulls=0)
+    control = {"kind": "thinned", "position": None, "stages": 1, "replica": 0, "factor": 2}
+    recipe = {**RECIPE, "scheduler.warm_start": "prior", "scheduler.tokens_next": 2000}
+    facts = {"d_in": track.facts["d_in"], "d_sae": track.facts["d_sae"]}
+    made = begin(tmp_path / "t/controls/thinned-2-total-0", **facts, recipe=recipe, control=control)
+    shutil.copytree(track[0].path, made.path / "snapshots" / track[0].path.name)
+    assert len(controls_of(track, "thinned")) == 1
 
 
 def test_drift_shows_its_controls_and_without_them_says_what_to_run(tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ def test_a_control_of_the_stage_after_later_ones_begins_where_that_did(tmp_path:
     control = {"kind": "null", "position": 5, "stages": 2, "replica": 0}
     made = begin(tmp_path / "controls" / "null-0005-0", 8, 64, control=control)
     shutil.copytree(track.path / "snapshots" / "0004-step8", made.path / "snapshots" / "0000-step8")
-    shutil.copytree(track.path / "snapshots" / "0005-step16", made.path / "snapshots" / "0001-step8")
+    trained = shutil.copytree(track.path / "snapshots" / "0005-step16", made.path / "snapshots" / "0001-step8")
+    (trained / "metadata.json").write_text(json.dumps({**track[5].metadata, "llm": track[4].metadata["llm"]}))
     assert list(one_step_controls(track.distinct(), "null")) == [2]
     assert run_analyses(track, {"drift": Drift(replicates=20)})["drift"].tables["calibration"]["step"].tolist() == [16]
 
