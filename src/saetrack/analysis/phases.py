@@ -124,21 +124,20 @@ class Phases(Analysis):
 
     def _order_table(self, tables: Tables, place: Floats) -> pd.DataFrame:
         """Order and lag of the features' times, in decades, for every pair that is available."""
-        middle = np.append(np.r_[place[0], (place[:-1] + place[1:]) / 2], np.nan)  # the NaN is for no time
         times = {}
         for name, read in TIMES.items():
             try:
-                index = read(tables)
+                found = read(tables)
             except NotAvailable:
                 continue
-            times[name] = middle[np.where(np.isfinite(index), index, len(place)).astype(np.int64)]
+            times[name] = found
         rows = []
         for first, second in combinations(times, 2):
             rng = np.random.default_rng([self.draws.seed, 3])
-            found = order_of_times(times[first], times[second], self.draws.replicates, rng)
+            ordered = order_of_times(times[first], times[second], place, self.draws.replicates, rng)
             both = int((np.isfinite(times[first]) & np.isfinite(times[second])).sum())
             row: dict[str, Any] = {"first": first, "second": second, "n_features": both}
-            for name, values in found.items():
+            for name, values in ordered.items():
                 row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
             rows.append(row)
         return pd.DataFrame(rows)

@@ -89,8 +89,8 @@ def cut(amounts: Floats, gaps: Floats, chains: Sequence[Floats], draws: Resampli
     The number of phases is the one with the best score, if that score is above the 95 % quantile of the best score
     under the null and if phases fit better than a smooth curve with as many free numbers, by more than 95 % of random
     walks do. Otherwise there is one phase. The null is the null chains, where there are some (their features
-    resampled), else the features' own rates permuted in time, each feature by itself: whatever all features have in
-    common at a time is gone.
+    resampled), else the features' own rates permuted in time, each feature by itself among the times at which it has
+    one: whatever all features have in common at a time is gone, and how many count at a time stays.
 
     A boundary's interval is from replicates of the series: the fitted levels, with the features resampled and the
     residuals of the fit drawn anew from each other. The second is noise that all features share at a checkpoint,
@@ -107,11 +107,10 @@ def cut(amounts: Floats, gaps: Floats, chains: Sequence[Floats], draws: Resampli
     """
     known = np.isfinite(amounts).any(axis=1)
     amounts, gaps, chains = amounts[known], gaps[known], [chain[known] for chain in chains]
-    mean, spread = mean_and_error(amounts)
-    rates, weights = mean / gaps, np.square(gaps / steady(spread))
+    rates, errors, weights = _rates(amounts / gaps[:, None], gaps)
     found = segment(rates[None], weights)
     over_curve = advantage(rates[None], weights, found)[0]
-    scores = _chain_scores(chains, gaps, draws) if chains else _permuted_scores(amounts / gaps[:, None], draws)
+    scores = _chain_scores(chains, gaps, draws) if chains else _permuted_scores(amounts / gaps[:, None], gaps, draws)
     null_score = float(np.quantile(scores, 0.95))
     walks = random_walk_advantage(weights, np.random.default_rng([draws.seed, 2]))
     best = int(found.best[0])
@@ -122,7 +121,7 @@ def cut(amounts: Floats, gaps: Floats, chains: Sequence[Floats], draws: Resampli
     return Cut(
         ends=ends,
         rates=rates,
-        errors=spread / gaps,
+        errors=errors,
         features=np.isfinite(amounts).sum(axis=1),
         levels=levels(rates, weights, found.boundaries[phases - 1][0]),
         found=found,
@@ -160,16 +159,24 @@ def steady(errors: Floats) -> Floats:
     return np.sqrt(np.where(half_way > 0, half_way, 1.0))
 
 
-def _permuted_scores(rates: Floats, draws: Resampling) -> Floats:
-    """Best score of each permutation of ``rates`` ``[n, F]`` in time; a missing value moves with its time."""
+def _rates(rates: Floats, gaps: Floats) -> tuple[Floats, Floats, Floats]:
+    """Means over features ``[..., n]`` of ``[..., n, F]``, their standard errors, and the weights of the cut."""
+    mean, errors = mean_and_error(rates)
+    return mean, errors, np.square(gaps / steady(errors * gaps))
+
+
+def _permuted_scores(rates: Floats, gaps: Floats, draws: Resampling) -> Floats:
+    """Best score of each permutation of ``rates`` ``[n, F]`` in time, of a feature's known values among their times."""
     rng = np.random.default_rng([draws.seed, 1])
-    found = []
-    for _ in range(draws.permutations):
-        permuted = rng.permuted(rates, axis=0)
-        if np.isfinite(permuted).any(axis=1).all():
-            found.append(mean_and_error(permuted))
-    means, errors = (np.stack(part) for part in zip(*found, strict=True))
-    best: Floats = segment(means, 1 / np.square(steady(errors))).score.max(axis=1)
+    known = np.isfinite(rates)
+    places = np.argsort(~known, axis=0, kind="stable")  # each feature's times, those with a value first
+    means, weights = np.empty((2, draws.permutations, len(rates)))
+    for draw in range(draws.permutations):
+        drawn = np.argsort(np.where(known, rng.random(rates.shape), np.inf), axis=0)
+        permuted = np.empty_like(rates)
+        np.put_along_axis(permuted, places, np.take_along_axis(rates, drawn, axis=0), axis=0)
+        means[draw], _, weights[draw] = _rates(permuted, gaps)
+    best: Floats = segment(means, weights).score.max(axis=1)
     return best
 
 

@@ -78,6 +78,30 @@ def test_planted_regimes_in_features_are_found_and_features_that_do_not_change_h
     assert cut(1 + noise, np.ones(N), [], draws).phases == 1
 
 
+def test_features_of_one_value_each_cannot_be_permuted_and_are_one_phase() -> None:
+    """Each is known at one time: a permutation moves nothing, so nothing can beat it."""
+    gaps = np.array([0.7, 0.3, 0.4, 0.2, 1.0, 0.5])
+    for each in (1, 2):
+        amounts = np.full((6, 6 * each), np.nan)
+        amounts[np.repeat(np.arange(6), each), np.arange(6 * each)] = np.repeat([1.0, 9.0], 3 * each)
+        amounts += 0.1 * np.random.default_rng(each).normal(size=amounts.shape)
+        found = cut(amounts * gaps[:, None], gaps, [], Resampling(replicates=20, permutations=20))
+        assert found.found.score[0].max() > 0
+        assert (found.phases, found.null_score) == (1, found.found.score[0].max())
+
+
+def test_a_feature_keeps_its_own_times_under_the_null() -> None:
+    """Half of the features end half-way, at twice the rate: the mean has two levels, and no feature has."""
+    rng = np.random.default_rng(8)
+    amounts = (
+        np.where(np.arange(300) < 150, 2.0, 1.0) + 0.3 * rng.normal(size=(N, 300)) + 0.03 * rng.normal(size=(N, 1))
+    )
+    amounts[15:, :150] = np.nan
+    found = cut(amounts, np.ones(N), [], Resampling(replicates=20, permutations=40))
+    assert found.found.best[0] == 2
+    assert found.phases == 1
+
+
 def test_a_null_chain_with_the_same_regimes_takes_them_away() -> None:
     rng = np.random.default_rng(4)
     draws = Resampling(replicates=20, permutations=40)
@@ -98,9 +122,22 @@ def test_agreement_is_one_for_equal_segmentations_and_by_hand_otherwise() -> Non
 
 def test_times_in_the_same_order_have_tau_one_and_their_planted_lag() -> None:
     first = np.repeat(np.arange(5.0), 20)
-    found = order_of_times(first, first + 0.7, 30, np.random.default_rng(0))
+    found = order_of_times(first, first + 2, 0.7 * np.arange(7), 30, np.random.default_rng(0))
     assert found["tau"] == pytest.approx((1, 1, 1))
-    assert found["lag"] == pytest.approx((0.7, 0.7, 0.7))
+    assert found["lag"] == pytest.approx((1.4, 0.7, 2.1))
+
+
+@pytest.mark.parametrize("planted", [0.0, 0.3, 1.1])
+def test_the_interval_of_the_lag_covers_the_truth_that_checkpoints_hide(planted: float) -> None:
+    """Were the times those of the middles, the interval would often be a point beside the truth."""
+    place = np.arange(8.0)
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        first = rng.uniform(0.2, 5, size=200)
+        second = first + planted + 0.2 * rng.normal(size=200)
+        found = order_of_times(*(np.searchsorted(place, t).astype(float) for t in (first, second)), place, 50, rng)
+        _, low, high = found["lag"]
+        assert low < planted < high
 
 
 def test_a_track_of_fewer_than_six_snapshots_is_refused(tiny_track: Track) -> None:
