@@ -76,6 +76,16 @@ class Cut:
         """Number of the phase of every rate ``[n]``."""
         return labels(self.found.boundaries[self.phases - 1][0], len(self.rates))
 
+    @property
+    def why_one(self) -> str:
+        """Why there is one phase, in words, where more are not accepted."""
+        best = int(self.found.best[0])
+        if best == 1:
+            return f"none of at most {len(self.advantage)} scores better"
+        if self.found.score[0, best - 1] <= self.null_score:
+            return f"{best} gain {self.found.score[0, best - 1]:.2f}, the {self.null} up to {self.null_score:.2f}"
+        return f"{best} fit no better than a smooth curve"
+
     def interval(self) -> tuple[Integers, Integers]:
         """95 % interval of each boundary, as indices of checkpoints."""
         low = np.quantile(self.replicates, 0.025, axis=0, method="lower")

@@ -13,6 +13,8 @@ from saetrack.analysis.phases_segment import advantage, random_walk_advantage, s
 from saetrack.analysis.phases_series import Amounts, NotAvailable, Tables, drift_above_null, semantic_amounts
 from saetrack.track import Track
 
+from .planted_rates import D_SAE, Rates, plant_rates, track_with_chain
+
 N = 29
 EQUAL = np.ones(N)
 
@@ -140,27 +142,84 @@ def test_the_interval_of_the_lag_covers_the_truth_that_checkpoints_hide(planted:
         assert low < planted < high
 
 
-def test_a_track_of_fewer_than_six_snapshots_is_refused(tiny_track: Track) -> None:
-    with pytest.raises(ValueError, match="4 snapshots; phases needs at least 6"):
-        Phases().run(tiny_track)
-
-
 def test_a_perspective_without_its_table_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(NotAvailable, match=r"saetrack analyze .* --analyses\+=Semantics"):
         semantic_amounts(Tables(tmp_path / "analyses", [0, 1, 2, 3, 4, 5], 4))
 
 
-def test_null_steps_are_taken_off_the_drift_and_without_them_the_null_chain(tmp_path: Path) -> None:
+def test_null_steps_at_two_stages_are_taken_off_the_drift_and_at_fewer_nothing(tmp_path: Path) -> None:
     tables = Tables(tmp_path / "analyses", [0, 1, 2, 4, 8, 16], 3)
     drift = Amounts(np.full((5, 3), 0.5) + np.array([0.0, 0.1, -0.1]), "drift")
-    assert drift_above_null(drift, tables, [])[1] is None
-    chains = [np.arange(5.0)[:, None] * np.ones(3) / 10, np.zeros((5, 3))]
-    found, by = drift_above_null(drift, tables, chains)
-    assert by == "null chain"
-    np.testing.assert_allclose(found.values, drift.values - np.arange(5.0)[:, None] / 20)
-    (tmp_path / "analyses" / "drift").mkdir(parents=True)
+    assert drift_above_null(drift, tables) == (drift, [])
+    folder = tmp_path / "analyses" / "drift"
+    folder.mkdir(parents=True)
+    pd.DataFrame({"step": [4], "drift_null": [0.1]}).to_parquet(folder / "calibration.parquet")
+    assert drift_above_null(drift, tables) == (drift, [4])
     table = pd.DataFrame({"step": [1, 16], "drift_null": [0.1, 0.3]})  # the first stage and the last
-    table.to_parquet(tmp_path / "analyses" / "drift" / "calibration.parquet")
-    found, by = drift_above_null(drift, tables, chains)
-    assert by == "null steps"
+    table.to_parquet(folder / "calibration.parquet")
+    found, at = drift_above_null(drift, tables)
+    assert at == [1, 16]
     np.testing.assert_allclose(found.values[:, 0], 0.5 - np.array([0.1, 0.15, 0.2, 0.25, 0.3]))
+
+
+STEPS = (0, 1, 3, 9, 31, 99, 315)
+
+
+def plant_turnover(track: Track, amounts: np.ndarray) -> None:
+    """Write the table of semantics as it would be, ``amounts`` ``[T - 1, F]``."""
+    values = np.concatenate([np.full((1, amounts.shape[1]), np.nan), amounts])
+    place, feature = np.indices(values.shape)
+    table = pd.DataFrame({"step": np.array(track.steps)[place.ravel()], "feature": feature.ravel()})
+    table = table.assign(turnover=values.ravel(), top_token_id=0)
+    if len(set(track.steps)) < len(track):
+        table["position"] = place.ravel()
+    (track.analyses_dir / "semantics").mkdir(parents=True, exist_ok=True)
+    table.to_parquet(track.analyses_dir / "semantics" / "features.parquet")
+
+
+def test_turnover_that_a_null_chain_has_too_makes_no_phases(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    track = track_with_chain(tmp_path / "t", STEPS, chain=True)
+    amounts = np.repeat([0.6, 0.1], 3)[:, None] * (1 + 0.1 * rng.normal(size=(6, D_SAE)))
+    plant_turnover(track, amounts)
+    phases = Phases(replicates=20, permutations=40)
+    alone = phases.run(track)
+    assert alone.settings["null"]["semantic"] == "permutation in time"
+    assert "run `saetrack analyze" in alone.settings["not_available"]["semantic of null-chain-0"]
+    assert "Semantic of null-chain-0 not available: no semantics yet: run `saetrack analyze" in alone.summary
+    (chain,) = track.controls("null")
+    plant_turnover(chain, amounts[:, ::-1] / 2)
+    calibrated = phases.run(track)
+    assert calibrated.settings["null"]["semantic"] == "null chain"
+    assert "semantic of null-chain-0" not in calibrated.settings["not_available"]
+    cut = "perspective == 'semantic' and axis == 'index'"
+    assert set(alone.tables["rates"].query(cut)["phase"]) == {1, 2}
+    assert set(calibrated.tables["rates"].query(cut)["phase"]) == {1}
+    still = 0.1 * (1 + 0.1 * rng.normal(size=(6, D_SAE)))
+    plant_turnover(chain, still)  # a chain without regimes leaves those of the track
+    assert set(phases.run(track).tables["rates"].query(cut)["phase"]) == {1, 2}
+
+
+def test_the_summary_is_a_sentence_for_each_perspective_and_says_what_was_taken_off(tmp_path: Path) -> None:
+    track = track_with_chain(tmp_path / "t", STEPS, chain=False)
+    rates = np.random.default_rng(6).uniform(0.05, 0.06, size=6)
+    plant_rates(track, Rates(rates, np.zeros(6), STEPS), np.random.default_rng(7))
+    pd.DataFrame({"step": [9], "drift_null": [0.01]}).to_parquet(track.analyses_dir / "drift" / "calibration.parquet")
+    result = Phases(replicates=20, permutations=20).run(track)
+    wanted = f"nothing: only LLM step 9 has null steps, and two must have; run `saetrack control {track.path} --kind"
+    assert result.settings["drift_above"].startswith(wanted)
+    assert result.summary.startswith("Drift: one phase (")
+    assert f"Taken off the drift: {wanted}" in result.summary
+    assert "\n" not in result.summary
+
+
+def test_six_snapshots_are_refused_as_one_phase_is_the_only_answer_there_could_be(tmp_path: Path) -> None:
+    track = track_with_chain(tmp_path / "t", STEPS[:6], chain=False)
+    with pytest.raises(ValueError, match="6 snapshots; phases needs at least 7"):
+        Phases().run(track)
+    track = track_with_chain(tmp_path / "seven", STEPS, chain=False)
+    amounts = np.full((6, D_SAE), 0.5)
+    amounts[0] = np.nan
+    plant_turnover(track, amounts)
+    with pytest.raises(ValueError, match="5 intervals hold a feature that counts, and two phases need 6"):
+        Phases().run(track)

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse
 import torch
@@ -59,13 +60,14 @@ def planted(rows: TokenRows, step: int) -> SplitObservation:
     return SplitObservation(rows, positions, np.zeros((len(positions), 2), dtype=np.float32), latents)
 
 
-def run_planted(**arguments: int) -> AnalysisResult:
-    track = PlantedTrack(SimpleNamespace(step=step, position=i) for i, step in enumerate(STEPS))
+def run_planted(chain: bool = False, **arguments: int) -> AnalysisResult:
+    """Of a track, or with the same answers of a null chain, whose snapshots share LLM step 0."""
+    track = PlantedTrack(SimpleNamespace(step=step * (not chain), position=i) for i, step in enumerate(STEPS))
     analysis = Semantics(**{"contexts": 4, "left": 2, "right": 1, **arguments})
     analysis.begin(track)
     for step in (8, 0, 1, 2):
         observation = Observation(planted(planted_rows(1), step), planted(planted_rows(2), step), EMBEDDINGS)
-        analysis.observe(SimpleNamespace(step=step, position=STEPS.index(step)), observation)
+        analysis.observe(track[STEPS.index(step)], observation)
     return analysis.finish()
 
 
@@ -93,6 +95,14 @@ def test_nulls_tell_a_feature_with_contexts_from_one_with_tokens_only() -> None:
     assert 0.9 < steps.loc[8, "turnover_same_tokens"] < 1
     assert steps.loc[1, "turnover_low"] <= steps.loc[1, "turnover"] <= steps.loc[1, "turnover_high"]
     assert steps.loc[1, "features_compared"] == 3
+
+
+def test_snapshots_of_a_null_chain_are_told_apart_by_their_place() -> None:
+    track, chain = run_planted().tables["features"], run_planted(chain=True).tables["features"]
+    assert "position" not in track
+    assert set(chain["step"]) == {0}
+    assert [STEPS[place] for place in chain["position"]] == track["step"].tolist()
+    pd.testing.assert_series_equal(chain["turnover"], track["turnover"])
 
 
 def test_coherence_is_not_defined_where_random_sets_with_the_same_tokens_do_not_differ() -> None:
