@@ -43,9 +43,9 @@ class Phases(Analysis):
     Of the drift it cuts what is left above null steps, which at least two stages must have; otherwise the drift as it
     is, which ``settings["drift_above"]`` and the summary say.
 
-    Turnover and drift are also calibrated on the null chains, where Semantics and Drift were run on these: more than
-    one phase is accepted only above the gain of the chains. Nothing can form in a chain, and its LLM does not change,
-    so the other perspectives have only their permutation in time. ``settings["null"]`` says which it was.
+    Turnover and drift must also gain more than the null chains do, where Semantics and Drift were run on these. Nothing
+    can form in a chain, and its LLM does not change, so the other perspectives have only their permutation in time.
+    ``settings["null"]`` says which it was.
 
     A boundary is ``robust`` if on both other axes one lies within one interval of it. The intervals do not cover
     another seed of the SAE or of the LLM.

@@ -111,7 +111,10 @@ def test_a_null_chain_with_the_same_regimes_takes_them_away() -> None:
     assert cut(amounts, np.ones(N), [], draws).phases == 3
     chain = np.repeat([1.0, 2.0, 1.4], [9, 10, 10])[:, None] + 0.05 * rng.normal(size=(N, 300))
     calibrated = cut(amounts, np.ones(N), [chain], draws)
-    assert (calibrated.phases, calibrated.null) == (1, "null chain")
+    still = cut(amounts, np.ones(N), [np.ones((N, 300)) + 0.05 * rng.normal(size=(N, 300))], draws)
+    assert still.phases == 3
+    assert still.null_score >= cut(amounts, np.ones(N), [], draws).null_score  # a control makes no phases
+    assert (calibrated.phases, calibrated.null) == (1, "permutation in time and null chain")
 
 
 def test_agreement_is_one_for_equal_segmentations_and_by_hand_otherwise() -> None:
@@ -190,7 +193,7 @@ def test_turnover_that_a_null_chain_has_too_makes_no_phases(tmp_path: Path) -> N
     (chain,) = track.controls("null")
     plant_turnover(chain, amounts[:, ::-1] / 2)
     calibrated = phases.run(track)
-    assert calibrated.settings["null"]["semantic"] == "null chain"
+    assert calibrated.settings["null"]["semantic"] == "permutation in time and null chain"
     assert "semantic of null-chain-0" not in calibrated.settings["not_available"]
     cut = "perspective == 'semantic' and axis == 'index'"
     assert set(alone.tables["rates"].query(cut)["phase"]) == {1, 2}
