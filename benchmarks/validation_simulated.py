@@ -164,7 +164,7 @@ def phase_rows(folder: Path, repeats: int = 100) -> Iterator[Row]:
         yield three_phases(folder / name, name, Rates.three(common), quiet, repeats)
     for null in (0.002, 0.01):
         name = f"noise 10 %, null steps of {null}"
-        yield three_phases(folder / name, name, Rates.three(0.1, null), Rates.still(null), repeats)
+        yield three_phases(folder / name, name, Rates.three(0.1, null), Rates.still(null), repeats, null_steps=True)
         name += ", at four stages and no chain"
         yield three_phases(folder / name, name, Rates.three(0.1, null), None, repeats, null_steps=True)
 

@@ -23,7 +23,7 @@ from tests.conftest import build_llm, build_tokenizer
 
 from .pages import ROOT
 
-STEPS = [0, 4, 8, 16, 32, 64]
+STEPS = [0, 4, 8, 16, 32, 64, 128]
 WORDS = "the cat sat on a mat and dog ran home while birds sang over hills near river bank at dawn def return print"
 SMALLER: dict[str, Any] = {
     "scheduler": {"steps": None, "tokens_first": 2_000, "tokens_next": 1_000},

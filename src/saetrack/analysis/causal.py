@@ -11,7 +11,7 @@ import pandas as pd
 from .base import AnalysisResult, Observation, Probe, SweepAnalysis
 from .causal_figures import CAPTIONS, effects_figure, features_figure
 from .causal_measure import MEASURES, Ablations, Targets, ablate, documents_with_firing, sample_by_frequency
-from .causal_tables import LEVEL, QUANTITIES, causal_population, causal_summary, effect_table, estimate
+from .causal_tables import LEVEL, QUANTITIES, causal_population, causal_summary, effect_table, estimate, feature_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,8 +50,8 @@ class Causal(SweepAnalysis):
     checkpoint, at d_i's length, drawn anew for every row; the excess is effect minus null on the same rows. Intervals
     are from a Dirichlet bootstrap over documents, with the same weights at every checkpoint and for every feature. The
     test of the excess flips the sign of documents' differences, the same flips everywhere: maxT over checkpoints,
-    Benjamini-Hochberg over features, for each measure. It says that the feature's direction does more than such
-    directions do on average.
+    Benjamini-Hochberg over the features drawn and apart from them over those named, for each measure. It says that the
+    feature's direction does more than such directions do on average.
 
     Cost, in rows run through the LLM at each checkpoint: at most 3 for each feature and row, ``rows`` of them for each
     feature. Memory: ``4 * rows_per_forward * context * vocabulary`` floats.
@@ -140,23 +140,29 @@ class Causal(SweepAnalysis):
         self._seen.append(_Seen(snapshot.step, _frequency(evaluation)[self._features], ablations))
 
     def finish(self) -> AnalysisResult:
-        """Tables of effects by feature and of the population, and two figures."""
+        """Tables of effects by feature and checkpoint, of tests by feature, of the population, and two figures."""
         if not self._seen or self._features is None:
             raise RuntimeError("Causal.finish was called before observe: nothing was seen yet.")
         seen = sorted(self._seen, key=lambda s: s.step)
         steps = [s.step for s in seen]
         frequency = np.stack([s.frequency for s in seen])
         replicates, seed = self.settings["replicates"], self.settings["seed"]
-        effects, populations = [], []
+        ablations, min_documents = [s.ablations for s in seen], self.settings["min_documents"]
+        effects, features, populations = [], [], []
         for measure in MEASURES:
-            estimates = estimate([s.ablations for s in seen], measure, self.settings["min_documents"], replicates, seed)
+            estimates = estimate(ablations, measure, min_documents, replicates, seed, self._sampled)
             table = effect_table(steps, self._features, self._sampled, frequency, estimates)
             effects.append(table.assign(measure=measure))
+            features.append(feature_table(self._features, self._sampled, estimates).assign(measure=measure))
             table = causal_population(steps, estimates, self._counted(), replicates, seed)
             populations.append(table.assign(measure=measure))
         causal, population = pd.concat(effects, ignore_index=True), pd.concat(populations, ignore_index=True)
         return AnalysisResult(
-            tables={"causal": causal, "population": population},
+            tables={
+                "causal": causal,
+                "features": pd.concat(features, ignore_index=True),
+                "population": population,
+            },
             figures={"effects": effects_figure(population, steps), "features": features_figure(causal, steps)},
             scalars={
                 f"{measure}_{quantity}": _by_step(population, measure, quantity)

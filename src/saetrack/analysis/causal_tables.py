@@ -36,7 +36,7 @@ class Estimates:
         documents: Documents with a firing in the rows that were run, ``[T, F]``.
         firings: Firings in them, ``[T, F]``.
         p: Of an excess above 0, adjusted over checkpoints, ``[T, F]``.
-        q: Adjusted over features, ``[F]``.
+        q: Adjusted over the features of its family, those drawn or those named, ``[F]``.
         significant: ``[T, F]``.
     """
 
@@ -48,7 +48,14 @@ class Estimates:
     significant: Bools
 
 
-def estimate(seen: Sequence[Ablations], measure: str, min_documents: int, replicates: int, seed: int) -> Estimates:
+def estimate(
+    seen: Sequence[Ablations],
+    measure: str,
+    min_documents: int,
+    replicates: int,
+    seed: int,
+    sampled: Bools | None = None,
+) -> Estimates:
     """Ratios of the summed nats to the firings, with intervals and tests over documents.
 
     With ``w ~ Dir(1, ..., 1)`` over documents a replicate is ``sum_d w_d y_d / sum_d w_d n_d``, for y the summed nats
@@ -59,6 +66,7 @@ def estimate(seen: Sequence[Ablations], measure: str, min_documents: int, replic
 
     Were the feature's direction no other than the null's, the sign of a document's difference could as well be the
     other one, so flipping signs gives what chance does; every document has one sign in a draw, whatever the checkpoint.
+    The features drawn are one family of tests, the named ones another: naming one changes nothing for those drawn.
 
     Args:
         seen: By checkpoint, on the same documents.
@@ -66,6 +74,7 @@ def estimate(seen: Sequence[Ablations], measure: str, min_documents: int, replic
         min_documents: Fewer with a firing, and there is no estimate.
         replicates: Bootstrap replicates, and sign flips.
         seed: Of both.
+        sampled: ``[F]``, which were drawn; all, if not given.
     """
     documents, features = seen[0].firings.shape
     rng = np.random.default_rng(seed)
@@ -93,8 +102,10 @@ def estimate(seen: Sequence[Ablations], measure: str, min_documents: int, replic
     q, significant = np.full(features, np.nan), np.zeros(p.shape, dtype=bool)
     tested = np.isfinite(values["excess"][0])
     p[~tested] = np.nan
-    ever = tested.any(axis=0)
-    q[ever], significant[:, ever] = discoveries(np.where(tested, p, 1.0)[:, ever], LEVEL)
+    sampled = np.ones(features, dtype=bool) if sampled is None else sampled
+    for family in (sampled, ~sampled):
+        ever = tested.any(axis=0) & family
+        q[ever], significant[:, ever] = discoveries(np.where(tested, p, 1.0)[:, ever], LEVEL)
     return Estimates(values, enough, np.stack([a.firings.sum(axis=0) for a in seen]), p, q, significant & tested)
 
 
@@ -124,9 +135,20 @@ def effect_table(
             columns[f"{name}{suffix}"] = values.ravel()
     columns["effect_per_token"] = (estimates.values["effect"][0] * frequency).ravel()
     columns["p"] = estimates.p.ravel()
-    columns["q"] = np.tile(estimates.q, times)
     columns["significant"] = estimates.significant.ravel()
     return pd.DataFrame(columns)
+
+
+def feature_table(features: Integers, sampled: Bools, estimates: Estimates) -> pd.DataFrame:
+    """One row for each feature: its smallest ``p`` over checkpoints, and ``q``; NaN where it was never estimated.
+
+    Args:
+        features: Indices, ``[F]``.
+        sampled: Which were drawn; the others were named, ``[F]``.
+        estimates: Their effects by one measure.
+    """
+    smallest = np.fmin.reduce(estimates.p, axis=0)  # fmin passes over NaN
+    return pd.DataFrame({"feature": features, "sampled": sampled, "p": smallest, "q": estimates.q})
 
 
 def causal_population(

@@ -45,7 +45,8 @@ class Formation(SweepAnalysis):
       that does not ask for a context, by design; against the uniform baseline it may be formed.
     * ``transient``: was higher before its plateau, by 3 standard errors and by 0.3 of the peak.
     * ``at-init``: alike at the first checkpoint, and no rise of 2 standard errors since.
-    * ``not plateaued``: as formed, but still moving over the last three checkpoints, so ``formed_step`` is too early.
+    * ``not plateaued``: as formed, but still moving over the last three checkpoints: half of a level that is not known
+      yet has no time, so it has no ``formed_step`` and counts as not formed by the last checkpoint.
     * ``formed``: a rise of 3 standard errors and a finite interval.
     * ``unresolved``: none of these. ``insufficient``: fires in too few documents.
 

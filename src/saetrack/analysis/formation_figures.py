@@ -27,9 +27,9 @@ CAPTIONS = {
         "cosine alone cannot be told from activations that all become alike."
     ),
     "formed": (
-        "The share of the features that have formed by each step, beside the share of false features (random "
-        "positions with features' tokens) that the same rule calls formed; a step between two LLM checkpoints is "
-        "interpolated, and features with too few positions are in no curve."
+        "The share of the features that are known to have formed by each step, beside the share of false features "
+        "(random positions with features' tokens) that the same rule calls formed; a feature that has not plateaued "
+        "counts as not formed, and features with too few positions are in no curve."
     ),
     "map": (
         "A row is a feature (or some, averaged), red where its positions are more alike than random ones with the "

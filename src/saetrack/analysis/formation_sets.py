@@ -30,7 +30,7 @@ class FormationSets:
         false: ``[F]``, whether the positions are random ones with the feature's tokens: the instrument's own control.
         members: ``[F, n]``, -1 for unused places.
         sizes: ``[F]``, places in use.
-        available: ``[d_sae]``, positions that each feature of the SAE has, also where they are too few.
+        chosen: ``[d_sae, n]``, the positions of every feature of the SAE, also where they are too few.
         counts: ``[d_sae]``, the features that are asked for.
         random: ``[B, n]``, uniform random sets, at most one position of a document.
         matched: Baseline to ``[F, B, n]``, for token and for position in the row.
@@ -42,7 +42,7 @@ class FormationSets:
     false: Bools
     members: Integers
     sizes: Integers
-    available: Integers
+    chosen: Integers
     counts: Bools
     random: Integers
     matched: dict[str, Integers]
@@ -84,9 +84,8 @@ class FormationSets:
             usable &= np.bincount(key)[key] > 1
         median, top = firing_quantiles(selection.latents, (0.5, 1 - TOP_SHARE))
         chosen = spread_positions(evaluation, usable, median, top, n_positions, rng)
-        available = (chosen >= 0).sum(axis=1)
-        counts = np.ones(len(available), dtype=bool) if counts is None else counts
-        features = np.flatnonzero((available >= n_min) & counts)
+        counts = np.ones(len(chosen), dtype=bool) if counts is None else counts
+        features = np.flatnonzero(((chosen >= 0).sum(axis=1) >= n_min) & counts)
         members = chosen[features]
         made_from, false_members = _false_features(members, evaluation, n_min, false_features, rng)
         members = np.concatenate([members, false_members])
@@ -95,7 +94,7 @@ class FormationSets:
             false=np.arange(len(members)) >= len(features),
             members=members,
             sizes=(members >= 0).sum(axis=1),
-            available=available,
+            chosen=chosen,
             counts=counts,
             random=random_sets(evaluation.documents, n_positions, draws, rng),
             matched={

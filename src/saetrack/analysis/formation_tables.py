@@ -18,13 +18,11 @@ from .formation_times import (
     MIN_CHECKPOINTS,
     NOT_AVAILABLE,
     NOT_KEPT,
-    NOT_PLATEAUED,
     Times,
     measure_times,
     statuses,
-    survival,
 )  # fmt: skip
-from .resampling import population_table
+from .resampling import bootstrap_means, population_table
 from .significance import MaxT, discoveries
 
 if TYPE_CHECKING:
@@ -101,12 +99,14 @@ class Findings:
         return {str(name): int(n) for name, n in zip(names, counts, strict=True)}
 
     def formed_index(self) -> Integers:
-        """Index of the checkpoint by which each has formed ``[F]``, -1 for those that have not."""
+        """Index of the checkpoint by which each has formed ``[F]``, -1 for those not known to have by the last one.
+
+        Of a curve that still moves at the end the final level is not known, and so neither is the time of half of it.
+        """
         if self.times is None:
             return np.full(len(self.status), -1)
         reached = np.searchsorted(step_position(self.steps), self.times.half)
-        timed = (self.status == FORMED) | (self.status == NOT_PLATEAUED)
-        return np.where(self.status == AT_INIT, 0, np.where(timed, reached, -1))
+        return np.where(self.status == AT_INIT, 0, np.where(self.status == FORMED, reached, -1))
 
 
 def feature_table(sets: FormationSets, findings: Findings) -> pd.DataFrame:
@@ -118,7 +118,8 @@ def feature_table(sets: FormationSets, findings: Findings) -> pd.DataFrame:
     that step, for it may have formed earlier.
     """
     real = ~sets.false
-    table = pd.DataFrame({"feature": np.arange(len(sets.available)), "n_positions": sets.available})
+    n_positions = (sets.chosen >= 0).sum(axis=1)
+    table = pd.DataFrame({"feature": np.arange(len(n_positions)), "n_positions": n_positions})
     table["status"] = np.where(sets.counts, INSUFFICIENT, NOT_KEPT)
     rows = sets.features[real]
     table.loc[rows, "status"] = findings.status[real]
@@ -185,40 +186,38 @@ def population(
 
 
 def share_table(sets: FormationSets, findings: Findings, rng: np.random.Generator, replicates: int) -> pd.DataFrame:
-    """Share of the features formed by each step, with the same of the false features.
+    """Share of the features known to have formed by each step, with the same of the false features.
 
-    It is one less the survival curve. ``at-init`` counts from the first checkpoint. ``not plateaued`` is followed to
-    the checkpoint before its time, as with a higher plateau the time would be later; all others to the last one.
+    ``at-init`` counts from the first checkpoint. All others are followed to the last one, so none leaves before it, and
+    one less this share is both Turnbull's and Kaplan and Meier's estimate of the survival curve.
     """
     steps = findings.steps
     table: dict[str, Any] = {"step": steps}
     index = findings.formed_index()
-    observed = (findings.status == FORMED) | (findings.status == AT_INIT)
-    until = np.where(findings.status == NOT_PLATEAUED, np.maximum(index - 1, 0), len(steps) - 1)
-    cell = np.where(observed, index, until)
+    by = (index >= 0) & (index <= np.arange(len(steps))[:, None])  # [T, F]
     for kind, which in (("", ~sets.false), ("null_", sets.false)):
         n = int(which.sum())
         columns = np.full((3, len(steps)), np.nan)
         if findings.available and n:
-            weights = np.vstack([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=replicates)])
-            curves = 1 - survival(cell[which], observed[which], weights, len(steps))
-            columns = np.stack([curves[0], *np.quantile(curves[1:], [0.025, 0.975], axis=0)])
+            columns = np.stack(bootstrap_means(by[:, which].astype(np.float64), rng, replicates))
         table |= {f"{kind}{name}": values for name, values in zip(("share", "low", "high"), columns, strict=True)}
     return pd.DataFrame(table)
 
 
 def positions_table(split: SplitObservation, sets: FormationSets) -> pd.DataFrame:
-    """The choice, so that it can be looked up: row and column among the track's evaluation rows."""
-    members = sets.members[~sets.false]
-    which, place = np.nonzero(members >= 0)
-    chosen = members[which, place]
+    """The choice, so that it can be looked up: row and column among the track's evaluation rows.
+
+    Of every feature, also of those that were not computed.
+    """
+    feature, place = np.nonzero(sets.chosen >= 0)
+    chosen = sets.chosen[feature, place]
     row, column = split.positions[chosen].T
     return pd.DataFrame(
         {
-            "feature": sets.features[which],
+            "feature": feature,
             "row": row,
             "column": column,
             "document": split.documents[chosen],
-            "activation": values_at(split.latents, chosen, sets.features[which]),
+            "activation": values_at(split.latents, chosen, feature),
         }
     )

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.floating]
-    Integers = NDArray[np.integer]
     Bools = NDArray[np.bool_]
 
 MIN_CHECKPOINTS = 6  # below this base, rise and plateau cannot be told apart
@@ -179,26 +178,3 @@ def statuses(times: Times, significant: Bools) -> NDArray[np.str_]:
         [NEVER, TRANSIENT, AT_INIT, NOT_PLATEAUED, FORMED],
         UNRESOLVED,
     )
-
-
-def survival(first: Integers, observed: Bools, weights: Floats, checkpoints: int) -> Floats:
-    """Share of features not yet formed after each LLM checkpoint: Turnbull's estimate for cells of one grid.
-
-    A time is known only to lie between two checkpoints, and a feature that has not formed, or whose plateau is not in
-    sight, is followed to a checkpoint. So all intervals are cells of one grid, and Turnbull's estimator is Kaplan and
-    Meier's on the cells (the tests hold it to `scipy.stats.ecdf`, which takes no weights for the bootstrap's sake).
-
-    Args:
-        first: ``[F]``, index of the checkpoint by which it has formed, or of the last at which it had not.
-        observed: ``[F]``, whether it has formed.
-        weights: ``[R, F]``, one row of ones for the estimate, others for the bootstrap.
-        checkpoints: T.
-
-    Returns:
-        ``[R, T]``.
-    """
-    cells = np.eye(checkpoints)[first]  # [F, T]
-    events, leaving = weights @ (cells * observed[:, None]), weights @ cells
-    at_risk = np.cumsum(leaving[:, ::-1], axis=1)[:, ::-1]
-    stay: Floats = np.cumprod(1 - np.divide(events, at_risk, out=np.zeros_like(events), where=at_risk > 0), axis=1)
-    return stay

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Cuts = dict[str, dict[str, Cut]]
 
 LOG_STEP = "log-step"
+_IN_CHAINS = ("semantic", "drift")  # nothing forms in a null chain, and its LLM does not change
 _SAME = 0.3  # decades; boundaries closer than that, or than one interval, count as the same
 
 
@@ -39,8 +40,12 @@ class Phases(Analysis):
     for when more than one phase is accepted, and for the intervals. One phase is an answer too; the table ``scores``
     holds every number of phases.
 
-    Of the drift it cuts what is left above null steps or, without these, above the null chain; without either the drift
-    as it is, which ``settings["drift_above"]`` says.
+    Of the drift it cuts what is left above null steps, which at least two stages must have; otherwise the drift as it
+    is, which ``settings["drift_above"]`` and the summary say.
+
+    Turnover and drift must also gain more than the null chains do, where Semantics and Drift were run on these. Nothing
+    can form in a chain, and its LLM does not change, so the other perspectives have only their permutation in time.
+    ``settings["null"]`` says which it was.
 
     A boundary is ``robust`` if on both other axes one lies within one interval of it. The intervals do not cover
     another seed of the SAE or of the LLM.
@@ -56,7 +61,7 @@ class Phases(Analysis):
 
     reads_results: ClassVar[bool] = True
     restrictable: ClassVar[bool] = True
-    min_snapshots: ClassVar[int] = 6
+    min_snapshots: ClassVar[int] = 2 * MIN_LENGTH + 1  # with fewer, one phase is the only answer there can be
 
     def __init__(self, replicates: int = 500, permutations: int = 200, seed: int = 0) -> None:
         if replicates < 2 or permutations < 20:
@@ -70,25 +75,28 @@ class Phases(Analysis):
         """Cut the rates of a track.
 
         Raises:
-            ValueError: If the track has fewer than six snapshots, or no perspective is available.
+            ValueError: If the track has fewer than seven snapshots, or no perspective is available.
         """
         if len(track) < self.min_snapshots:
             raise ValueError(
-                f"{track.path} has {len(track)} snapshots; phases needs at least {self.min_snapshots}. Follow more "
-                "LLM checkpoints with `saetrack fit`."
+                f"{track.path} has {len(track)} snapshots; phases needs at least {self.min_snapshots}, for with fewer "
+                f"there can be no two phases of {MIN_LENGTH} rates. Follow more LLM checkpoints with `saetrack fit`."
             )
         tables, steps = Tables.of(track, self.kept), track.steps
         amounts, missing = _available(tables)
         if not amounts:
             raise ValueError(f"phases has nothing to cut: {'; '.join(missing.values())}.")
         axes = {LOG_STEP: step_position(steps), "step": np.asarray(steps, dtype=float), "index": np.arange(len(steps))}
-        chains = _drift_chains(track, missing)
-        less = None
+        chains: dict[str, list[Floats]] = {
+            name: _null_chains(track, name, missing) for name in _IN_CHAINS if name in amounts
+        }
+        above = None
         if "drift" in amounts:
-            amounts["drift"], less = drift_above_null(amounts["drift"], tables, chains)
+            amounts["drift"], at = drift_above_null(amounts["drift"], tables)
+            above = _above(track, at)
         cuts: Cuts = {
             name: {
-                axis: cut(found.values, np.diff(place), chains if name == "drift" else [], self.draws)
+                axis: cut(found.values, np.diff(place), chains.get(name, []), self.draws)
                 for axis, place in axes.items()
             }
             for name, found in amounts.items()
@@ -116,29 +124,28 @@ class Phases(Analysis):
                 "min_length": MIN_LENGTH,
                 "not_available": missing,
                 "null": {name: c.null for name, c in on_log.items()},
-                "drift_above": less or f"nothing: run `saetrack control {track.path} --kind null`, then drift again",
+                "drift_above": above,
             },
-            summary=_summary(on_log, scores, boundaries, missing),
+            summary=_summary(on_log, boundaries, missing, above),
             captions=CAPTIONS,
         )
 
     def _order_table(self, tables: Tables, place: Floats) -> pd.DataFrame:
         """Order and lag of the features' times, in decades, for every pair that is available."""
-        middle = np.append(np.r_[place[0], (place[:-1] + place[1:]) / 2], np.nan)  # the NaN is for no time
         times = {}
         for name, read in TIMES.items():
             try:
-                index = read(tables)
+                found = read(tables)
             except NotAvailable:
                 continue
-            times[name] = middle[np.where(np.isfinite(index), index, len(place)).astype(np.int64)]
+            times[name] = found
         rows = []
         for first, second in combinations(times, 2):
             rng = np.random.default_rng([self.draws.seed, 3])
-            found = order_of_times(times[first], times[second], self.draws.replicates, rng)
+            ordered = order_of_times(times[first], times[second], place, self.draws.replicates, rng)
             both = int((np.isfinite(times[first]) & np.isfinite(times[second])).sum())
             row: dict[str, Any] = {"first": first, "second": second, "n_features": both}
-            for name, values in found.items():
+            for name, values in ordered.items():
                 row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
             rows.append(row)
         return pd.DataFrame(rows)
@@ -154,24 +161,37 @@ def _available(tables: Tables) -> tuple[dict[str, Amounts], dict[str, str]]:
             missing[name] = str(reason)
             continue
         known = int(np.isfinite(found.values).any(axis=1).sum())
-        if known < MIN_LENGTH:
-            missing[name] = f"only {known} intervals hold a feature that counts"
+        if known < 2 * MIN_LENGTH:
+            missing[name] = f"{known} intervals hold a feature that counts, and two phases need {2 * MIN_LENGTH}"
         else:
             amounts[name] = found
     return amounts, missing
 
 
-def _drift_chains(track: Track, missing: dict[str, str]) -> list[Floats]:
-    """Amounts of drift in the null chains; why one cannot be read is added to ``missing``."""
+def _null_chains(track: Track, name: str, missing: dict[str, str]) -> list[Floats]:
+    """Amounts of a perspective in the null chains; why one cannot be read is added to ``missing``."""
     chains = []
     for control in track.controls("null"):
         if len(control) != len(track):
             continue
         try:
-            chains.append(AMOUNTS["drift"](Tables.of(control)).values)
+            values = AMOUNTS[name](Tables.of(control)).values
         except NotAvailable as reason:
-            missing[control.path.name] = str(reason)
+            missing[f"{name} of {control.path.name}"] = str(reason)
+            continue
+        if np.isfinite(values).any(axis=1).all():
+            chains.append(values)
+        else:
+            missing[f"{name} of {control.path.name}"] = "in some stage no feature counts"
     return chains
+
+
+def _above(track: Track, at: list[int]) -> str:
+    """What was taken off the drift, given the LLM steps with null steps; if nothing, what to run."""
+    if len(at) > 1:
+        return f"null steps at LLM steps {', '.join(map(str, at))}"
+    have = f"only LLM step {at[0]} has null steps, and two must have" if at else "no stage has null steps"
+    return f"nothing: {have}; run `saetrack control {track.path} --kind null`, then drift again"
 
 
 def _score_table(cuts: Cuts) -> pd.DataFrame:
@@ -249,19 +269,17 @@ def _agreement_table(cuts: Mapping[str, Cut], place: Floats) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _summary(
-    cuts: Mapping[str, Cut], scores: pd.DataFrame, boundaries: pd.DataFrame, missing: Mapping[str, str]
-) -> str:
-    """The answer for each perspective, and the scores of every number of phases."""
-    lines = []
+def _summary(cuts: Mapping[str, Cut], boundaries: pd.DataFrame, missing: Mapping[str, str], above: str | None) -> str:
+    """One sentence for each perspective: its answer on the log-step axis, and why if that is one phase."""
+    sentences = []
     for name, c in cuts.items():
         at = boundaries[(boundaries["perspective"] == name) & (boundaries["axis"] == LOG_STEP)]
-        where = ", ".join(
-            f"step {b.step} [{b.low}, {b.high}]{'' if b.robust else ', not robust'}" for b in at.itertuples()
+        where = " and ".join(
+            f"at step {b.step} [{b.low}, {b.high}]{'' if b.robust else ', not robust'}" for b in at.itertuples()
         )
-        lines.append(f"{name} {c.phases}" + (f" (boundaries at {where})" if where else ""))
-    table = scores[scores["axis"] == LOG_STEP].drop(columns=["axis", "residual"])
-    most = int(table["phases"].max())
-    text = f"Phases by perspective, of at most {most}: {'; '.join(lines)}. Scores on the log-step axis:\n"
-    text += table.to_string(index=False, float_format=lambda value: f"{value:.2f}")
-    return text + "".join(f"\n{name} not available: {why}." for name, why in missing.items())
+        answer = f"{c.phases} phases, boundaries {where}" if len(at) else f"one phase ({c.why_one})"
+        sentences.append(f"{name.capitalize().replace('_', ' ')}: {answer}.")
+    if above is not None:
+        sentences.append(f"Taken off the drift: {above}.")
+    sentences += [f"{name.capitalize().replace('_', ' ')} not available: {why}." for name, why in missing.items()]
+    return " ".join(sentences)

@@ -70,31 +70,37 @@ def boundary_distance(first: Floats, second: Floats) -> Floats:
 
 
 def order_of_times(
-    first: Floats, second: Floats, replicates: int, rng: np.random.Generator
+    first: Floats, second: Floats, place: Floats, replicates: int, rng: np.random.Generator
 ) -> dict[str, tuple[float, float, float]]:
     """Whether features come in the same order by two times, and how much later the second is.
 
+    A time is only known to lie between two checkpoints. The median lag of the middles hardly varies over the bootstrap,
+    so the interval of the lag runs from that of the least lags that the checkpoints allow to that of the largest.
+
     Args:
-        first: Time of each feature ``[F]``, the middle of the interval in which it lies.
-        second: Its other time.
+        first: For each feature ``[F]`` the index of the checkpoint by which its time has come; NaN for none.
+        second: The same of its other time.
+        place: Of the checkpoints on the axis, ``log10(step + 1)`` ``[T]``; the first interval begins at 0.
         replicates: Bootstrap replicates over features.
         rng: Source of the draws.
 
     Returns:
         ``tau`` (Kendall's tau_b; features in the same interval are tied) and ``lag`` (median of second minus first,
-        in the unit of the times), each with low and high of the 95 % interval. NaN where fewer than two features
+        in the unit of the axis), each with low and high of the 95 % interval. NaN where fewer than two features
         have both times or, for tau, where all share one.
     """
     known = np.isfinite(first) & np.isfinite(second)
-    first, second = first[known], second[known]
-    if len(first) < 2:
+    a, b = first[known].astype(np.int64), second[known].astype(np.int64)
+    if len(a) < 2:
         return dict.fromkeys(("tau", "lag"), (np.nan, np.nan, np.nan))
-    drawn = rng.integers(len(first), size=(replicates, len(first)))
-    lag = second - first
-    tau = [scipy.stats.kendalltau(first[rows], second[rows]).statistic for rows in (np.arange(len(first)), *drawn)]
+    drawn = rng.integers(len(a), size=(replicates, len(a)))
+    after, by = np.r_[0.0, place[:-1]], place
+    middle = np.r_[place[0], (place[:-1] + place[1:]) / 2]
+    least, most = np.median((after[b] - by[a])[drawn], axis=1), np.median((by[b] - after[a])[drawn], axis=1)
+    tau = [scipy.stats.kendalltau(a[rows], b[rows]).statistic for rows in (np.arange(len(a)), *drawn)]
     return {
         "tau": (float(tau[0]), *_interval(np.array(tau[1:]))),
-        "lag": (float(np.median(lag)), *_interval(np.median(lag[drawn], axis=1))),
+        "lag": (float(np.median(middle[b] - middle[a])), _interval(least)[0], _interval(most)[1]),
     }
 
 

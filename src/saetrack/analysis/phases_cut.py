@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.floating]
     Integers = NDArray[np.integer]
 
-NullKind = Literal["null chain", "permutation in time"]
+NullKind = Literal["permutation in time", "permutation in time and null chain"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Cut:
         found: The segmentations of this one series.
         advantage: Over a smooth curve, by number of phases ``[K]``.
         null: What the score was compared with.
-        null_score: 95 % quantile of the best score under it.
+        null_score: 95 % quantile of the best score under it; of two, the larger.
         walk_advantage: 95 % quantile of the advantage of random walks.
         phases: The number accepted.
         boundaries: Checkpoints at which a phase ends and the next begins ``[phases - 1]``, as indices.
@@ -76,6 +76,16 @@ class Cut:
         """Number of the phase of every rate ``[n]``."""
         return labels(self.found.boundaries[self.phases - 1][0], len(self.rates))
 
+    @property
+    def why_one(self) -> str:
+        """Why there is one phase, in words, where more are not accepted."""
+        best = int(self.found.best[0])
+        if best == 1:
+            return f"none of at most {len(self.advantage)} scores better"
+        if self.found.score[0, best - 1] <= self.null_score:
+            return f"{best} gain {self.found.score[0, best - 1]:.2f}, and by {self.null} up to {self.null_score:.2f}"
+        return f"{best} fit no better than a smooth curve"
+
     def interval(self) -> tuple[Integers, Integers]:
         """95 % interval of each boundary, as indices of checkpoints."""
         low = np.quantile(self.replicates, 0.025, axis=0, method="lower")
@@ -88,9 +98,10 @@ def cut(amounts: Floats, gaps: Floats, chains: Sequence[Floats], draws: Resampli
 
     The number of phases is the one with the best score, if that score is above the 95 % quantile of the best score
     under the null and if phases fit better than a smooth curve with as many free numbers, by more than 95 % of random
-    walks do. Otherwise there is one phase. The null is the null chains, where there are some (their features
-    resampled), else the features' own rates permuted in time, each feature by itself: whatever all features have in
-    common at a time is gone.
+    walks do. Otherwise there is one phase. The null is the features' own rates permuted in time, each feature by itself
+    among the times at which it has one: whatever all features have in common at a time is gone, and how many count at a
+    time stays. Where there are null chains the score must be above theirs too (their features resampled): a control
+    can take phases away and never makes any.
 
     A boundary's interval is from replicates of the series: the fitted levels, with the features resampled and the
     residuals of the fit drawn anew from each other. The second is noise that all features share at a checkpoint,
@@ -107,12 +118,13 @@ def cut(amounts: Floats, gaps: Floats, chains: Sequence[Floats], draws: Resampli
     """
     known = np.isfinite(amounts).any(axis=1)
     amounts, gaps, chains = amounts[known], gaps[known], [chain[known] for chain in chains]
-    mean, spread = mean_and_error(amounts)
-    rates, weights = mean / gaps, np.square(gaps / steady(spread))
+    rates, errors, weights = _rates(amounts / gaps[:, None], gaps)
     found = segment(rates[None], weights)
     over_curve = advantage(rates[None], weights, found)[0]
-    scores = _chain_scores(chains, gaps, draws) if chains else _permuted_scores(amounts / gaps[:, None], draws)
-    null_score = float(np.quantile(scores, 0.95))
+    scores = [_permuted_scores(amounts / gaps[:, None], gaps, draws)]
+    if chains:
+        scores.append(_chain_scores(chains, gaps, draws))
+    null_score = max(float(np.quantile(part, 0.95)) for part in scores)
     walks = random_walk_advantage(weights, np.random.default_rng([draws.seed, 2]))
     best = int(found.best[0])
     accepted = found.score[0, best - 1] > null_score and over_curve[best - 1] > walks
@@ -122,12 +134,12 @@ def cut(amounts: Floats, gaps: Floats, chains: Sequence[Floats], draws: Resampli
     return Cut(
         ends=ends,
         rates=rates,
-        errors=spread / gaps,
+        errors=errors,
         features=np.isfinite(amounts).sum(axis=1),
         levels=levels(rates, weights, found.boundaries[phases - 1][0]),
         found=found,
         advantage=over_curve,
-        null="null chain" if chains else "permutation in time",
+        null="permutation in time and null chain" if chains else "permutation in time",
         null_score=null_score,
         walk_advantage=walks,
         phases=phases,
@@ -160,16 +172,24 @@ def steady(errors: Floats) -> Floats:
     return np.sqrt(np.where(half_way > 0, half_way, 1.0))
 
 
-def _permuted_scores(rates: Floats, draws: Resampling) -> Floats:
-    """Best score of each permutation of ``rates`` ``[n, F]`` in time; a missing value moves with its time."""
+def _rates(rates: Floats, gaps: Floats) -> tuple[Floats, Floats, Floats]:
+    """Means over features ``[..., n]`` of ``[..., n, F]``, their standard errors, and the weights of the cut."""
+    mean, errors = mean_and_error(rates)
+    return mean, errors, np.square(gaps / steady(errors * gaps))
+
+
+def _permuted_scores(rates: Floats, gaps: Floats, draws: Resampling) -> Floats:
+    """Best score of each permutation of ``rates`` ``[n, F]`` in time, of a feature's known values among their times."""
     rng = np.random.default_rng([draws.seed, 1])
-    found = []
-    for _ in range(draws.permutations):
-        permuted = rng.permuted(rates, axis=0)
-        if np.isfinite(permuted).any(axis=1).all():
-            found.append(mean_and_error(permuted))
-    means, errors = (np.stack(part) for part in zip(*found, strict=True))
-    best: Floats = segment(means, 1 / np.square(steady(errors))).score.max(axis=1)
+    known = np.isfinite(rates)
+    places = np.argsort(~known, axis=0, kind="stable")  # each feature's times, those with a value first
+    means, weights = np.empty((2, draws.permutations, len(rates)))
+    for draw in range(draws.permutations):
+        drawn = np.argsort(np.where(known, rng.random(rates.shape), np.inf), axis=0)
+        permuted = np.empty_like(rates)
+        np.put_along_axis(permuted, places, np.take_along_axis(rates, drawn, axis=0), axis=0)
+        means[draw], _, weights[draw] = _rates(permuted, gaps)
+    best: Floats = segment(means, weights).score.max(axis=1)
     return best
 
 
@@ -177,9 +197,9 @@ def _chain_scores(chains: Sequence[Floats], gaps: Floats, draws: Resampling) -> 
     """Best score of null chains, as if their stages had lain as far apart as the track's, features resampled."""
     best = []
     for chain in chains:
-        means = bootstrap_replicates(chain, np.random.default_rng([draws.seed, 1]), draws.permutations)
-        weights = np.square(gaps / steady(mean_and_error(chain)[1]))
-        best.append(segment(means / gaps, weights).score.max(axis=1))
+        mean, _, weights = _rates(chain / gaps[:, None], gaps)
+        means = bootstrap_replicates(chain, np.random.default_rng([draws.seed, 1]), draws.permutations) / gaps
+        best.append(segment(np.where(np.isfinite(means), means, mean), weights).score.max(axis=1))
     return np.concatenate(best)
 
 

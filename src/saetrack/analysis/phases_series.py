@@ -77,8 +77,12 @@ class Tables:
     def read_by_step(
         self, analysis: str, name: str, columns: Sequence[str], optional: Sequence[str] = ()
     ) -> pd.DataFrame:
-        """As `read`, a table with a column ``step``, which must hold just the steps of the track."""
-        table = self.read(analysis, name, ["step", *columns], optional)
+        """As `read`, a table with a column ``step``, which must hold just the steps of the track.
+
+        With ``position``, by which the snapshots of a null chain are told apart, for they share one step.
+        """
+        by = ["step"] if len(set(self.steps)) == len(self.steps) else ["step", "position"]
+        table = self.read(analysis, name, [*by, *columns], optional)
         if set(table["step"]) != set(self.steps):
             raise self.stale(analysis)
         return table
@@ -86,7 +90,8 @@ class Tables:
     def pivot(self, table: pd.DataFrame, column: str) -> Floats:
         """``[T, d_sae]`` from a table with a row for some of the features at each step; NaN for the others."""
         values = np.full((len(self.steps), self.d_sae), np.nan)
-        values[np.searchsorted(self.steps, table["step"]), table["feature"]] = table[column]
+        at = table["position"] if "position" in table else np.searchsorted(self.steps, table["step"])
+        values[at, table["feature"]] = table[column]
         return values
 
     def restrict(self, values: Floats) -> Floats:
@@ -141,30 +146,28 @@ def drift_amounts(tables: Tables) -> Amounts:
     return Amounts(tables.restrict(turned), "1 - cosine to the previous")
 
 
-def drift_above_null(found: Amounts, tables: Tables, chains: Sequence[Floats]) -> tuple[Amounts, str | None]:
-    """The drift that is left above what training once more makes, and by what that was measured; None if by nothing.
+def drift_above_null(found: Amounts, tables: Tables) -> tuple[Amounts, list[int]]:
+    """The drift that is left above what training once more makes, and the LLM steps at which that was measured.
 
-    By the null steps of the drift analysis, interpolated between the stages that have some; without two such stages by
-    the null chains, stage by stage. The mean null is taken off every feature.
+    By the null steps of the drift analysis, interpolated between the stages that have some; with fewer than two such
+    stages nothing is taken off. The mean null is taken off every feature. A null chain is no substitute: it is trained
+    on one LLM checkpoint again and again, converges, and drifts far less than a null step from the track's snapshot.
 
     Args:
         found: The drift.
         tables: Of the track.
-        chains: Drift of its null chains, each of the same shape.
     """
     try:
         null = tables.read("drift", "calibration", ["step", "drift_null"])
     except NotAvailable:
         null = pd.DataFrame(columns=["step", "drift_null"])
     null = null[null["step"].isin(tables.steps[1:]) & null["drift_null"].notna()].sort_values("step")
-    if len(null) > 1:
-        at = np.searchsorted(tables.steps, null["step"])
-        level, by = np.interp(np.arange(1, len(tables.steps)), at, null["drift_null"]), "null steps"
-    elif chains:
-        level, by = np.mean([np.nanmean(chain, axis=1) for chain in chains], axis=0), "null chain"
-    else:
-        return found, None
-    return Amounts(found.values - level[:, None], "1 - cosine to the previous, above the null"), by
+    at = null["step"].tolist()
+    if len(at) < 2:
+        return found, at
+    places = np.searchsorted(tables.steps, at)
+    level = np.interp(np.arange(1, len(tables.steps)), places, null["drift_null"])
+    return Amounts(found.values - level[:, None], "1 - cosine to the previous, above the null"), at
 
 
 def loss_amounts(tables: Tables) -> Amounts:

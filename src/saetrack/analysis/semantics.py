@@ -179,7 +179,10 @@ class Semantics(SweepAnalysis):
         meaning = self._meaning.tables(steps, NullChain.of(self._track.path), self.kept)
         scores = meaning.pop("meaning").drop(columns=["step", "feature"])
         scores = scores.iloc[np.ravel_multi_index(where, (len(places), len(tops[0])))]
-        features = pd.concat([features.drop(columns="place"), scores.reset_index(drop=True)], axis=1)
+        features = pd.concat([features, scores.reset_index(drop=True)], axis=1)
+        # a null chain's snapshots share one LLM step and are told apart by their place, as in drift
+        one_by_one = len(set(steps)) == len(steps)
+        features = features.drop(columns="place") if one_by_one else features.rename(columns={"place": "position"})
         untrained = random_classes(self._track.path)
         by_step = self._step_table(places, turnover)
         examples = self._draw_examples(features)

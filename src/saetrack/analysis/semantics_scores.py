@@ -31,6 +31,8 @@ POSITIONS, DRAWS, DISPERSION_DRAWS = 64, 50, 200
 _PSEUDO_COUNT = 5.0  # positions of average activation that every token's mean is shrunk with
 _PROJECTION = 128  # directions that a context's counts are projected on
 _FREQUENCY_CLASSES = 10
+# of a mean cosine in float32: random sets that differ by less, as of tokens that occur once or twice, are one set
+_ROUNDING = 1e-5
 _ENDINGS = ("ingly", "edly", "ing", "ers", "ies", "est", "ed", "er", "es", "ly", "s")
 # keys x features held at once as dense float64
 _DENSE = 4_000_000
@@ -51,7 +53,8 @@ class Scores:
         precision: Share of the firing positions that have that form.
         dispersion: ``1 - ||sum_v p(v) e_v||^2`` over unit, mean-centred input embeddings of its top families.
         dispersion_p: Share of random families of like frequency that are as near each other.
-        coherence_z: How much more alike its contexts are than random ones of the same tokens, in their deviations.
+        coherence_z: How much more alike its contexts are than random ones of the same tokens, in their deviations; NaN
+            too where these do not differ, as its tokens hardly occur elsewhere.
         families: ``[d_sae, 16]``, its top families, -1 for none, and
         shares: their share of the activation.
     """
@@ -173,7 +176,7 @@ class Scorer:
         drawn = np.stack([mean_cosine(self._contexts, matched_positions(members, kinds, rng)) for _ in range(DRAWS)])
         spread = drawn.std(axis=0, ddof=1)
         excess = mean_cosine(self._contexts, members) - drawn.mean(axis=0)
-        z[enough] = np.divide(excess, spread, out=np.zeros(len(enough)), where=spread > 0)
+        z[enough] = np.divide(excess, spread, out=np.full(len(enough), np.nan), where=spread > _ROUNDING)
         return z
 
     def _dispersion(self, top: Integers, shares: Floats) -> tuple[Floats, Floats]:

@@ -4,9 +4,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse as sp
 import torch
+from scipy.stats import false_discovery_control
 from torch import nn
 
 from saetrack.analysis.base import SplitObservation
@@ -184,6 +186,19 @@ def test_a_planted_excess_is_found_and_recovered() -> None:
     assert ((low <= 1.5) & (high >= 1.5)).mean() > 0.85
 
 
+def test_naming_features_changes_nothing_for_those_drawn_and_they_are_adjusted_among_themselves() -> None:
+    seen = nothing(20, 60, 0, planted=1.5)
+    drawn = [Ablations({"loss": a.sums["loss"][:, :, 10:]}, a.firings[:, 10:]) for a in seen]
+    alone = estimate(drawn, "loss", 5, 199, 0)
+    named = np.arange(20) < 10  # all have an excess: in one family they would make the level of the others easier
+    both = estimate(seen, "loss", 5, 199, 0, ~named)
+    np.testing.assert_array_equal(both.p[:, ~named], alone.p)
+    np.testing.assert_array_equal(both.q[~named], alone.q)
+    np.testing.assert_array_equal(both.significant[:, ~named], alone.significant)
+    np.testing.assert_allclose(both.q[named], false_discovery_control(both.p[:, named].min(axis=0)))
+    assert not np.allclose(estimate(seen, "loss", 5, 199, 0).q[~named], alone.q)
+
+
 def test_too_few_documents_give_no_estimate() -> None:
     seen = nothing(4, 30, 0)
     for ablations in seen:
@@ -227,6 +242,11 @@ def test_on_a_track_the_sample_and_named_features_are_ablated_at_every_checkpoin
     assert len(known) > 10
     assert (known["effect"] > 0).all()
     np.testing.assert_allclose(known["excess"], known["effect"] - known["null"], atol=1e-9)
+    tests = result.tables["features"]
+    assert "q" not in table
+    assert len(tests) == len(table) / 4  # one for each feature and measure
+    smallest = table.groupby(["measure", "feature"])["p"].min()
+    pd.testing.assert_series_equal(tests.set_index(["measure", "feature"])["p"].sort_index(), smallest.sort_index())
     assert set(result.scalars["divergence_effect"]) <= {0, 1, 4, 10}
     assert (tiny_track.analyses_dir / "causal" / "effects.svg").is_file()
 

@@ -142,8 +142,8 @@ def test_drift_on_a_null_chain_is_by_place_and_phases_calibrates_with_it(tmp_pat
     assert not result.scalars
     assert {ax.get_xlabel() for ax in result.figures["adjacent"].axes} == {"place in the chain"}
     calibrated = phases.run(track)
-    assert alone.settings["null"]["drift"] != "null chain"
-    assert calibrated.settings["null"]["drift"] == "null chain"
+    assert alone.settings["null"]["drift"] == "permutation in time"
+    assert calibrated.settings["null"]["drift"] == "permutation in time and null chain"
     cut = "perspective == 'drift' and axis == 'index'"
     assert set(alone.tables["rates"].query(cut)["phase"]) == {1, 2}
     assert set(calibrated.tables["rates"].query(cut)["phase"]) == {1}

@@ -5,12 +5,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.sparse
 import torch
 
 from saetrack.analysis import AnalysisResult, Observation, SplitObservation
 from saetrack.analysis.semantics import Semantics
+from saetrack.analysis.semantics_scores import Scorer, Vocabulary
 from saetrack.analysis.semantics_turnover import same_tokens, turnover
 from saetrack.analysis.sweep import run_analyses
 from saetrack.lm.checkpoints import load_llm
@@ -58,13 +60,14 @@ def planted(rows: TokenRows, step: int) -> SplitObservation:
     return SplitObservation(rows, positions, np.zeros((len(positions), 2), dtype=np.float32), latents)
 
 
-def run_planted(**arguments: int) -> AnalysisResult:
-    track = PlantedTrack(SimpleNamespace(step=step, position=i) for i, step in enumerate(STEPS))
+def run_planted(chain: bool = False, **arguments: int) -> AnalysisResult:
+    """Of a track, or with the same answers of a null chain, whose snapshots share LLM step 0."""
+    track = PlantedTrack(SimpleNamespace(step=step * (not chain), position=i) for i, step in enumerate(STEPS))
     analysis = Semantics(**{"contexts": 4, "left": 2, "right": 1, **arguments})
     analysis.begin(track)
     for step in (8, 0, 1, 2):
         observation = Observation(planted(planted_rows(1), step), planted(planted_rows(2), step), EMBEDDINGS)
-        analysis.observe(SimpleNamespace(step=step, position=STEPS.index(step)), observation)
+        analysis.observe(track[STEPS.index(step)], observation)
     return analysis.finish()
 
 
@@ -92,6 +95,30 @@ def test_nulls_tell_a_feature_with_contexts_from_one_with_tokens_only() -> None:
     assert 0.9 < steps.loc[8, "turnover_same_tokens"] < 1
     assert steps.loc[1, "turnover_low"] <= steps.loc[1, "turnover"] <= steps.loc[1, "turnover_high"]
     assert steps.loc[1, "features_compared"] == 3
+
+
+def test_snapshots_of_a_null_chain_are_told_apart_by_their_place() -> None:
+    track, chain = run_planted().tables["features"], run_planted(chain=True).tables["features"]
+    assert "position" not in track
+    assert set(chain["step"]) == {0}
+    assert [STEPS[place] for place in chain["position"]] == track["step"].tolist()
+    pd.testing.assert_series_equal(chain["turnover"], track["turnover"])
+
+
+def test_coherence_is_not_defined_where_random_sets_with_the_same_tokens_do_not_differ() -> None:
+    """Tokens 10 to 12 occur twice, so the random sets are one set, whose deviation is rounding or 0."""
+    rows = planted_rows(1)
+    rows.tokens[1:7, 5] = [10, 10, 11, 11, 12, 12]
+    split = planted(rows, 0)
+    tokens = rows.tokens[split.positions[:, 0], split.positions[:, 1]]
+    rare = np.isin(split.positions[:, 0], [1, 3, 5]) & (split.positions[:, 1] == 5)
+    latents = scipy.sparse.csr_array(np.stack([rare, tokens == 3], axis=1).astype(np.float32))
+    split = replace(split, latents=latents)
+    embeddings = np.random.default_rng(9).normal(size=(13, 8))
+    scorer = Scorer(Vocabulary.of([f"w{i}" for i in range(13)]), embeddings, split, seed=0)
+    z = scorer.scores(split, split).coherence_z
+    assert np.isnan(z[0])
+    assert abs(z[1]) < 10
 
 
 def test_contexts_are_the_tokens_around_the_position(tiny_track: Track) -> None:
