@@ -20,7 +20,7 @@ from .controls import one_step_controls
 from .drift_rows import flags
 from .identity_figures import CAPTIONS, correlation_figure, survival_figure
 from .identity_matching import match_latents, match_with_scratch
-from .identity_stretches import stretch_table
+from .identity_stretches import kept_stages, stretch_table
 from .lineage import revived_between
 from .resampling import bootstrap_means
 
@@ -137,8 +137,9 @@ class Identity(SweepAnalysis):
         """Tables of features, curves, stretches and survival, and two figures."""
         steps = self._track.steps
         limits = self._limits()
-        kept = self._found["to_previous"] >= limits["threshold"].to_numpy()[:, None]  # NaN is not
-        kept &= ~self._revived["to_previous"]
+        kept = kept_stages(
+            self._found["to_previous"], limits["threshold"].to_numpy(), self._alive, self._revived["to_previous"]
+        )
         stretches = stretch_table(self._alive, kept, steps)
         curves = self._curves()
         survival = self._survival(kept, limits)
@@ -252,7 +253,9 @@ class Identity(SweepAnalysis):
     def _features(self, kept: NDArray[np.bool_]) -> pd.DataFrame:
         t, count = self._alive.shape
         columns = {"feature": np.tile(np.arange(count), t), "step": np.repeat(self._track.steps, count)}
-        columns |= {"alive": self._alive.ravel(), "revived": self._revived["to_previous"].ravel(), "kept": kept.ravel()}
+        known = pd.array(kept.ravel(), dtype="boolean")
+        known[:count] = pd.NA  # no stage leads into the first snapshot
+        columns |= {"alive": self._alive.ravel(), "revived": self._revived["to_previous"].ravel(), "kept": known}
         columns |= {name: self._found[name].ravel() for name in COMPARISONS[:3]}
         return pd.DataFrame(columns)
 
