@@ -252,7 +252,7 @@ class Identity(SweepAnalysis):
 
     def _features(self, kept: NDArray[np.bool_]) -> pd.DataFrame:
         t, count = self._alive.shape
-        columns = {"feature": np.tile(np.arange(count), t), "step": np.repeat(self._track.steps, count)}
+        columns: dict[str, Any] = {"feature": np.tile(np.arange(count), t), "step": np.repeat(self._track.steps, count)}
         known = pd.array(kept.ravel(), dtype="boolean")
         known[:count] = pd.NA  # no stage leads into the first snapshot
         columns |= {"alive": self._alive.ravel(), "revived": self._revived["to_previous"].ravel(), "kept": known}
