@@ -51,7 +51,8 @@ class Density(Analysis):
       ``delta_fvu`` is there to compare: a warm start that turns the dictionary with the LLM undoes most of it, and it
       then says little about identity (rank correlations with ``retained`` are in ``admissible``).
 
-    Restricted (``--only_kept``), survival is of the features that the track kept from its first snapshot to its last.
+    Restricted (``--only_kept``), there is survival alone, of the features that the track kept from its first snapshot
+    to its last: it is not known which ones kept their identity over a gap of a thinned series.
 
     Args:
         replicates: Bootstrap replicates.
@@ -81,9 +82,6 @@ class Density(Analysis):
         thinned = pd.DataFrame([self._survival(track, control) for control in controls])
         ceiling = thinned.loc[thinned["thin"] == 1, "survival"].mean()  # NaN without one
         thinned["survival_relative"] = thinned["survival"] / ceiling
-        gaps = _gaps(track, controls)
-        admissible = {name: _admissible(part, track) for name, part in gaps.groupby("warm_start")}
-        limits = pd.DataFrame([{"warm_start": name, **limit} for name, limit in admissible.items()])
         settings = {
             "seed": self.seed,
             "replicates": self.replicates,
@@ -91,6 +89,12 @@ class Density(Analysis):
             "kept": KEPT,
             "ceiling": "thinned controls with --thin 1" if np.isfinite(ceiling) else "not available: run --thin 1",
         }
+        if self.kept is not None:  # of the rest it is not known which features it is of
+            thinned = thinned.drop(columns=["fvu", "fvu_track", "dead_share"])
+            return AnalysisResult({"thinned": thinned}, {}, {}, settings, _survival_summary(thinned))
+        gaps = _gaps(track, controls)
+        admissible = {name: _admissible(part, track) for name, part in gaps.groupby("warm_start")}
+        limits = pd.DataFrame([{"warm_start": name, **limit} for name, limit in admissible.items()])
         tables = {"thinned": thinned, "gaps": gaps, "admissible": limits}
         figures = {"density": _figure(thinned, gaps, limits)}
         return AnalysisResult(tables, figures, {}, settings, _summary(thinned, limits), {"density": CAPTION})
@@ -197,12 +201,16 @@ def _figure(thinned: pd.DataFrame, gaps: pd.DataFrame, limits: pd.DataFrame) -> 
     return figure
 
 
-def _summary(thinned: pd.DataFrame, limits: pd.DataFrame) -> str:
+def _survival_summary(thinned: pd.DataFrame) -> str:
     worst = thinned.sort_values("survival").iloc[0]
-    text = (
+    return (
         f"Of the features alive in both, {worst['survival']:.0%} survive in {worst['control']}, the worst of "
         f"{len(thinned)} thinned series."
     )
+
+
+def _summary(thinned: pd.DataFrame, limits: pd.DataFrame) -> str:
+    text = _survival_summary(thinned)
     for limit in limits.itertuples():
         text += (
             f" By {limit.warm_start}, identity keeps {KEPT:.0%} of its ceiling ({limit.ceiling:.2f}, from "

@@ -52,7 +52,7 @@ class Dictionaries(Analysis):
       the seed-to-seed ceiling. ``agreement`` is (track to seeds - null) / (seeds - null) of METHOD's section 7e: 1
       where the series finds what an SAE of its own finds; NaN where the seeds are not at least 0.05 above their null.
 
-    Restricted (``--only_kept``), over the features that kept their identity in the stage, or to the last snapshot.
+    Restricted (``--only_kept``), the track's features are those that kept their identity in the stage that led there.
 
     Args:
         random_pairs: Pairs of random dictionaries for each null.
@@ -135,7 +135,7 @@ class Dictionaries(Analysis):
             for step in sorted({step for control in controls for step in control.steps} & set(track.steps)):
                 found = [_directions(c.at(step), alive(c.at(step))) for c in controls if step in c.steps]
                 snapshot = track.at(step)
-                use = alive(snapshot) if self.kept is None else alive(snapshot) & self.kept.to_last[snapshot.position]
+                use = alive(snapshot) if self.kept is None else alive(snapshot) & self.kept.at[snapshot.position]
                 own = [self._compare(_directions(snapshot, use), other) for other in found]
                 seeds = [self._compare(*pair) for pair in combinations(found, 2)]
                 rows.append({"step": step, "budget": "first" if first_budget else "next", **_agreement(own, seeds)})

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .drift_controls import Calibration
-    from .identity_stretches import Kept
 
     Floats = NDArray[np.floating]
     Bools = NDArray[np.bool_]
@@ -28,22 +27,16 @@ PREVIOUS = (
 )
 LAST = tuple(name.replace("previous", "last") for name in PREVIOUS)
 WALKS = tuple(f"{name}_if_random_walk" for name in LAST)
+NOT_KEPT = "not kept"
+"""Status of a feature that a restricted result does not count in the stage."""
 MEASURES = (*PREVIOUS, "functional_correlation", *LAST, *WALKS)
 
 
-def drift_population(
-    table: pd.DataFrame, steps: list[int], rng: np.random.Generator, replicates: int, kept: Kept | None = None
-) -> pd.DataFrame:
-    """Mean over features with its interval, and quartiles, by step and measure, over the features that count.
-
-    With ``kept``, for a cosine to the previous those that kept their identity in the stage, and for one to the last
-    those that kept it until then.
-    """
+def drift_population(table: pd.DataFrame, steps: list[int], rng: np.random.Generator, replicates: int) -> pd.DataFrame:
+    """Mean over features with its interval, and quartiles, by step and measure, over the features that count."""
     count = len(table) // len(steps)
     moved = _moved(table).reshape(len(steps), count)
     followed = table["followed_to_last"].to_numpy().reshape(len(steps), count)
-    if kept is not None:
-        moved, followed = moved & kept.into, followed & kept.to_last
     values = []
     for name in MEASURES:
         use = followed if "last" in name else moved
@@ -140,7 +133,7 @@ def drift_scalars(population: pd.DataFrame, counts: pd.DataFrame) -> dict[str, d
         "cosine_to_last": curve("decoder_to_last"),
         "functional_correlation_median": curve("functional_correlation", "median"),
     }
-    total = counts.sum(axis=1)
+    total = counts.drop(columns=NOT_KEPT, errors="ignore").sum(axis=1)
     for status in ("frozen", "revived"):
         share = counts[status] / total if status in counts else 0 * total
         scalars[f"share_{status}"] = dict(zip(share.index.tolist(), share.tolist(), strict=True))
