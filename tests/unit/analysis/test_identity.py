@@ -42,7 +42,11 @@ def firing(latents: scipy.sparse.csr_array, feature: int, positions: int) -> sci
 
 
 class PlantedTrack(list):
-    path, facts = "planted", {"d_sae": FEATURES}
+    path, facts, equal_weights = "planted", {"d_sae": FEATURES}, ()
+
+    @property
+    def whole(self) -> "PlantedTrack":
+        return self
 
     @property
     def steps(self) -> list[int]:
