@@ -306,5 +306,5 @@ def _summary(curves: pd.DataFrame, survival: pd.DataFrame, track: Track, least: 
         f"{names[len(reached) - 1]}, and the track left {end['unbroken']:.1%}"
     )
     if len(reached) < len(survival):
-        return f"{text}. Not available: what they would leave after it; {command} --positions '[{len(survival) - 1}]'`."
+        return f"{text}. Not available: what they would leave after it; {command} --positions '[{track[-1].number}]'`."
     return f"{text}."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .controls import one_step_controls
+from .controls import null_steps, one_step_controls
 from .drift_rows import flags
 from .identity_matching import latents_of
 from .lineage import correlation_between, revived_between
@@ -34,9 +34,6 @@ MEASURED, BETWEEN = "null steps", "interpolated"
 def stage_controls(track: Track, kind: str, least: float) -> dict[int, Floats]:
     """Functional correlations over the stage in all controls of a kind that repeat it, by position.
 
-    To the null steps belong the stages between LLM checkpoints of equal weights, which the series holds by itself: they
-    train once more on the LLM checkpoint that the next stage begins from, so they are of that stage.
-
     Args:
         track: The track.
         kind: ``null`` or ``replica``.
@@ -45,17 +42,11 @@ def stage_controls(track: Track, kind: str, least: float) -> dict[int, Floats]:
     Returns:
         ``[controls, d_sae]`` by position; NaN where a feature does not count.
     """
-    arms: dict[int, list[Floats]] = {}
-    for position, controls in one_step_controls(track, kind).items():
-        arms[position] = [_counted(control, control[0], control[1], least) for control in controls]
     if kind == "null":
-        for steps in track.whole.equal_weights:
-            position = 1 + max(track.at(step).position for step in steps if step in track.steps)
-            pairs = ((track.whole.before(after), after) for after in map(track.whole.at, steps))
-            free = [_counted(track.whole, a, b, least) for a, b in pairs if a is not None and a.step in steps]
-            if position < len(track):  # else no stage begins there
-                arms.setdefault(position, []).extend(free)
-    return {position: np.stack(found) for position, found in arms.items() if found}
+        steps = null_steps(track)
+    else:
+        steps = {at: [(c, c[0], c[1]) for c in found] for at, found in one_step_controls(track, kind).items()}
+    return {at: np.stack([_counted(*step, least) for step in found]) for at, found in steps.items()}
 
 
 def _counted(track: Track, before: Snapshot, after: Snapshot, least: float) -> Floats:
