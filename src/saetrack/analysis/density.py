@@ -45,7 +45,7 @@ class Density(Analysis):
       over features) and relative to the ceiling.
     * ``gaps``: for every stage of the track and of those series: the gap in steps; ``delta_fvu``, how much the FVU of
       the SAE rises when the LLM changes under it, as it is; ``rise``, by which share it has risen after the warm start,
-      before any training; and ``retained``, the median functional correlation over the stage.
+      before any training; and ``retained``, the median functional correlation over the stage, with its interval.
     * The largest admissible gap is the largest ``rise`` at which a decreasing (isotonic) fit of ``retained`` stays
       above 0.9 of its ceiling, the median functional correlation of the null controls, or of the smallest gap.
       ``delta_fvu`` is there to compare: a warm start that turns the dictionary with the LLM undoes most of it, and it
@@ -141,10 +141,21 @@ def _gaps(track: Track, controls: list[Track]) -> pd.DataFrame:
                     "delta_fvu": facts["fvu_shift"] - before.metadata["fvu"],
                     "rise": facts["fvu_before"] / before.metadata["fvu"] - 1,
                     "retained": facts["functional_correlation_median"],
+                    **_median_interval(after.features["functional_correlation"]),
                     "dead_share": facts["dead_share"],
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _median_interval(values: pd.Series) -> dict[str, float]:
+    """The 95 % interval of the median over features by order statistics: the ranks that a fair coin leaves between."""
+    known = np.sort(values.dropna().to_numpy(dtype=np.float64))
+    low, high = np.full(2, np.nan)
+    if len(known):
+        rank = int(scipy.stats.binom.ppf(0.025, len(known), 0.5))
+        low, high = known[max(rank - 1, 0)], known[min(len(known) - rank, len(known) - 1)]
+    return {"retained_low": float(low), "retained_high": float(high)}
 
 
 def _admissible(gaps: pd.DataFrame, track: Track) -> dict[str, Any]:
@@ -185,6 +196,7 @@ def _figure(thinned: pd.DataFrame, gaps: pd.DataFrame, limits: pd.DataFrame) -> 
         axes[0], title="Features that survive to the end", ylabel="share", xlabel="stages of the track in one"
     )
     for colour, (warm_start, part) in zip(look.PALETTE, gaps.groupby("warm_start"), strict=False):
+        axes[1].vlines(part["rise"], part["retained_low"], part["retained_high"], color=colour, linewidth=1.0)
         axes[1].scatter(part["rise"], part["retained"], s=16, color=colour, label=str(warm_start))
     for colour, limit in zip(look.PALETTE, limits.sort_values("warm_start")["rise"].to_numpy(), strict=False):
         axes[1].axvline(limit, color=colour, linewidth=0.9, linestyle="--")

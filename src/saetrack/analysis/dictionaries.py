@@ -167,7 +167,8 @@ class Dictionaries(Analysis):
         compared = self._compare(a, b)
         matched = match(CosineSimilarity(*both))
         same = np.einsum("fd,fd->f", *both)
-        values = np.stack([matched.similarity, same, matched.similarity - same])  # by feature, as `left` is sorted
+        gained = np.where(matched.left == matched.right, 0.0, matched.similarity - same)  # by feature, `left` is sorted
+        values = np.stack([matched.similarity, same, gained])
         mean, low, high = bootstrap_means(values, self._rng(), REPLICATES)
         row = {"step": after.step, **self._row([compared]), "features_both": len(same)}
         for i, name in enumerate(("pw_mcc_both", "same_index", "renaming_gap")):
@@ -365,8 +366,9 @@ def _drawn(ax: Axes, table: pd.DataFrame, name: str, label: str, colour: str) ->
 def _summary(neighbours: pd.DataFrame, steps: list[int]) -> str:
     place = int(neighbours["renaming_gap"].argmax())
     row, name = neighbours.iloc[place], place_names(steps)[place + 1]
+    gains = "most over equal indices" if row["renaming_gap"] > 0 else "nothing over equal indices in any stage, as"
     return (
-        f"The matching gains most over equal indices into {name}: over the {int(row['features_both'])} features alive "
+        f"The matching gains {gains} into {name}: over the {int(row['features_both'])} features alive "
         f"in both dictionaries the mean cosine of decoder rows is {row['pw_mcc_both']:.3f} matched one to one and "
         f"{row['same_index']:.3f} at the same index, a renaming gap of {row['renaming_gap']:.3f} "
         f"({row['renaming_gap_low']:.3f} to {row['renaming_gap_high']:.3f}). Over all that live in either, PW-MCC is "
