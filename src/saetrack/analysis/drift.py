@@ -38,6 +38,7 @@ from .drift_tables import (
 )
 from .figures import label_places
 from .lineage import correlation_between, revived_between, rotation_between
+from .places import place_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -160,6 +161,9 @@ class Drift(Analysis):
         calibration = calibrate(track, self.kept)
         if self.kept is not None:
             calibration = restrict_controls(calibration, track)
+        chain = calibration.chain
+        if len(chain):  # at the last both cosines are 1, and which is below is rounding
+            chain = chain.assign(below_null=chain["below_null"].where(chain["remaining"] > 0))
         scalars = drift_scalars(population, counts) | calibrated_scalars(calibration)
         random_sd = 1 / np.sqrt(track.facts["d_in"])
         figures = {
@@ -182,10 +186,10 @@ class Drift(Analysis):
             tables["trajectories"] = trajectory_table(plane, chosen, steps)
             explained = plane.explained.tolist()
         if len(calibration.stages):
-            figures["controls"] = controls_figure(calibration.stages, calibration.chain, steps)
+            figures["controls"] = controls_figure(calibration.stages, chain, steps)
             tables |= {"calibration": calibration.stages, "excess": calibration.features}
-        if len(calibration.chain):
-            tables["null_chain"] = calibration.chain
+        if len(chain):
+            tables["null_chain"] = chain
         if self.kept is None and len(free := free_null(track.whole)):
             tables["free_null"] = free
         settings = {
@@ -203,7 +207,8 @@ class Drift(Analysis):
             "trajectory_axes": TRAJECTORIES,
             "trajectory_explained": explained,
         }
-        summary = drift_summary(scalars, steps, lengths)
+        names = dict(zip(steps, place_names(track.steps), strict=True))
+        summary = drift_summary(population, lengths, calibration.stages, names)
         if not len(calibration.stages) and "control" not in track.facts:
             summary += f" {settings['controls']}"
         captions = {name: CAPTIONS[name] for name in figures}
@@ -311,9 +316,8 @@ def _by_place(result: AnalysisResult, steps: list[int]) -> AnalysisResult:
     tables["population"]["gap_decades"] = tables["population"]["gap_decades"] * 0.0
     for figure in result.figures.values():
         label_places(figure)
-    summary = result.summary.replace("LLM step", "the stage at place")
     settings = {**result.settings, "axis": "place in the chain: its snapshots share LLM steps"}
-    return AnalysisResult(tables, result.figures, {}, settings, summary, result.captions)
+    return AnalysisResult(tables, result.figures, {}, settings, result.summary, result.captions)
 
 
 def _feature_table(track: Track, cosines: list[dict[str, Floats]], steps: list[int]) -> pd.DataFrame:

@@ -163,28 +163,52 @@ def trajectory_table(plane: Plane, chosen: list[int], steps: list[int]) -> pd.Da
     )
 
 
-def drift_summary(scalars: dict[str, dict[int, float]], steps: list[int], lengths: pd.DataFrame) -> str:
-    """What the result says in words."""
-    drift, correlation = scalars["drift"], scalars["functional_correlation_median"]
-    if not drift:
+def drift_summary(population: pd.DataFrame, lengths: pd.DataFrame, stages: pd.DataFrame, names: dict[int, str]) -> str:
+    """What the result says in words; each number stands in one of the tables.
+
+    Args:
+        population: From `drift_population`.
+        lengths: From `length_table`.
+        stages: The table ``calibration``, empty without null controls.
+        names: What to call each step.
+    """
+    of = {str(name): part for name, part in population.groupby("measure")}
+    raw, turned = of["decoder_to_previous"], of["decoder_to_previous_without_rotation"]
+    if raw["mean"].isna().all():
         return "No feature is alive in two neighbouring snapshots without having been revived, so there is no drift."
-    largest = max(drift, key=lambda step: drift[step])
+    place = int(raw["mean"].argmin())
+    most, without = raw.iloc[place], turned["mean"].iloc[place]
     text = (
-        "Between neighbouring snapshots decoder rows turn by a mean 1 - cosine of "
-        f"{np.mean(list(drift.values())):.3g}, "
-        f"most on entering LLM step {largest} ({drift[largest]:.3g}); "
-        f"the first snapshot's cosine to the last is {scalars['cosine_to_last'].get(steps[0], np.nan):.2f} on average."
+        f"Decoder rows turn most on entering {names[int(most['step'])]}: the mean 1 - cosine to the snapshot before, "
+        f"over the {int(most['n_features'])} features that count, is {1 - most['mean']:.3g} as they are"
     )
-    if correlation:
-        lowest = min(correlation, key=lambda step: correlation[step])
-        text += f" The median functional correlation is lowest at step {lowest} ({correlation[lowest]:.2f})."
+    if np.isfinite(without):
+        text += f" and {1 - without:.3g} without the rotation that all have in common"
+    to_last = of["decoder_to_last"].iloc[0]
+    text += (
+        f". The first snapshot's cosine to the last, as the rows are, is {to_last['mean']:.2f} on average over "
+        f"{int(to_last['n_features'])} features."
+    )
+    correlation = of["functional_correlation"]
+    if correlation["median"].notna().any():
+        lowest = correlation.iloc[int(correlation["median"].argmin())]
+        text += (
+            f" The functional correlation with the snapshot before has its lowest median at "
+            f"{names[int(lowest['step'])]} ({lowest['median']:.2f} over {int(lowest['n_features'])} features)."
+        )
     if len(lengths):
         own = lengths.iloc[0]
         text += (
             f" Features that can be followed throughout turn {own['path']:.2f} rad and end {own['net']:.2f} rad from "
             f"where they began (independent turns: {own['net_if_random_walk']:.2f})."
         )
-    if shares := scalars.get("null_share"):
-        found = ", ".join(f"{share:.0%} at step {step}" for step, share in shares.items())
-        text += f" Training once more without a change of the LLM makes this share of the drift: {found}."
+    if len(stages):
+        columns = ["step", "null_share", "drift_null", "drift_real", "features"]
+        found = ", ".join(
+            f"{share:.0%} at {names[int(step)]} ({null:.3g} of {real:.3g}, over {int(features)} features)"
+            for step, share, null, real, features in stages[columns].to_numpy(dtype=float)
+        )
+        text += (
+            f" Of the drift without the common rotation, training once more without a change of the LLM makes {found}."
+        )
     return text

@@ -16,6 +16,7 @@ import pandas as pd
 from . import semantics_figures
 from .base import AnalysisResult, Observation, Probe, SweepAnalysis
 from .columns import TokenStatistics, token_share, token_statistics, top_positions, values_at
+from .places import place_names
 from .resampling import bootstrap_means
 from .semantics_classes import SemanticThresholds
 from .semantics_meaning import Meaning
@@ -338,18 +339,18 @@ def _index(features: pd.DataFrame, places: list[int]) -> tuple[Integers, Integer
 
 
 def _summary(table: pd.DataFrame) -> str:
-    first, last = table.iloc[0], table.iloc[-1]
+    first, last, names = table.iloc[0], table.iloc[-1], place_names(table["step"].tolist())
     text = (
-        f"The median feature spreads its activation over N_eff {first['n_eff_median']:.1f} tokens at step "
-        f"{int(first['step'])} and {last['n_eff_median']:.1f} at step {int(last['step'])} (tokens shuffled: "
+        f"The median feature that fires spreads its activation over N_eff {first['n_eff_median']:.1f} tokens at "
+        f"{names[0]} and {last['n_eff_median']:.1f} at {names[-1]} (tokens shuffled: "
         f"{last['n_eff_shuffled_median']:.1f}), where {int(last['firing_features'])} features fire."
     )
     if len(table) > 1:
         second = table.iloc[1]
         text += (
-            f" Mean turnover of top contexts is {second['turnover']:.2f} into step {int(second['step'])} and "
-            f"{last['turnover']:.2f} (95 % interval {last['turnover_low']:.2f} to {last['turnover_high']:.2f}) into "
-            f"step {int(last['step'])}; with the same tokens in random contexts it would be "
+            f" Mean turnover of top contexts, over features that fire at both ends, is {second['turnover']:.2f} into "
+            f"{names[1]} and {last['turnover']:.2f} (95 % interval {last['turnover_low']:.2f} to "
+            f"{last['turnover_high']:.2f}) into {names[-1]}; with the same tokens in random contexts it would be "
             f"{last['turnover_same_tokens']:.2f}."
         )
     return text
