@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from saetrack.track import Snapshot, Track
+
+    from .drift_controls import Calibration
 
     Floats = NDArray[np.floating]
 
@@ -158,17 +161,11 @@ class Drift(Analysis):
         chosen = self._choose(table, steps, rng)
         counts = table.groupby(["step", "status"]).size().unstack(fill_value=0).reindex(steps, fill_value=0)
         lengths = length_table(paths, rng, self.replicates)
-        calibration = calibrate(track, self.kept)
-        if self.kept is not None:
-            calibration = restrict_controls(calibration, track)
-        chain = calibration.chain
-        if len(chain):  # at the last both cosines are 1, and which is below is rounding
-            chain = chain.assign(below_null=chain["below_null"].where(chain["remaining"] > 0))
+        calibration = self._calibration(track)
         scalars = drift_scalars(population, counts) | calibrated_scalars(calibration)
-        random_sd = 1 / np.sqrt(track.facts["d_in"])
         figures = {
             "adjacent": adjacent_figure(population, steps),
-            "to_last": to_last_figure(population, steps, random_sd),
+            "to_last": to_last_figure(population, steps, 1 / np.sqrt(track.facts["d_in"])),
             "identity": identity_figure(population, table, steps),
             "cosine_to_previous": ridge_figure(table, steps),
         }
@@ -186,10 +183,10 @@ class Drift(Analysis):
             tables["trajectories"] = trajectory_table(plane, chosen, steps)
             explained = plane.explained.tolist()
         if len(calibration.stages):
-            figures["controls"] = controls_figure(calibration.stages, chain, steps)
+            figures["controls"] = controls_figure(calibration.stages, calibration.chain, steps)
             tables |= {"calibration": calibration.stages, "excess": calibration.features}
-        if len(chain):
-            tables["null_chain"] = chain
+        if len(calibration.chain):
+            tables["null_chain"] = calibration.chain
         if self.kept is None and len(free := free_null(track.whole)):
             tables["free_null"] = free
         settings = {
@@ -198,7 +195,7 @@ class Drift(Analysis):
             "frozen_below": FROZEN,
             "rotation": rotation,
             "rotation_meaning": ROTATION[rotation],
-            "random_direction_sd": random_sd,
+            "random_direction_sd": 1 / np.sqrt(track.facts["d_in"]),
             "nulls": NULLS,
             "controls": CONTROLS if len(calibration.stages) else NO_CONTROLS.format(path=track.path),
             "coverage": COVERAGE,
@@ -211,9 +208,17 @@ class Drift(Analysis):
         summary = drift_summary(population, lengths, calibration.stages, names)
         if not len(calibration.stages) and "control" not in track.facts:
             summary += f" {settings['controls']}"
-        captions = {name: CAPTIONS[name] for name in figures}
-        result = AnalysisResult(tables, figures, scalars, settings, summary, captions)
+        result = AnalysisResult(tables, figures, scalars, settings, summary, {name: CAPTIONS[name] for name in figures})
         return result if steps == track.steps else _by_place(result, track.steps)
+
+    def _calibration(self, track: Track) -> Calibration:
+        """What the controls say, of the features that count."""
+        found = calibrate(track, self.kept)
+        if self.kept is not None:
+            found = restrict_controls(found, track)
+        if len(chain := found.chain):  # at the last both cosines are 1, and which is below is rounding
+            found = replace(found, chain=chain.assign(below_null=chain["below_null"].where(chain["remaining"] > 0)))
+        return found
 
     def _paths(self, track: Track, table: pd.DataFrame) -> pd.DataFrame:
         """Lengths of the track's features' paths, and of those of its null chains."""
