@@ -57,6 +57,32 @@ def one_step_controls(track: Track, kind: str) -> dict[int, list[Track]]:
     return found
 
 
+def null_steps(track: Track) -> dict[int, list[tuple[Track, Snapshot, Snapshot]]]:
+    """What trained once more on the LLM checkpoint that a stage begins from, by the place of the stage's snapshot.
+
+    Those are the ``null`` controls and, of the stage that follows, the stages between LLM checkpoints of equal weights,
+    which the series holds by itself.
+
+    Args:
+        track: The track that they calibrate, from `Track.distinct`.
+
+    Returns:
+        By place: the series, its snapshot before and its snapshot after.
+
+    Raises:
+        ValueError: As `one_step_controls`.
+    """
+    found = {at: [(c, c[0], c[1]) for c in controls] for at, controls in one_step_controls(track, "null").items()}
+    whole = track.whole
+    for steps in whole.equal_weights:
+        place = 1 + max(track.at(step).position for step in steps if step in track.steps)
+        pairs = ((whole.before(after), after) for after in map(whole.at, steps))
+        free = [(whole, before, after) for before, after in pairs if before is not None and before.step in steps]
+        if free and place < len(track):  # else no stage begins there
+            found.setdefault(place, []).extend(free)
+    return found
+
+
 def null_chains(track: Track) -> list[Track]:
     """The null chains: the track's first snapshot trained again and again on the first LLM checkpoint.
 

@@ -47,13 +47,14 @@ class Density(Analysis):
       over features) and relative to the ceiling.
     * ``gaps``: for every stage of the track and of those series: the gap in steps; ``delta_fvu``, how much the FVU of
       the SAE rises when the LLM changes under it, as it is; ``rise``, by which share it has risen after the warm start,
-      before any training; and ``retained``, the median functional correlation over the stage.
+      before any training; and ``retained``, the median functional correlation over the stage, with its interval.
     * The largest admissible gap is the largest ``rise`` at which a decreasing (isotonic) fit of ``retained`` stays
       above 0.9 of its ceiling, the median functional correlation of the null controls, or of the smallest gap.
       ``delta_fvu`` is there to compare: a warm start that turns the dictionary with the LLM undoes most of it, and it
       then says little about identity (rank correlations with ``retained`` are in ``admissible``).
 
-    Restricted (``--only_kept``), survival is of the features that the track kept from its first snapshot to its last.
+    Restricted (``--only_kept``), there is survival alone, of the features that the track kept from its first snapshot
+    to its last: it is not known which ones kept their identity over a gap of a thinned series.
 
     Args:
         replicates: Bootstrap replicates.
@@ -83,9 +84,6 @@ class Density(Analysis):
         thinned = pd.DataFrame([self._survival(track, control) for control in controls])
         ceiling = thinned.loc[thinned["thin"] == 1, "survival"].mean()  # NaN without one
         thinned["survival_relative"] = thinned["survival"] / ceiling
-        gaps = _gaps(track, controls)
-        admissible = {name: _admissible(part, track) for name, part in gaps.groupby("warm_start")}
-        limits = pd.DataFrame([{"warm_start": name, **limit} for name, limit in admissible.items()])
         settings = {
             "seed": self.seed,
             "replicates": self.replicates,
@@ -93,6 +91,12 @@ class Density(Analysis):
             "kept": KEPT,
             "ceiling": "thinned controls with --thin 1" if np.isfinite(ceiling) else "not available: run --thin 1",
         }
+        if self.kept is not None:  # of the rest it is not known which features it is of
+            thinned = thinned.drop(columns=["fvu", "fvu_track", "dead_share"])
+            return AnalysisResult({"thinned": thinned}, {}, {}, settings, _survival_summary(thinned))
+        gaps = _gaps(track, controls)
+        admissible = {name: _admissible(part, track) for name, part in gaps.groupby("warm_start")}
+        limits = pd.DataFrame([{"warm_start": name, **limit} for name, limit in admissible.items()])
         tables = {"thinned": thinned, "gaps": gaps, "admissible": limits}
         figures = {"density": _figure(thinned, gaps, limits)}
         return AnalysisResult(tables, figures, {}, settings, _summary(thinned, limits), {"density": CAPTION})
@@ -139,10 +143,21 @@ def _gaps(track: Track, controls: list[Track]) -> pd.DataFrame:
                     "delta_fvu": facts["fvu_shift"] - before.metadata["fvu"],
                     "rise": facts["fvu_before"] / before.metadata["fvu"] - 1,
                     "retained": facts["functional_correlation_median"],
+                    **_median_interval(after.features["functional_correlation"]),
                     "dead_share": facts["dead_share"],
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _median_interval(values: pd.Series) -> dict[str, float]:
+    """The 95 % interval of the median over features by order statistics: the ranks that a fair coin leaves between."""
+    known = np.sort(values.dropna().to_numpy(dtype=np.float64))
+    low, high = np.full(2, np.nan)
+    if len(known):
+        rank = int(scipy.stats.binom.ppf(0.025, len(known), 0.5))
+        low, high = known[max(rank - 1, 0)], known[min(len(known) - rank, len(known) - 1)]
+    return {"retained_low": float(low), "retained_high": float(high)}
 
 
 def _admissible(gaps: pd.DataFrame, track: Track) -> dict[str, Any]:
@@ -180,6 +195,7 @@ def _figure(thinned: pd.DataFrame, gaps: pd.DataFrame, limits: pd.DataFrame) -> 
         axes[0], title="Features that survive to the end", ylabel="share", xlabel="stages of the track in one"
     )
     for colour, (warm_start, part) in zip(look.PALETTE, gaps.groupby("warm_start"), strict=False):
+        axes[1].vlines(part["rise"], part["retained_low"], part["retained_high"], color=colour, linewidth=1.0)
         axes[1].scatter(part["rise"], part["retained"], s=16, color=colour, label=str(warm_start))
     for colour, limit in zip(look.PALETTE, limits.sort_values("warm_start")["rise"].to_numpy(), strict=False):
         axes[1].axvline(limit, color=colour, linewidth=0.9, linestyle="--")
@@ -196,12 +212,16 @@ def _figure(thinned: pd.DataFrame, gaps: pd.DataFrame, limits: pd.DataFrame) -> 
     return figure
 
 
-def _summary(thinned: pd.DataFrame, limits: pd.DataFrame) -> str:
+def _survival_summary(thinned: pd.DataFrame) -> str:
     worst = thinned.sort_values("survival").iloc[0]
-    text = (
+    return (
         f"Of the features alive in both, {worst['survival']:.0%} survive in {worst['control']}, the worst of "
         f"{len(thinned)} thinned series."
     )
+
+
+def _summary(thinned: pd.DataFrame, limits: pd.DataFrame) -> str:
+    text = _survival_summary(thinned)
     for limit in limits.itertuples():
         text += (
             f" By {limit.warm_start}, identity keeps {KEPT:.0%} of its ceiling ({limit.ceiling:.2f}, from "

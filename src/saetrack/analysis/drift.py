@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,6 +23,7 @@ from .drift_figures import (
     trajectory_figure,
 )
 from .drift_geometry import principal_plane, row_cosines, unit_rows
+from .drift_kept import restrict_controls, restrict_rows
 from .drift_rows import FROZEN, alive, decoder_rows, encoder_rows, fitted_rotation, flags, frozen
 from .drift_tables import (
     LAST,
@@ -37,11 +39,14 @@ from .drift_tables import (
 )
 from .figures import label_places
 from .lineage import correlation_between, ends_of_stage, revived_between, rotation_between
+from .places import place_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from saetrack.track import Snapshot, Track
+
+    from .drift_controls import Calibration
 
     Floats = NDArray[np.floating]
 
@@ -93,6 +98,9 @@ class Drift(Analysis):
 
     The tables ``paths`` and ``lengths`` hold how far features went over the series and how far they came, of the track
     and of its null chains; ``free_null`` the stages between LLM checkpoints of equal weights, which count as one.
+
+    Restricted (``--only_kept``), every number is of features that kept their identity: over the stage, to the last
+    snapshot, or throughout. What cannot be told for them is left out: FVU, ``free_null`` and ``null_chain``.
 
     On a null chain, whose snapshots share one LLM step, curves are over the place in the chain (``position``).
 
@@ -146,36 +154,40 @@ class Drift(Analysis):
         rng = np.random.default_rng(self.seed)
         cosines, rotation = _compare(track)
         table = _feature_table(track, cosines, steps)
-        population = drift_population(table, steps, rng, self.replicates, self.kept)
+        if self.kept is not None:
+            table = restrict_rows(table, self.kept)
+        population = drift_population(table, steps, rng, self.replicates)
         paths = self._paths(track, table)
         chosen = self._choose(table, steps, rng)
-        plane = principal_plane(np.stack([unit_rows(s) for s in track.decoder(chosen).numpy()]))
         counts = table.groupby(["step", "status"]).size().unstack(fill_value=0).reindex(steps, fill_value=0)
         lengths = length_table(paths, rng, self.replicates)
-        calibration = calibrate(track, self.kept)
+        calibration = self._calibration(track)
         scalars = drift_scalars(population, counts) | calibrated_scalars(calibration)
-        random_sd = 1 / np.sqrt(track.facts["d_in"])
         figures = {
             "adjacent": adjacent_figure(population, steps),
-            "to_last": to_last_figure(population, steps, random_sd),
+            "to_last": to_last_figure(population, steps, 1 / np.sqrt(track.facts["d_in"])),
             "identity": identity_figure(population, table, steps),
             "cosine_to_previous": ridge_figure(table, steps),
-            "trajectories": trajectory_figure(plane, chosen, steps),
         }
         tables = {
             "drift": table,
             "population": population,
             "status": counts.reset_index().rename_axis(columns=None),
-            "trajectories": trajectory_table(plane, chosen, steps),
             "paths": paths,
             "lengths": lengths,
         }
+        explained: list[float] = []
+        if chosen:
+            plane = principal_plane(np.stack([unit_rows(s) for s in track.decoder(chosen).numpy()]))
+            figures["trajectories"] = trajectory_figure(plane, chosen, steps)
+            tables["trajectories"] = trajectory_table(plane, chosen, steps)
+            explained = plane.explained.tolist()
         if len(calibration.stages):
             figures["controls"] = controls_figure(calibration.stages, calibration.chain, steps)
             tables |= {"calibration": calibration.stages, "excess": calibration.features}
         if len(calibration.chain):
             tables["null_chain"] = calibration.chain
-        if len(free := free_null(track.whole)):
+        if self.kept is None and len(free := free_null(track.whole)):
             tables["free_null"] = free
         settings = {
             "seed": self.seed,
@@ -183,34 +195,45 @@ class Drift(Analysis):
             "frozen_below": FROZEN,
             "rotation": rotation,
             "rotation_meaning": ROTATION[rotation],
-            "random_direction_sd": random_sd,
+            "random_direction_sd": 1 / np.sqrt(track.facts["d_in"]),
             "nulls": NULLS,
             "controls": CONTROLS if len(calibration.stages) else NO_CONTROLS.format(path=track.path),
             "coverage": COVERAGE,
             "trajectory_features": chosen,
             "trajectory_features_drawn": self.features is None,
             "trajectory_axes": TRAJECTORIES,
-            "trajectory_explained": plane.explained.tolist(),
+            "trajectory_explained": explained,
         }
-        summary = drift_summary(scalars, steps, lengths)
+        names = dict(zip(steps, place_names(track.steps), strict=True))
+        summary = drift_summary(population, lengths, calibration.stages, names)
         if not len(calibration.stages) and "control" not in track.facts:
             summary += f" {settings['controls']}"
-        result = AnalysisResult(tables, figures, scalars, settings, summary, CAPTIONS)
+        result = AnalysisResult(tables, figures, scalars, settings, summary, {name: CAPTIONS[name] for name in figures})
         return result if steps == track.steps else _by_place(result, track.steps)
+
+    def _calibration(self, track: Track) -> Calibration:
+        """What the controls say, of the features that count."""
+        found = calibrate(track, self.kept)
+        if self.kept is not None:
+            found = restrict_controls(found, track)
+        if len(chain := found.chain):  # at the last both cosines are 1, and which is below is rounding
+            found = replace(found, chain=chain.assign(below_null=chain["below_null"].where(chain["remaining"] > 0)))
+        return found
 
     def _paths(self, track: Track, table: pd.DataFrame) -> pd.DataFrame:
         """Lengths of the track's features' paths, and of those of its null chains."""
-        paths = path_table(table, len(track))
-        if self.kept is not None:
-            paths = paths[self.kept.throughout[paths["feature"]]]
-        found = {"track": paths}
+        found = {"track": path_table(table, len(track))}
         for chain in null_chains(track):
             places = list(range(len(chain)))
-            found[chain.path.name] = path_table(_feature_table(chain, _compare(chain)[0], places), len(chain))
+            paths = path_table(_feature_table(chain, _compare(chain)[0], places), len(chain))
+            found[chain.path.name] = paths if self.kept is None else paths[self.kept.throughout[paths["feature"]]]
         return pd.concat([part.assign(series=name) for name, part in found.items()], ignore_index=True)
 
     def _choose(self, table: pd.DataFrame, steps: list[int], rng: np.random.Generator) -> list[int]:
-        """The features to draw: those asked for, else a seeded draw among those that can be followed throughout."""
+        """The features to draw: those asked for, else a seeded draw among those that can be followed throughout.
+
+        Restricted, among those that kept their identity throughout, and none if none did.
+        """
         count = int(table["feature"].max()) + 1
         if self.features is not None:
             wrong = [i for i in self.features if not 0 <= i < count]
@@ -222,7 +245,8 @@ class Drift(Analysis):
         candidates = np.intersect1d(followed, last.loc[last["status"] != "dead", "feature"])
         if self.kept is not None:
             candidates = np.intersect1d(candidates, np.flatnonzero(self.kept.throughout))
-        candidates = candidates if len(candidates) else np.arange(count)
+        if self.kept is None and not len(candidates):
+            candidates = np.arange(count)
         drawn = rng.choice(candidates, size=min(self.trajectories, len(candidates)), replace=False)
         return sorted(int(i) for i in drawn)
 
@@ -300,9 +324,8 @@ def _by_place(result: AnalysisResult, steps: list[int]) -> AnalysisResult:
     tables["population"]["gap_decades"] = tables["population"]["gap_decades"] * 0.0
     for figure in result.figures.values():
         label_places(figure)
-    summary = result.summary.replace("LLM step", "the stage at place")
     settings = {**result.settings, "axis": "place in the chain: its snapshots share LLM steps"}
-    return AnalysisResult(tables, result.figures, {}, settings, summary, result.captions)
+    return AnalysisResult(tables, result.figures, {}, settings, result.summary, result.captions)
 
 
 def _feature_table(track: Track, cosines: list[dict[str, Floats]], steps: list[int]) -> pd.DataFrame:

@@ -25,6 +25,7 @@ CAPTIONS = {
         "nothing, for a random walk rises too."
     ),
     "identity": (
+        "Left, medians and quartiles over the features alive at both snapshots, not revived and not frozen in between. "
         "Points low on the right are features whose direction stays while their latent changes its meaning; the "
         "correlation is over one text, and low for features that fire on few of its tokens."
     ),
@@ -37,7 +38,9 @@ CAPTIONS = {
         "so a smooth path is no evidence of a direction."
     ),
     "controls": (
-        "What the track's stages do (blue) beside training once more on the same LLM checkpoint (grey); only the "
+        "What the track's stages do (blue) beside training once more on the same LLM checkpoint (grey): mean drift "
+        "over the features that live in every run, without the rotation they have in common, and the median functional "
+        "correlation over all that fire before and after (in a restricted result, over those compared). Only the "
         "excess is due to the LLM, and the intervals are over few runs and over no other LLM."
     ),
 }

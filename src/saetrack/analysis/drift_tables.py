@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .drift_controls import Calibration
-    from .identity_stretches import Kept
 
     Floats = NDArray[np.floating]
     Bools = NDArray[np.bool_]
@@ -28,22 +27,16 @@ PREVIOUS = (
 )
 LAST = tuple(name.replace("previous", "last") for name in PREVIOUS)
 WALKS = tuple(f"{name}_if_random_walk" for name in LAST)
+NOT_KEPT = "not kept"
+"""Status of a feature that a restricted result does not count in the stage."""
 MEASURES = (*PREVIOUS, "functional_correlation", *LAST, *WALKS)
 
 
-def drift_population(
-    table: pd.DataFrame, steps: list[int], rng: np.random.Generator, replicates: int, kept: Kept | None = None
-) -> pd.DataFrame:
-    """Mean over features with its interval, and quartiles, by step and measure, over the features that count.
-
-    With ``kept``, for a cosine to the previous those that kept their identity in the stage, and for one to the last
-    those that kept it until then.
-    """
+def drift_population(table: pd.DataFrame, steps: list[int], rng: np.random.Generator, replicates: int) -> pd.DataFrame:
+    """Mean over features with its interval, and quartiles, by step and measure, over the features that count."""
     count = len(table) // len(steps)
     moved = _moved(table).reshape(len(steps), count)
     followed = table["followed_to_last"].to_numpy().reshape(len(steps), count)
-    if kept is not None:
-        moved, followed = moved & kept.into, followed & kept.to_last
     values = []
     for name in MEASURES:
         use = followed if "last" in name else moved
@@ -140,7 +133,7 @@ def drift_scalars(population: pd.DataFrame, counts: pd.DataFrame) -> dict[str, d
         "cosine_to_last": curve("decoder_to_last"),
         "functional_correlation_median": curve("functional_correlation", "median"),
     }
-    total = counts.sum(axis=1)
+    total = counts.drop(columns=NOT_KEPT, errors="ignore").sum(axis=1)
     for status in ("frozen", "revived"):
         share = counts[status] / total if status in counts else 0 * total
         scalars[f"share_{status}"] = dict(zip(share.index.tolist(), share.tolist(), strict=True))
@@ -170,28 +163,52 @@ def trajectory_table(plane: Plane, chosen: list[int], steps: list[int]) -> pd.Da
     )
 
 
-def drift_summary(scalars: dict[str, dict[int, float]], steps: list[int], lengths: pd.DataFrame) -> str:
-    """What the result says in words."""
-    drift, correlation = scalars["drift"], scalars["functional_correlation_median"]
-    if not drift:
+def drift_summary(population: pd.DataFrame, lengths: pd.DataFrame, stages: pd.DataFrame, names: dict[int, str]) -> str:
+    """What the result says in words; each number stands in one of the tables.
+
+    Args:
+        population: From `drift_population`.
+        lengths: From `length_table`.
+        stages: The table ``calibration``, empty without null controls.
+        names: What to call each step.
+    """
+    of = {str(name): part for name, part in population.groupby("measure")}
+    raw, turned = of["decoder_to_previous"], of["decoder_to_previous_without_rotation"]
+    if raw["mean"].isna().all():
         return "No feature is alive in two neighbouring snapshots without having been revived, so there is no drift."
-    largest = max(drift, key=lambda step: drift[step])
+    place = int(raw["mean"].argmin())
+    most, without = raw.iloc[place], turned["mean"].iloc[place]
     text = (
-        "Between neighbouring snapshots decoder rows turn by a mean 1 - cosine of "
-        f"{np.mean(list(drift.values())):.3g}, "
-        f"most on entering LLM step {largest} ({drift[largest]:.3g}); "
-        f"the first snapshot's cosine to the last is {scalars['cosine_to_last'].get(steps[0], np.nan):.2f} on average."
+        f"Decoder rows turn most on entering {names[int(most['step'])]}: the mean 1 - cosine to the snapshot before, "
+        f"over the {int(most['n_features'])} features that count, is {1 - most['mean']:.3g} as they are"
     )
-    if correlation:
-        lowest = min(correlation, key=lambda step: correlation[step])
-        text += f" The median functional correlation is lowest at step {lowest} ({correlation[lowest]:.2f})."
+    if np.isfinite(without):
+        text += f" and {1 - without:.3g} without the rotation that all have in common"
+    to_last = of["decoder_to_last"].iloc[0]
+    text += (
+        f". The first snapshot's cosine to the last, as the rows are, is {to_last['mean']:.2f} on average over "
+        f"{int(to_last['n_features'])} features."
+    )
+    correlation = of["functional_correlation"]
+    if correlation["median"].notna().any():
+        lowest = correlation.iloc[int(correlation["median"].argmin())]
+        text += (
+            f" The functional correlation with the snapshot before has its lowest median at "
+            f"{names[int(lowest['step'])]} ({lowest['median']:.2f} over {int(lowest['n_features'])} features)."
+        )
     if len(lengths):
         own = lengths.iloc[0]
         text += (
             f" Features that can be followed throughout turn {own['path']:.2f} rad and end {own['net']:.2f} rad from "
             f"where they began (independent turns: {own['net_if_random_walk']:.2f})."
         )
-    if shares := scalars.get("null_share"):
-        found = ", ".join(f"{share:.0%} at step {step}" for step, share in shares.items())
-        text += f" Training once more without a change of the LLM makes this share of the drift: {found}."
+    if len(stages):
+        columns = ["step", "null_share", "drift_null", "drift_real", "features"]
+        found = ", ".join(
+            f"{share:.0%} at {names[int(step)]} ({null:.3g} of {real:.3g}, over {int(features)} features)"
+            for step, share, null, real, features in stages[columns].to_numpy(dtype=float)
+        )
+        text += (
+            f" Of the drift without the common rotation, training once more without a change of the LLM makes {found}."
+        )
     return text

@@ -16,12 +16,23 @@ import scipy.sparse
 from saetrack.metrics import FunctionalCorrelation
 
 from .base import AnalysisResult, Observation, Probe, SweepAnalysis
-from .controls import one_step_controls
+from .controls import null_chains
 from .drift_rows import flags
 from .identity_figures import CAPTIONS, correlation_figure, survival_figure
-from .identity_matching import match_latents, match_with_scratch
-from .identity_stretches import stretch_table
+from .identity_matching import Matched, match_latents, match_with_scratch, matching_row
+from .identity_nulls import (
+    CHANCE_QUANTILE,
+    NULL_QUANTILE,
+    chain_ceiling,
+    chain_correlations,
+    controls_said,
+    limit_table,
+    null_survival,
+    stage_controls,
+)
+from .identity_stretches import kept_stages, stretch_table
 from .lineage import revived_between
+from .places import place_names
 from .resampling import bootstrap_means
 
 if TYPE_CHECKING:
@@ -31,8 +42,6 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.floating]
 
-CHANCE_QUANTILE = 0.99
-NULL_QUANTILE = 0.05
 COMPARISONS = ("to_previous", "to_first", "to_last", "other_feature")
 
 
@@ -43,18 +52,19 @@ class Identity(SweepAnalysis):
     own LLM checkpoint. It is given with the previous, the first and the last snapshot, for every feature and as means
     with an interval (bootstrap over features; another text or another seed would add to it). Features count that are
     alive (fire on a larger share than ``min_firing_frequency``) at both ends and were not revived in between. Beside
-    it: what a null step and a replica of the stage reach, where the track has such controls, and the correlation of a
-    latent with that of another feature.
+    it: what a null step and a replica of the stage reach, and null chains over as many stages (``chain``), where the
+    track has such controls, and the correlation of a latent with that of another feature.
 
-    A feature kept its identity over a stage when its correlation reached the threshold: the lower 5 % of the null
-    steps (of the nearest position that has some) or, if that is more, the 99 % quantile of the correlation with another
-    feature, but never above ``threshold``, which is also used without nulls. A stretch is an unbroken run of such
-    stages. It compares neighbours only: a feature may change its meaning little by little within a stretch, which
-    ``like_first`` in the table ``survival`` shows.
+    A feature kept its identity over a stage when it is alive on both sides, was not revived, and its correlation
+    reached the threshold: the lower 5 % of the null steps of the stage (interpolated between two stages that have some)
+    or, if that is more, the 99 % quantile of the correlation with another feature, but never above ``threshold``, which
+    holds where no null step reaches. Stages between LLM checkpoints of equal weights are null steps too. A stretch is
+    an unbroken run of such stages. It compares neighbours only: a feature may change its meaning little by little
+    within a stretch, which ``like_first`` in the table ``survival`` shows.
 
     The table ``matching`` has the latents of neighbouring snapshots matched one to one by their correlation, and those
     of the track with ``scratch`` controls on the same LLM checkpoint, beside those with each other and beside latents
-    whose positions were permuted. `Dictionaries` does it by directions.
+    whose positions were permuted. Intervals are over latents, for one matching. `Dictionaries` does it by directions.
 
     Args:
         evaluation_rows: Token rows of the evaluation split; all there are, if fewer.
@@ -95,7 +105,10 @@ class Identity(SweepAnalysis):
         if len(track) < 2:
             raise ValueError(f"{track.path} has {len(track)} snapshots; identity compares at least two.")
         self._track = track
-        self._ceilings = {kind: self._ceiling(track, kind) for kind in ("null", "replica")}
+        least = self.min_firing_frequency
+        self._ceilings = {kind: stage_controls(track, kind, least) for kind in ("null", "replica")}
+        self._chains = null_chains(track)
+        self._chained: list[tuple[Floats, Floats]] = []
         shape = (len(track), int(track.facts["d_sae"]))
         self._found = {name: np.full(shape, np.nan) for name in COMPARISONS}
         self._alive, self._revived = np.zeros(shape, dtype=bool), _revivals(track)
@@ -107,8 +120,9 @@ class Identity(SweepAnalysis):
         """Correlate the latents with those of the snapshots that are kept."""
         assert observation.evaluation is not None  # begin asked for it; the type checker cannot know
         latents, t, last = observation.evaluation.latents, snapshot.position, len(self._track) - 1
+        least, seed = self.min_firing_frequency, self.seed
         share = np.bincount(latents.indices, minlength=latents.shape[1]) / latents.shape[0]
-        self._alive[t] = share > self.min_firing_frequency
+        self._alive[t] = share > least
         self._latents[t] = latents
         for name, other in (("to_first", 0), ("to_last", last)):
             if other in self._latents:
@@ -120,25 +134,26 @@ class Identity(SweepAnalysis):
                 self._found["to_previous"][now] = _correlate(before, after)
                 others = np.random.default_rng(self.seed).permutation(after.shape[1])
                 self._found["other_feature"][now] = _correlate(before, after[:, others])
-                self._match(now, [{"comparison": "previous", **self._match_latents(before, after)}])
-        rng = np.random.default_rng([self.seed, 1])
-        split = observation.evaluation
-        self._match(t, match_with_scratch(self._track, snapshot, split, self.min_firing_frequency, rng))
+                self._match(now, "previous", [match_latents(before, after, least, np.random.default_rng([seed, 1]))])
+        rng = np.random.default_rng([seed, 1])
+        for name, pairs in match_with_scratch(self._track, snapshot, observation.evaluation, least, rng).items():
+            self._match(t, name, pairs)
+        if t == 0:  # what null chains were trained on
+            chained = (chain_correlations(c, observation.evaluation, least, _correlate) for c in self._chains)
+            self._chained = list(chained)
         self._latents = {i: kept for i, kept in self._latents.items() if i in (0, t, last)}
 
-    def _match_latents(self, before: scipy.sparse.csr_array, after: scipy.sparse.csr_array) -> dict[str, Any]:
-        rng = np.random.default_rng([self.seed, 1])
-        return {"pairs": 1, **match_latents(before, after, self.min_firing_frequency, rng)}
-
-    def _match(self, t: int, rows: list[dict[str, Any]]) -> None:
-        self._matched += [{"step": self._track.steps[t], **row} for row in rows]
+    def _match(self, t: int, comparison: str, pairs: list[Matched]) -> None:
+        row = matching_row(comparison, pairs, self.seed, self.replicates)
+        self._matched.append({"step": self._track.steps[t], **row})
 
     def finish(self) -> AnalysisResult:
         """Tables of features, curves, stretches and survival, and two figures."""
         steps = self._track.steps
-        limits = self._limits()
-        kept = self._found["to_previous"] >= limits["threshold"].to_numpy()[:, None]  # NaN is not
-        kept &= ~self._revived["to_previous"]
+        limits = limit_table(steps, self._ceilings["null"], self._found["other_feature"], self.threshold)
+        kept = kept_stages(
+            self._found["to_previous"], limits["threshold"].to_numpy(), self._alive, self._revived["to_previous"]
+        )
         stretches = stretch_table(self._alive, kept, steps)
         curves = self._curves()
         survival = self._survival(kept, limits)
@@ -159,47 +174,9 @@ class Identity(SweepAnalysis):
             figures={"correlation": correlation_figure(curves, steps), "survival": survival_figure(survival)},
             scalars=scalars,
             settings=self._settings(),
-            summary=_summary(curves, survival, self._track),
+            summary=_summary(curves, survival, self._track, self.min_firing_frequency) + self._no_chain(),
             captions=CAPTIONS,
         )
-
-    def _ceiling(self, track: Track, kind: str) -> dict[int, Floats]:
-        """Correlations over the stage in all controls of a kind that repeat it, by position."""
-        values = {}
-        for position, controls in one_step_controls(track, kind).items():
-            found = []
-            for control in controls:
-                frequency = [s.features["firing_frequency"].to_numpy() for s in control]
-                use = (np.minimum(*frequency) > self.min_firing_frequency) & ~flags(control[1], "revived")
-                r = control[1].features["functional_correlation"].to_numpy(dtype=np.float64)
-                found.append(np.where(use, r, np.nan))
-            values[position] = np.stack(found)  # [controls, d_sae]
-        return values
-
-    def _limits(self) -> pd.DataFrame:
-        """The threshold of every stage, and where it came from."""
-        nulls, rows = self._ceilings["null"], []
-        for t, step in enumerate(self._track.steps):
-            row: dict[str, Any] = dict.fromkeys(
-                ("threshold", "null_quantile", "null_step", "null_kept", "chance"), np.nan
-            )
-            row["step"] = step
-            if t:
-                other = self._found["other_feature"][t]
-                use = np.isfinite(other)
-                row["chance"] = np.quantile(other[use], CHANCE_QUANTILE) if use.any() else 0.0
-                limit = self.threshold
-                if nulls:
-                    nearest = min(nulls, key=lambda position, t=t: (abs(position - t), position))  # type: ignore[misc]
-                    known = nulls[nearest][np.isfinite(nulls[nearest])]
-                    row["null_step"] = self._track.steps[nearest]
-                    row["null_quantile"] = np.quantile(known, NULL_QUANTILE) if len(known) else np.nan
-                    limit = max(row["null_quantile"], row["chance"]) if len(known) else limit
-                row["threshold"] = min(limit, self.threshold)
-                if nulls and len(known):
-                    row["null_kept"] = float((known >= row["threshold"]).mean())
-            rows.append(row)
-        return pd.DataFrame(rows)
 
     def _counted(self, name: str) -> Floats:
         """A comparison's correlations, NaN where the feature does not count."""
@@ -211,19 +188,22 @@ class Identity(SweepAnalysis):
         return values
 
     def _curves(self) -> pd.DataFrame:
-        tables = []
+        tables, chains = [], chain_ceiling(self._chained, *self._alive.shape)
         for name in COMPARISONS:
-            mean, low, high = self._bootstrap(self._counted(name))
-            tables.append(self._curve(name, self._counted(name), mean, low, high))
+            table = self._curve(name, self._counted(name))
+            reached = self._bootstrap(chains[name]) if name in chains and self._chained else (np.nan,) * 3
+            table["chain"], table["chain_low"], table["chain_high"] = reached
+            tables.append(table)
         for kind, by_position in self._ceilings.items():
             values = np.full(self._alive.shape, np.nan)
             for position, found in by_position.items():
                 count = np.isfinite(found).sum(axis=0)
                 values[position] = np.where(count, np.nansum(found, axis=0) / np.maximum(count, 1), np.nan)
-            tables.append(self._curve(kind, values, *self._bootstrap(values)))
+            tables.append(self._curve(kind, values))
         return pd.concat(tables, ignore_index=True)
 
-    def _curve(self, name: str, values: Floats, mean: Floats, low: Floats, high: Floats) -> pd.DataFrame:
+    def _curve(self, name: str, values: Floats) -> pd.DataFrame:
+        mean, low, high = self._bootstrap(values)
         known = [row[np.isfinite(row)] for row in values]
         table = pd.DataFrame({"step": self._track.steps, "comparison": name, "mean": mean, "low": low, "high": high})
         table["median"] = [np.median(row) if len(row) else np.nan for row in known]
@@ -246,22 +226,27 @@ class Identity(SweepAnalysis):
         for name, which in (("unbroken", unbroken), ("like_first", like_first)):
             values = np.where(at_first, which, np.nan)
             table[name], table[f"{name}_low"], table[f"{name}_high"] = self._bootstrap(values)
-        table["null"] = limits["null_kept"].where(limits.index > 0, 1.0).cumprod() if self._ceilings["null"] else np.nan
-        return table
+        nulls = null_survival(self._ceilings["null"], limits, np.random.default_rng(self.seed), self.replicates)
+        return pd.concat([table, pd.DataFrame(nulls)], axis=1)
 
     def _features(self, kept: NDArray[np.bool_]) -> pd.DataFrame:
         t, count = self._alive.shape
-        columns = {"feature": np.tile(np.arange(count), t), "step": np.repeat(self._track.steps, count)}
-        columns |= {"alive": self._alive.ravel(), "revived": self._revived["to_previous"].ravel(), "kept": kept.ravel()}
+        columns: dict[str, Any] = {"feature": np.tile(np.arange(count), t), "step": np.repeat(self._track.steps, count)}
+        known = pd.array(kept.ravel(), dtype="boolean")
+        known[:count] = pd.NA  # no stage leads into the first snapshot
+        columns |= {"alive": self._alive.ravel(), "revived": self._revived["to_previous"].ravel(), "kept": known}
         columns |= {name: self._found[name].ravel() for name in COMPARISONS[:3]}
         return pd.DataFrame(columns)
 
+    def _no_chain(self) -> str:
+        if self._chains or "control" in self._track.facts:
+            return ""
+        return (
+            " Not available: the ceiling of the correlation with the first and the last snapshot; run "
+            f"`saetrack control {self._track.path} --kind null --chain true`."
+        )
+
     def _settings(self) -> dict[str, Any]:
-        command = f"not available: run `saetrack control {self._track.path} --kind"
-        controls = {
-            kind: {self._track.steps[p]: len(found) for p, found in by.items()} or f"{command} {kind}`"
-            for kind, by in self._ceilings.items()
-        }
         return {
             "evaluation_rows": self.evaluation_rows,
             "threshold": self.threshold,
@@ -270,7 +255,7 @@ class Identity(SweepAnalysis):
             "min_firing_frequency": self.min_firing_frequency,
             "replicates": self.replicates,
             "seed": self.seed,
-            "controls_by_step": controls,
+            "controls_by_step": controls_said(self._track, self._ceilings, len(self._chains)),
         }
 
 
@@ -297,17 +282,29 @@ def _by_step(table: pd.DataFrame, name: str) -> dict[int, float]:
     return {int(step): float(value) for step, value in zip(known["step"], known[name], strict=True)}
 
 
-def _summary(curves: pd.DataFrame, survival: pd.DataFrame, track: Track) -> str:
-    rows = curves[(curves["comparison"] == "to_previous") & curves["mean"].notna()]
-    if rows.empty:
+def _summary(curves: pd.DataFrame, survival: pd.DataFrame, track: Track, least: float) -> str:
+    names, rows = place_names(track.steps), curves[curves["comparison"] == "to_previous"].reset_index(drop=True)
+    if rows["mean"].isna().all():
         return "No feature is alive in two neighbouring snapshots."
-    lowest, last = rows.sort_values("mean").iloc[0], survival.iloc[-1]
+    lowest, last = int(rows["mean"].argmin()), survival.iloc[-1]
+    there = rows.iloc[lowest]
     text = (
-        f"The mean functional correlation with the previous snapshot is lowest at step {int(lowest['step'])} "
-        f"({lowest['mean']:.2f}, {lowest['low']:.2f} to {lowest['high']:.2f}). {last['unbroken']:.1%} of the first "
-        f"snapshot's {int(last['n_features'])} features kept their identity in every stage"
+        f"Over features that fire on more than {least:g} of the positions at both ends, the mean functional "
+        f"correlation with the previous snapshot is lowest at {names[lowest]} ({there['mean']:.2f}, "
+        f"{there['low']:.2f} to {there['high']:.2f}; median {there['median']:.2f}). {last['unbroken']:.1%} "
+        f"({last['unbroken_low']:.1%} to {last['unbroken_high']:.1%}) of the first snapshot's "
+        f"{int(last['n_features'])} features kept their identity in every stage to {names[-1]}."
     )
-    if np.isnan(last["null"]):
-        command = f"`saetrack control {track.path} --kind null`"
-        return f"{text}. Not available: what null steps alone would leave; run {command}."
-    return f"{text}; null steps alone would leave {last['null']:.1%}."
+    if "control" in track.facts:  # which has no controls of its own
+        return text
+    command, reached = f"run `saetrack control {track.path} --kind null", survival[survival["null"].notna()]
+    if reached.empty:
+        return f"{text} Not available: what null steps alone would leave, for the first stage has none; {command}`."
+    end = survival.iloc[len(reached) - 1]
+    text += (
+        f" Null steps alone would leave {end['null']:.1%} ({end['null_low']:.1%} to {end['null_high']:.1%}) to "
+        f"{names[len(reached) - 1]}, and the track left {end['unbroken']:.1%}"
+    )
+    if len(reached) < len(survival):
+        return f"{text}. Not available: what they would leave after it; {command} --positions '[{track[-1].number}]'`."
+    return f"{text}."

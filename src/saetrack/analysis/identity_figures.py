@@ -8,17 +8,20 @@ from . import figures as look
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 CAPTIONS = {
     "correlation": (
-        "A curve near its ceiling, the null steps or the replicas, says that an index keeps its meaning over a stage "
-        "as well as training allows; it cannot say so over many stages, which the ends (right) show, and it is "
-        "measured on one text."
+        "Means over the features alive at both snapshots, with 95 % intervals over features. A curve near its ceiling, "
+        "the null steps or the replicas of a stage (left) or a null chain over as many stages (right), says that an "
+        "index keeps its meaning as well as training allows; where no such control is drawn the ceiling is not known, "
+        "and all is measured on one text."
     ),
     "survival": (
-        "The share of the first features that kept their identity in every stage, beside what unchanged LLMs would "
-        "leave; a feature that is kept in every stage may still have drifted to another meaning, which the second "
+        "The share of the first snapshot's features that kept their identity in every stage, beside what null steps "
+        "alone would leave, if stages were independent: drawn as far as every stage has null steps or lies between two "
+        "that have. A feature that is kept in every stage may still have drifted to another meaning, which the second "
         "curve shows."
     ),
 }
@@ -47,12 +50,24 @@ def correlation_figure(curves: pd.DataFrame, steps: list[int]) -> Figure:
                 look.band(ax, steps, rows["low"], rows["high"], color=colour, alpha=0.35)
                 line = {"linestyle": "" if comparison in ("null", "replica") else "-"}
                 look.line(ax, steps, rows["mean"], color=colour, label=label, **line)
+        _draw_chains(ax, curves[curves["comparison"].isin(shown)], steps)
         look.describe(ax, title=title, ylabel="mean functional correlation")
         look.step_axis(ax, steps)
         look.band_key(ax, quartiles=False)
         look.legend(ax)
     axes[0].set_ylim(-0.05, 1.02)
     return figure
+
+
+def _draw_chains(ax: Axes, curves: pd.DataFrame, steps: list[int]) -> None:
+    """What null chains reach over as many stages, once for each end."""
+    label: str | None = "null chain, as many stages"
+    for comparison in _ENDS:
+        rows = curves[curves["comparison"] == comparison].set_index("step").reindex(steps)
+        if rows["chain"].notna().any():
+            look.band(ax, steps, rows["chain_low"], rows["chain_high"], color=look.GREY, alpha=0.35)
+            look.line(ax, steps, rows["chain"], color=look.GREY, label=label, linestyle="--")
+            label = None
 
 
 def survival_figure(survival: pd.DataFrame) -> Figure:

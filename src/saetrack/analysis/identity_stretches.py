@@ -19,12 +19,34 @@ if TYPE_CHECKING:
     from saetrack.track import Track
 
 
+def kept_stages(
+    correlation: NDArray[np.floating], limit: NDArray[np.floating], alive: NDArray[np.bool_], revived: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Whether a feature kept its identity on entering a snapshot from the one before; all that says so reads this.
+
+    It is alive on both sides, was not revived in between, and its correlation reaches the limit.
+
+    Args:
+        correlation: With the snapshot before, ``[T, F]``; NaN is below every limit.
+        limit: Of the stage into each snapshot, ``[T]``.
+        alive: ``[T, F]``.
+        revived: In the stage into each snapshot, ``[T, F]``.
+
+    Returns:
+        ``[T, F]``; the first row is False, for no stage leads there.
+    """
+    kept: NDArray[np.bool_] = (correlation >= limit[:, None]) & alive & ~revived
+    kept[1:] &= alive[:-1]
+    kept[0] = False
+    return kept
+
+
 def stretch_table(alive: NDArray[np.bool_], kept: NDArray[np.bool_], steps: Sequence[int]) -> pd.DataFrame:
     """Every feature's maximal runs of snapshots in which it is alive and keeps its identity.
 
     Args:
         alive: Whether a feature is alive in a snapshot, ``[T, F]``.
-        kept: Whether it kept its identity on entering the snapshot from the one before, ``[T, F]``; row 0 is unused.
+        kept: From `kept_stages`, ``[T, F]``.
         steps: LLM steps, ``[T]``.
 
     Returns:
@@ -37,11 +59,9 @@ def stretch_table(alive: NDArray[np.bool_], kept: NDArray[np.bool_], steps: Sequ
         >>> stretch_table(alive, kept, [0, 8, 64])[["first_step", "last_step"]].values.tolist()
         [[0, 8], [64, 64]]
     """
-    goes_on = np.zeros_like(alive)
-    goes_on[1:] = kept[1:] & alive[1:] & alive[:-1]
-    begins = alive & ~goes_on
+    begins = alive & ~kept
     ends = alive.copy()
-    ends[:-1] &= ~goes_on[1:]
+    ends[:-1] &= ~kept[1:]
     feature, first = np.nonzero(begins.T)
     _, last = np.nonzero(ends.T)  # the same order, and each stretch that begins ends
     at = np.asarray(steps)
@@ -108,13 +128,23 @@ class Kept:
 
         Raises:
             FileNotFoundError: If the identity analysis has not been run.
-            ValueError: If it was run on other snapshots.
+            ValueError: If it was run on other snapshots, or snapshots share LLM steps.
         """
         stretches, steps, d_sae = read_stretches(track), track.steps, int(track.facts["d_sae"])
+        if len(set(steps)) < len(steps):
+            raise ValueError(
+                f"{track.path} has LLM steps {steps}, and stretches are told apart by them; --only_kept needs a track "
+                "whose steps increase. Leave out --only_kept, or give the track that this one controls."
+            )
         into = [np.ones(d_sae, dtype=bool)]
         into += [kept_between(stretches, *pair, d_sae) for pair in pairwise(steps)]
         to_last = [kept_between(stretches, step, steps[-1], d_sae) for step in steps]
         return cls(steps, np.stack(into), np.stack(to_last))
+
+    @property
+    def at(self) -> NDArray[np.bool_]:
+        """Whose state at a snapshot counts, ``[T, F]``: who kept it on entering; at the first, in the stage from it."""
+        return np.concatenate([self.into[1:2], self.into[1:]]) if len(self.into) > 1 else self.into
 
     @property
     def throughout(self) -> NDArray[np.bool_]:

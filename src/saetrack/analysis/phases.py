@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .base import Analysis, AnalysisResult
+from .controls import controls_of
 from .figures import step_position
 from .phases_agreement import adjusted_rand, boundary_distance, covering, order_of_times
 from .phases_cut import Cut, Resampling, cut
@@ -171,7 +172,7 @@ def _available(tables: Tables) -> tuple[dict[str, Amounts], dict[str, str]]:
 def _null_chains(track: Track, name: str, missing: dict[str, str]) -> list[Floats]:
     """Amounts of a perspective in the null chains; why one cannot be read is added to ``missing``."""
     chains = []
-    for control in track.controls("null"):
+    for control in controls_of(track, "null"):
         if len(control) != len(track):
             continue
         try:

@@ -11,6 +11,7 @@ from matplotlib.ticker import PercentFormatter
 from . import figures
 from .base import Analysis, AnalysisResult
 from .controls import controls_of, one_step_controls, scratch_controls
+from .places import place_names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,10 +60,11 @@ _CONTROLS = {
 }
 _OFF_SCALE = (-0.25, 1.25)
 CAPTION = (
-    "Lower FVU and a recovered share nearer to 1 say that the SAE keeps more of the LLM (band: quartiles over "
-    "features; points, where there are controls: null, the same LLM checkpoint once more; fresh, a new SAE with as "
-    "many tokens, or with those of the first stage). They cannot say that features mean something, and an LLM "
-    "checkpoint that is easier to reconstruct has a lower FVU with the same features."
+    "Lower FVU and a recovered share nearer to 1 say that the SAE keeps more of the LLM (functional correlation: "
+    "median and quartiles over the features that fire at both snapshots; points, where there are controls: null, the "
+    "same LLM checkpoint once more; fresh, a new SAE with as many tokens, or with those of the first stage). They "
+    "cannot say that features mean something, and an LLM checkpoint that is easier to reconstruct has a lower FVU "
+    "with the same features."
 )
 
 
@@ -120,7 +122,7 @@ class Quality(Analysis):
                 "split": "evaluation",
                 "fvu_random_llm": untrained,
             },
-            summary=_summary(table),
+            summary=_summary(table, self.min_firing_frequency),
             captions={"quality": CAPTION},
         )
 
@@ -195,21 +197,22 @@ def _by_step(table: pd.DataFrame, name: str) -> dict[int, float]:
     return {int(step): float(value) for step, value in zip(known["step"], known[name], strict=True)}
 
 
-def _summary(table: pd.DataFrame) -> str:
-    first, last = table.iloc[0], table.iloc[-1]
+def _summary(table: pd.DataFrame, least: float) -> str:
+    names, first, last = place_names(table["step"].tolist()), table.iloc[0], table.iloc[-1]
     count = "1 snapshot" if len(table) == 1 else f"{len(table)} snapshots"
     text = (
-        f"{count}, LLM steps {int(first['step'])} to {int(last['step'])}: FVU {first['fvu']:.3f} at the first and "
+        f"{count}, {names[0]} to {names[-1].removeprefix('LLM step ')}: FVU {first['fvu']:.3f} at the first and "
         f"{last['fvu']:.3f} at the last, where L0 is {last['l0']:.1f}, {last['dead_share']:.1%} of the features are "
         "dead."
     )
     if np.isfinite(last["ce_recovered_zero"]):
         text += f" {last['ce_recovered_zero']:.1%} of the CE loss is recovered there (against zero ablation)."
     if table["functional_correlation_median"].notna().any():
-        lowest = table.iloc[int(np.nanargmin(table["functional_correlation_median"]))]
+        at = int(np.nanargmin(table["functional_correlation_median"]))
         text += (
-            f" The functional correlation with the snapshot before has its lowest median at step {int(lowest['step'])}:"
-            f" {lowest['functional_correlation_median']:.2f}."
+            f" The functional correlation with the snapshot before has its lowest median at {names[at]}: "
+            f"{table['functional_correlation_median'].iloc[at]:.2f}, over the {table['features_compared'].iloc[at]} "
+            f"features that fire on more than {least:g} of the positions at both ends."
         )
     return text
 

@@ -68,6 +68,26 @@ def bootstrap_means(
     return mean, interval[0], interval[1]
 
 
+def bootstrap_mean_of_rows(
+    values: Floats, rng: np.random.Generator, replicates: int = 500
+) -> tuple[float, float, float]:
+    """Mean over rows of their means over features, with the 95 % interval from resampling features, alike in all rows.
+
+    Args:
+        values: ``[rows, features]``; NaN entries are left out.
+        rng: Source of the draws.
+        replicates: Number of bootstrap replicates.
+
+    Returns:
+        Mean, low and high; NaN without any value.
+    """
+    known = values[np.isfinite(values).any(axis=1)]
+    if not known.size:
+        return np.nan, np.nan, np.nan
+    low, high = np.nanquantile(bootstrap_replicates(known, rng, replicates).mean(axis=1), [0.025, 0.975])
+    return float(np.nanmean(known, axis=1).mean()), float(low), float(high)
+
+
 def bootstrap_replicates(values: Floats, rng: np.random.Generator, replicates: int) -> Floats:
     """Means over features of resampled features, ``[replicates, rows]``.
 
@@ -116,6 +136,17 @@ def population_table(steps: list[int], values: Floats, rng: np.random.Generator,
             "n_features": values.shape[1],
         }
     )
+
+
+def share_of(count: float, of: float) -> tuple[float, float, float]:
+    """One share with its interval, as `share_interval` gives them."""
+    share, low, high = share_interval(np.array([count]), np.array([of]))
+    return float(share[0]), float(low[0]), float(high[0])
+
+
+def with_interval(name: str, values: tuple[float, float, float]) -> dict[str, float]:
+    """Mean, low and high as the columns of a table: ``name``, ``name_low`` and ``name_high``."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 
 
 def share_interval(counts: NDArray[np.integer], of: NDArray[np.integer]) -> tuple[Floats, Floats, Floats]:

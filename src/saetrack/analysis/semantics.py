@@ -16,6 +16,7 @@ import pandas as pd
 from . import semantics_figures
 from .base import AnalysisResult, Observation, Probe, SweepAnalysis
 from .columns import TokenStatistics, token_share, token_statistics, top_positions, values_at
+from .places import place_names
 from .resampling import bootstrap_means
 from .semantics_classes import SemanticThresholds
 from .semantics_meaning import Meaning
@@ -72,6 +73,10 @@ class Semantics(SweepAnalysis):
     mean over features of 10 seeded draws. *Other feature*: the set after is that of another feature drawn at random
     (what turnover would be if indices had no meaning). *Same tokens*: the set after is drawn at random among positions
     with the same tokens as the set before (a feature that keeps its tokens but has no preference among contexts).
+
+    Restricted (``--only_kept``), at every checkpoint the features count that kept their identity in the stage that led
+    there (at the first, in the one from it), and patterns are of those that kept it to the last. Null chains and random
+    LLMs have no stretches and are left out.
 
     Args:
         selection_rows: Token rows of the selection split; all there are, if fewer.
@@ -145,6 +150,7 @@ class Semantics(SweepAnalysis):
                 selection,
                 evaluation,
                 self.seed,
+                None if self.kept is None else self.kept.at[-1],
             )
         self._steps[snapshot.position] = snapshot.step
         self._meaning.observe(snapshot.position, selection, evaluation)
@@ -176,14 +182,15 @@ class Semantics(SweepAnalysis):
         turnover = turnover_series(tops, tokens, np.random.default_rng([self.seed, 1]), REPLICATES, into)
         where = _index(features, places)
         features["turnover"] = turnover.pop("by_feature")[where]
-        meaning = self._meaning.tables(steps, NullChain.of(self._track.path), self.kept)
+        null = NullChain.of(self._track.path) if self.kept is None else NullChain(None, None)
+        meaning = self._meaning.tables(steps, null, self.kept)
         scores = meaning.pop("meaning").drop(columns=["step", "feature"])
         scores = scores.iloc[np.ravel_multi_index(where, (len(places), len(tops[0])))]
         features = pd.concat([features, scores.reset_index(drop=True)], axis=1)
         # a null chain's snapshots share one LLM step and are told apart by their place, as in drift
         one_by_one = len(set(steps)) == len(steps)
         features = features.drop(columns="place") if one_by_one else features.rename(columns={"place": "position"})
-        untrained = random_classes(self._track.path)
+        untrained = random_classes(self._track.path) if self.kept is None else None
         by_step = self._step_table(places, turnover)
         examples = self._draw_examples(features)
         settings = {
@@ -239,7 +246,7 @@ class Semantics(SweepAnalysis):
 
     def _feature_table(self, place: int) -> pd.DataFrame:
         seen, statistics, strings = self._seen[place], self._seen[place].statistics, self._strings
-        feature = np.flatnonzero(statistics.firing_positions)
+        feature = np.flatnonzero((statistics.firing_positions > 0) & self._counts(place))
         return pd.DataFrame(
             {
                 "place": place,
@@ -262,6 +269,9 @@ class Semantics(SweepAnalysis):
         rows, positions = self._selection
         seen, strings = self._seen[place], self._strings
         feature, rank = np.nonzero(seen.top >= 0)
+        counts = self._counts(place)[feature]
+        windows = seen.windows[counts]
+        feature, rank = feature[counts], rank[counts]
         row, column = positions[seen.top[feature, rank]].T
         columns = column[:, None] + np.arange(-self.left, self.right + 1)
         width = rows.tokens.shape[1]
@@ -279,16 +289,18 @@ class Semantics(SweepAnalysis):
                 "token": tokens[:, self.left],
                 "activation": seen.values[feature, rank],
                 "tokens": [t[a:b] for t, a, b in zip(tokens, first, end, strict=True)],
-                "activations": [v[a:b] for v, a, b in zip(seen.windows, first, end, strict=True)],
+                "activations": [v[a:b] for v, a, b in zip(windows, first, end, strict=True)],
                 "center": self.left - first,
             }
         )
 
     def _step_table(self, places: list[int], turnovers: dict[str, Any]) -> pd.DataFrame:
         seen = [self._seen[place] for place in places]
+        counts = np.stack([self._counts(place) for place in places])  # [T, F]
+        fires = np.stack([s.statistics.firing_positions > 0 for s in seen])
         columns: dict[str, Any] = {
             "step": [self._steps[place] for place in places],
-            "firing_features": [int((s.statistics.firing_positions > 0).sum()) for s in seen],
+            "firing_features": (fires & counts).sum(axis=1),
         }
         series = {
             "n_eff": np.stack([2.0**s.statistics.entropy for s in seen]),
@@ -297,18 +309,26 @@ class Semantics(SweepAnalysis):
             "top_token_share": np.stack([s.statistics.top_token_share for s in seen]),
             "top_token_share_evaluation": np.stack([s.evaluation_share for s in seen]),
         }
-        for name, values in series.items():  # [T, F]
+        for name, every in series.items():  # [T, F]
+            values = np.where(counts, every, np.nan)
             quartiles = [
                 np.quantile(v[np.isfinite(v)], [0.25, 0.5, 0.75]) if np.isfinite(v).any() else np.full(3, np.nan)
                 for v in values
             ]
             for place, suffix in enumerate(("low", "median", "high")):
                 columns[f"{name}_{suffix}"] = [q[place] for q in quartiles]
-        entropy = np.stack([s.statistics.entropy for s in seen])
+        entropy = np.where(counts, np.stack([s.statistics.entropy for s in seen]), np.nan)
         rng = np.random.default_rng([self.seed, 2])
         for suffix, values in zip(("", "_low", "_high"), bootstrap_means(entropy, rng, REPLICATES), strict=True):
             columns[f"entropy_mean{suffix}"] = values
         return pd.DataFrame({**columns, **turnovers})
+
+    def _counts(self, place: int) -> NDArray[np.bool_]:
+        """Which features count at a snapshot ``[F]``: all, or those that kept their identity."""
+        if self.kept is None:
+            return np.ones(len(self._seen[place].top), dtype=bool)
+        counts: NDArray[np.bool_] = self.kept.at[place]
+        return counts
 
     def _draw_examples(self, features: pd.DataFrame) -> list[int]:
         last = features[(features["step"] == self._track[-1].step) & (features["firing_positions"] >= MIN_FIRINGS)]
@@ -322,18 +342,18 @@ def _index(features: pd.DataFrame, places: list[int]) -> tuple[Integers, Integer
 
 
 def _summary(table: pd.DataFrame) -> str:
-    first, last = table.iloc[0], table.iloc[-1]
+    first, last, names = table.iloc[0], table.iloc[-1], place_names(table["step"].tolist())
     text = (
-        f"The median feature spreads its activation over N_eff {first['n_eff_median']:.1f} tokens at step "
-        f"{int(first['step'])} and {last['n_eff_median']:.1f} at step {int(last['step'])} (tokens shuffled: "
+        f"The median feature that fires spreads its activation over N_eff {first['n_eff_median']:.1f} tokens at "
+        f"{names[0]} and {last['n_eff_median']:.1f} at {names[-1]} (tokens shuffled: "
         f"{last['n_eff_shuffled_median']:.1f}), where {int(last['firing_features'])} features fire."
     )
     if len(table) > 1:
         second = table.iloc[1]
         text += (
-            f" Mean turnover of top contexts is {second['turnover']:.2f} into step {int(second['step'])} and "
-            f"{last['turnover']:.2f} (95 % interval {last['turnover_low']:.2f} to {last['turnover_high']:.2f}) into "
-            f"step {int(last['step'])}; with the same tokens in random contexts it would be "
+            f" Mean turnover of top contexts, over features that fire at both ends, is {second['turnover']:.2f} into "
+            f"{names[1]} and {last['turnover']:.2f} (95 % interval {last['turnover_low']:.2f} to "
+            f"{last['turnover_high']:.2f}) into {names[-1]}; with the same tokens in random contexts it would be "
             f"{last['turnover_same_tokens']:.2f}."
         )
     return text

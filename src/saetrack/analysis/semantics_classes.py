@@ -78,8 +78,8 @@ def classify(scores: Scores, thresholds: SemanticThresholds) -> NDArray[np.str_]
     return np.select([condition for condition, _ in rules], [name for _, name in rules], UNRESOLVED)
 
 
-def sensitivity(scores: Scores, thresholds: SemanticThresholds) -> pd.DataFrame:
-    """Share of each class with every threshold by itself at half and at one and a half of its value.
+def sensitivity(scores: Scores, thresholds: SemanticThresholds, counts: NDArray[np.bool_]) -> pd.DataFrame:
+    """Share of each class, among features ``counts``, with every threshold at half and one and a half of its value.
 
     Returns:
         Columns ``threshold``, ``factor``, ``class``, ``share`` (of features with firings enough).
@@ -87,7 +87,7 @@ def sensitivity(scores: Scores, thresholds: SemanticThresholds) -> pd.DataFrame:
     rows = []
     for name, value in asdict(thresholds).items():
         for factor in (0.5, 1.0, 1.5):
-            classes = classify(scores, replace(thresholds, **{name: value * factor}))
+            classes = classify(scores, replace(thresholds, **{name: value * factor}))[counts]
             classes = classes[(classes != SILENT) & (classes != INSUFFICIENT)]
             rows += [
                 {"threshold": name, "factor": factor, "class": kind, "share": float((classes == kind).mean())}

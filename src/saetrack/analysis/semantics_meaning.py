@@ -51,6 +51,7 @@ class Meaning:
         selection: The last snapshot on the selection rows.
         evaluation: The last snapshot on the evaluation rows.
         seed: Of positions and random sets.
+        counts: Which features count at the last snapshot ``[F]``; all, if not given.
     """
 
     def __init__(
@@ -61,9 +62,11 @@ class Meaning:
         selection: SplitObservation,
         evaluation: SplitObservation,
         seed: int,
+        counts: NDArray[np.bool_] | None = None,
     ) -> None:
         self.thresholds = thresholds
         self.seed = seed
+        self._counts = np.ones(selection.latents.shape[1], dtype=bool) if counts is None else counts
         self._scorer = Scorer(vocabulary, embeddings, selection, seed)
         self._last = selection.latents
         self._unrepeated = first_of_context(selection)
@@ -94,7 +97,7 @@ class Meaning:
         permuted = [_permuted(split, rng) for split in (selection, evaluation)]
         scores = Scorer(vocabulary, embeddings, permuted[0], self.seed).scores(permuted[0], permuted[1])
         classes = classify(scores, self.thresholds)
-        enough = scores.firing_positions >= self.thresholds.min_firings
+        enough = (scores.firing_positions >= self.thresholds.min_firings) & self._counts
         return float((classes[enough] == CONCEPT).mean()) if enough.any() else np.nan
 
     def tables(self, steps: list[int], null: NullChain, kept: Kept | None = None) -> dict[str, pd.DataFrame]:
@@ -103,8 +106,8 @@ class Meaning:
         Args:
             steps: LLM steps in the order of the track.
             null: The tables of the null chains, where there are some.
-            kept: If given, transitions are of the features that kept their identity in the stage, and patterns of
-                those that kept it to the last checkpoint.
+            kept: If given, classes and transitions are of the features that kept their identity in the stage, and
+                patterns of those that kept it to the last checkpoint.
 
         Returns:
             ``meaning``, one row by step and feature; ``classes``, shares by step with their interval; ``transitions``
@@ -130,17 +133,18 @@ class Meaning:
             columns[name] = np.concatenate([getattr(s, name) for s in scores]).astype(np.float32)
         return {
             "meaning": pd.DataFrame(columns),
-            "classes": _class_table(steps, classes),
+            "classes": _class_table(steps, classes, None if kept is None else kept.at),
             "transitions": transition_table(steps, classes, null.transitions, None if kept is None else kept.into),
             "patterns": pattern_table(steps, names, null.patterns),
-            "sensitivity": sensitivity(last, self.thresholds),
+            "sensitivity": sensitivity(last, self.thresholds, self._counts),
         }
 
 
-def _class_table(steps: list[int], classes: NDArray[np.str_]) -> pd.DataFrame:
+def _class_table(steps: list[int], classes: NDArray[np.str_], use: NDArray[np.bool_] | None) -> pd.DataFrame:
     """Share of each class among the features with firings enough, by step, with Wilson's 95 % interval."""
     tables = []
-    for step, row in zip(steps, classes, strict=True):
+    for t, step in enumerate(steps):
+        row = classes[t] if use is None else classes[t, use[t]]
         counts = np.array([int((row == name).sum()) for name in CLASSES if name not in (INSUFFICIENT, SILENT)])
         share, low, high = share_interval(counts, np.full(len(counts), counts.sum()))
         columns = {"class": CLASSES[: len(counts)], "features": counts, "share": share, "low": low, "high": high}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Bools = NDArray[np.bool_]
 
 PATTERNS = ("maintaining", "shifting", "grouping", "splitting", "death", "other")
+NULL_SHARE = ("null_share", "null_low", "null_high")
 SAME, OTHER = 0.5, 0.2  # overlap of families: from here it keeps its meaning, below there it has another
 SPLIT_TAKEN, SPLIT_NEW, SPLIT_DENSE = 0.25, 0.1, 0.05
 
@@ -137,7 +138,8 @@ def transition_table(
 
     Returns:
         Columns ``step``, ``next_step``, ``from``, ``to``, ``features``, ``of``, ``share``, ``low``, ``high``, and
-        ``null_share``: of the null chains in the stage of the same place, from the same class; NaN where not known.
+        ``null_share``, ``null_low``, ``null_high``: of the null chains in the stage of the same place, from the same
+        class, with Wilson's interval over their features; NaN where not known.
     """
     tables = []
     for t in range(len(steps) - 1):
@@ -152,11 +154,16 @@ def transition_table(
     columns = ["step", "next_step", "place", "from", "to", "features", "of", "share", "low", "high"]
     found = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
     if null is None or found.empty:
-        return found.drop(columns="place").assign(null_share=np.nan)
+        return found.drop(columns="place").assign(**dict.fromkeys(NULL_SHARE, np.nan))
     by = ["place", "from", "to"]
-    sums = null.groupby(by)[["features", "of"]].sum()
-    shares = (sums["features"] / sums["of"].where(sums["of"] > 0)).rename("null_share").reset_index()
-    return found.merge(shares, on=by, how="left").drop(columns="place")
+    return found.merge(_null_shares(null, by), on=by, how="left").drop(columns="place")
+
+
+def _null_shares(null: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Shares in all null chains together, with Wilson's interval, by some columns."""
+    sums = null.groupby(by, as_index=False)[["features", "of"]].sum()
+    shares = share_interval(sums["features"].to_numpy(), sums["of"].to_numpy())
+    return sums[by].assign(**dict(zip(NULL_SHARE, shares, strict=True)))
 
 
 def pattern_table(steps: list[int], found: list[NDArray[np.str_]], null: pd.DataFrame | None) -> pd.DataFrame:
@@ -169,7 +176,8 @@ def pattern_table(steps: list[int], found: list[NDArray[np.str_]], null: pd.Data
 
     Returns:
         Columns ``step``, ``remaining`` (stages to the end), ``pattern``, ``features``, ``of``, ``share``, ``low``,
-        ``high``, ``null_share``: of the null chain with as many stages remaining; NaN where it is not known.
+        ``high``, and ``null_share``, ``null_low``, ``null_high``: of the null chains with as many stages remaining,
+        with Wilson's interval over their features; NaN where it is not known.
     """
     rows = []
     for t, names in enumerate(found):
@@ -179,9 +187,9 @@ def pattern_table(steps: list[int], found: list[NDArray[np.str_]], null: pd.Data
     table = pd.DataFrame(rows, columns=["step", "remaining", "pattern", "features", "of"])
     table["share"], table["low"], table["high"] = share_interval(table["features"].to_numpy(), table["of"].to_numpy())
     if null is None:
-        return table.assign(null_share=np.nan)
-    known = null.groupby(["remaining", "pattern"])["share"].mean().rename("null_share").reset_index()
-    return table.merge(known, on=["remaining", "pattern"], how="left")
+        return table.assign(**dict.fromkeys(NULL_SHARE, np.nan))
+    by = ["remaining", "pattern"]
+    return table.merge(_null_shares(null, by), on=by, how="left")
 
 
 def random_classes(track: Path) -> pd.Series | None:

@@ -163,6 +163,8 @@ class _Runs:
             whole = self.track.whole
             settings = {**result.settings, "steps": whole.steps, "equal_weights": whole.equal_weights}
             result = replace(result, settings=settings, summary=result.summary + _as_one(whole))
+            if len(set(whole.steps)) < len(whole):  # in a null chain all would be at one step
+                result = replace(result, scalars={})
             if self.kept is not None:
                 settings = {**result.settings, "kept": self.kept.facts()}
                 result = replace(result, settings=settings, summary=result.summary + self.kept.summary())

@@ -127,7 +127,8 @@ QUALITY = (
             Line("median where the LLM did not change", "correlation_null", null=True, table="drift/calibration"),
         ),
         domain=(None, 1),
-        note="Correlation of a latent with itself at the checkpoint before, on the same tokens.",
+        note="Correlation of a latent with itself at the checkpoint before, on the same tokens: the median over the "
+        "features that fire at both.",
     ),
 )
 
@@ -239,7 +240,8 @@ IDENTITY = (
             Line("another feature", "mean", "low", "high", "95 % interval", True, measure="other_feature"),
         ),
         domain=(None, 1),
-        note="How far an index keeps its meaning over one stage; what it becomes over many is in the next two figures.",
+        note="How far an index keeps its meaning over one stage: the mean over the features that fire at both "
+        "checkpoints and were not revived. What it becomes over many is in the next two figures.",
     ),
     Figure(
         "Same index at both ends",
@@ -264,7 +266,8 @@ IDENTITY = (
         ),
         domain=(0, 1),
         percent=True,
-        note="A feature that is kept in every stage may still drift to another meaning; the second line shows that.",
+        note="A feature that is kept in every stage may still drift to another meaning; the second line shows that. "
+        "The dashed line ends with the last stage that null steps reach.",
     ),
 )
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from saetrack.analysis.density import Density
@@ -79,6 +80,17 @@ def test_null_steps_give_the_ceiling(track: Track) -> None:
     assert made[1].metadata["functional_correlation_median"] == pytest.approx(0.95)
     limits = Density(replicates=20).run(Track.open(track.path)).tables["admissible"].iloc[0]
     assert (limits["ceiling"], limits["ceiling_from"]) == (pytest.approx(0.95), "null controls")
+
+
+def test_the_identity_retained_has_the_interval_of_a_median(track: Track) -> None:
+    file = track[2].path / "features.parquet"
+    features = pd.read_parquet(file)
+    features["functional_correlation"] = np.random.default_rng(0).permutation(np.linspace(0, 1, D_SAE))
+    features.to_parquet(file)
+    gap = Density(replicates=20).run(Track.open(track.path)).tables["gaps"].query("to_step == 2 and series == 't'")
+    error = 1.96 * 0.5 / np.sqrt(D_SAE)  # of the rank, as a share; the values are uniform
+    assert gap["retained_low"].item() == pytest.approx(0.5 - error, abs=0.02)
+    assert gap["retained_high"].item() == pytest.approx(0.5 + error, abs=0.02)
 
 
 def test_without_thinned_controls_it_says_what_to_run(tmp_path: Path) -> None:

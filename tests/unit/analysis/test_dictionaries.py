@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from saetrack.analysis.dictionaries import Dictionaries
@@ -64,6 +65,48 @@ def test_a_feature_that_splits_in_two_is_found_and_one_that_is_born(tmp_path: Pa
     assert found["splits"] == 1
     assert found["deaths"] == int(near_5 < 0.7)
     assert found["births"] == 0
+    assert found["splits_low"] < 1 < found["splits_high"]
+    assert found["births_high"] > 0  # of 128 features none is born, which is no proof that none ever is
+    assert np.isnan(found["splits_null"])
+    assert found["null_from"] == ""
+
+
+def test_births_deaths_and_splits_have_the_null_of_null_steps_else_of_the_null_chain(tmp_path: Path) -> None:
+    split = random(0)
+    split[5] = split[4]
+    track = write(tmp_path / "t", [random(0)] * 3, (0, 8, 32))
+    for name, position, end in (("null-0002-0", 2, split), ("null-0002-1", 2, random(0))):
+        control = {"kind": "null", "position": position, "stages": 2}
+        write(track.path / "controls" / name, [random(0), end], (8, 8), control=control)
+    control = {"kind": "null", "position": None, "stages": 3}
+    write(track.path / "controls" / "null-chain-0", [random(0), random(1), random(0)], (0, 0, 0), control=control)
+    table = Dictionaries().run(Track.open(track.path)).tables["neighbours"]
+    assert table["null_from"].tolist() == ["null chain", "null steps"]
+    assert table["splits"].tolist() == [0, 0]
+    assert table["splits_null"].iloc[1] == 0.5  # in one of two
+    assert table["births_null"].iloc[0] > 64  # independent rows: most have no partner
+
+
+def test_the_renaming_gap_is_the_difference_of_two_columns_over_the_same_features_and_has_its_interval(
+    tmp_path: Path,
+) -> None:
+    after = random(0)
+    after[:64] = np.roll(after[:64], 1, axis=0)
+    track = write(tmp_path / "t", [random(0), after])
+    features = pd.read_parquet(track[1].path / "features.parquet")
+    features.loc[[70, 71], "dead"] = True
+    features.to_parquet(track[1].path / "features.parquet")
+    result = Dictionaries().run(Track.open(track.path))
+    found = result.tables["neighbours"].iloc[0]
+    assert found["features_both"] == D_SAE - 2
+    assert found["pw_mcc_both"] - found["same_index"] == pytest.approx(found["renaming_gap"])
+    gaps = np.r_[1 - (random(0)[:64] * after[:64]).sum(axis=1), np.zeros(62)]
+    error = 1.96 * gaps.std() / np.sqrt(len(gaps))
+    assert found["renaming_gap"] == pytest.approx(gaps.mean(), abs=1e-6)
+    assert found["renaming_gap_high"] - found["renaming_gap_low"] == pytest.approx(2 * error, rel=0.2)
+    for name in ("features_both", "pw_mcc_both", "same_index", "renaming_gap", "pw_mcc", "null"):
+        value = found[name]
+        assert (f"{int(value)}" if name == "features_both" else f"{value:.3f}") in result.summary
 
 
 def test_a_series_that_finds_what_the_seeds_find_agrees_and_one_that_does_not_does_not(tmp_path: Path) -> None:
@@ -76,6 +119,8 @@ def test_a_series_that_finds_what_the_seeds_find_agrees_and_one_that_does_not_do
         scratch(track, 1, noisy[1][rng.permutation(D_SAE)])
         found = Dictionaries().run(Track.open(track.path)).tables["scratch"].iloc[0]
         assert found["agreement"] == pytest.approx(expected, abs=0.1)
+        assert found["agreement_low"] < found["agreement"] < found["agreement_high"]
+        assert found["seeds_low"] < found["seeds"] < found["seeds_high"]
 
 
 def test_without_scratch_controls_it_says_what_to_run(tmp_path: Path) -> None:

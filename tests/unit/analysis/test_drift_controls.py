@@ -116,6 +116,8 @@ def test_a_null_chain_gives_the_cosine_to_the_last_that_training_alone_makes(tmp
     np.testing.assert_allclose(table["null"], [step**3, step**2, step, 1.0], atol=0.02)
     np.testing.assert_allclose(table["drift"], [np.nan, *[1 - step] * 3], atol=0.01)
     assert (table["null_low"] <= table["null"] + 1e-9).all()
+    shown = Drift(replicates=20).run(Track.open(tmp_path / "t")).tables["null_chain"]
+    assert shown["below_null"].notna().tolist() == [True, True, True, False]  # the last is 1 by definition
 
 
 def test_drift_on_a_null_chain_is_by_place_and_phases_calibrates_with_it(tmp_path: Path) -> None:
@@ -140,6 +142,8 @@ def test_drift_on_a_null_chain_is_by_place_and_phases_calibrates_with_it(tmp_pat
     turned = 1 - table.groupby("position")["decoder_to_previous"].mean().to_numpy()[1:]
     np.testing.assert_allclose(turned, [1 - 1 / np.sqrt(1 + 2 * p) for p in pace], rtol=0.05)
     assert not result.scalars
+    assert "place 1 of the chain" in result.summary
+    assert "step" not in result.summary
     assert {ax.get_xlabel() for ax in result.figures["adjacent"].axes} == {"place in the chain"}
     calibrated = phases.run(track)
     assert alone.settings["null"]["drift"] == "permutation in time"
@@ -211,6 +215,13 @@ def test_drift_shows_its_controls_and_without_them_says_what_to_run(tmp_path: Pa
     assert {"calibration", "excess"} <= set(with_controls.tables)
     assert "controls" in with_controls.figures
     assert set(with_controls.scalars["null_share"]) == {8}
+    tables, said = with_controls.tables, with_controls.summary
+    stage = tables["calibration"].iloc[0]
+    assert f"{stage['null_share']:.0%} at LLM step 8 ({stage['drift_null']:.3g} of {stage['drift_real']:.3g}" in said
+    rows = tables["population"].query("step == 8").set_index("measure")
+    for measure in ("decoder_to_previous", "decoder_to_previous_without_rotation"):
+        assert f"{1 - rows.loc[measure, 'mean']:.3g}" in said
+    assert f"{rows.loc['functional_correlation', 'median']:.2f} over {D_SAE} features" in said
     without = Drift(replicates=20).run(planted(tmp_path / "bare", 0, 0, 0))
     assert "calibration" not in without.tables
     assert "null_share" not in without.scalars

@@ -1,5 +1,6 @@
 """Identity: planted features that keep or lose their meaning, and what it writes on a real small track."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from saetrack.analysis.dictionaries import Dictionaries
 from saetrack.analysis.drift import Drift
 from saetrack.analysis.formation import Formation
 from saetrack.analysis.identity import Identity
-from saetrack.analysis.identity_stretches import Kept, kept_between, read_stretches, stretch_table
+from saetrack.analysis.identity_stretches import Kept, kept_between, kept_stages, read_stretches, stretch_table
 from saetrack.analysis.quality import Quality
 from saetrack.analysis.semantics import Semantics
 from saetrack.analysis.sweep import run_analyses
@@ -33,8 +34,19 @@ def latents(step: int, seed: int = 0) -> scipy.sparse.csr_array:
     return scipy.sparse.csr_array(values.astype(np.float32))
 
 
+def firing(latents: scipy.sparse.csr_array, feature: int, positions: int) -> scipy.sparse.csr_array:
+    """The same with the feature at so many positions, always the same ones."""
+    dense = latents.toarray()
+    dense[:, feature] = np.arange(TOKENS) < positions
+    return scipy.sparse.csr_array(dense)
+
+
 class PlantedTrack(list):
-    path, facts = "planted", {"d_sae": FEATURES}
+    path, facts, equal_weights = "planted", {"d_sae": FEATURES}, ()
+
+    @property
+    def whole(self) -> "PlantedTrack":
+        return self
 
     @property
     def steps(self) -> list[int]:
@@ -47,15 +59,18 @@ class PlantedTrack(list):
         return self[snapshot.position - 1] if snapshot.position else None
 
 
-def run_planted(revived: tuple[int, int] | None = None) -> AnalysisResult:
+def run_planted(revived: tuple[int, int] | None = None, rare: tuple[int, int] | None = None) -> AnalysisResult:
     track = PlantedTrack()
     for position, step in enumerate(STEPS):
         table = pd.DataFrame({"revived": [(step, i) == revived for i in range(FEATURES)]})
         track.append(SimpleNamespace(position=position, number=position, step=step, features=table))
-    analysis = Identity(replicates=50)
+    analysis = Identity(replicates=50, min_firing_frequency=2.5 / TOKENS)
     analysis.begin(track)
     for snapshot in (track[-1], *track[:-1]):
-        analysis.observe(snapshot, Observation(evaluation=SimpleNamespace(latents=latents(snapshot.step))))
+        seen = latents(snapshot.step)
+        if rare is not None:  # alive is 3 positions or more
+            seen = firing(seen, rare[1], 2 if snapshot.step == rare[0] else 3)
+        analysis.observe(snapshot, Observation(evaluation=SimpleNamespace(latents=seen)))
     return analysis.finish()
 
 
@@ -94,9 +109,23 @@ def test_a_revived_feature_is_a_new_one() -> None:
 
 def test_stretches_end_where_a_feature_is_dead() -> None:
     alive = np.array([[True, False], [False, True], [True, True]])
-    table = stretch_table(alive, np.ones((3, 2), dtype=bool), [1, 2, 3])
+    kept = kept_stages(np.ones((3, 2)), np.full(3, 0.5), alive, np.zeros((3, 2), dtype=bool))
+    table = stretch_table(alive, kept, [1, 2, 3])
     assert table.to_numpy().tolist() == [[0, 1, 1, 1], [0, 3, 3, 1], [1, 2, 3, 2]]
     assert kept_between(table, 3, 2, 2).tolist() == [False, True]
+
+
+def test_the_column_kept_is_what_the_stretches_say_and_not_known_where_no_stage_leads() -> None:
+    result = run_planted(rare=(32, 30))  # its correlation is high, but it is not alive
+    table = result.tables["features"].set_index(["step", "feature"])
+    assert table.loc[0, "kept"].isna().all()
+    assert not table.loc[(32, 30), "alive"]
+    assert table.loc[(32, 30), "to_previous"] > 0.5
+    for before, step in pairwise(STEPS):
+        assert (
+            table.loc[step, "kept"].tolist()
+            == kept_between(result.tables["stretches"], before, step, FEATURES).tolist()
+        )
 
 
 def test_the_sweep_agrees_with_what_training_measured_and_says_what_controls_are_missing(tiny_track: Track) -> None:

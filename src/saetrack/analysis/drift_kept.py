@@ -1,0 +1,57 @@
+"""Drift restricted to stretches: what is left of its rows and of its controls when only kept features count."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from .controls import one_step_controls
+from .drift_tables import LAST, NOT_KEPT, PREVIOUS, WALKS
+
+if TYPE_CHECKING:
+    from saetrack.track import Track
+
+    from .drift_controls import Calibration
+    from .identity_stretches import Kept
+
+
+def restrict_rows(table: pd.DataFrame, kept: Kept) -> pd.DataFrame:
+    """The table of features with status `NOT_KEPT` and no number where a feature did not keep its identity.
+
+    Args:
+        table: One row by snapshot and feature, as `Drift` makes it.
+        kept: Numbers of a stage are left to those that kept it in the stage, those to the last snapshot to those that
+            kept it until then.
+    """
+    at, to_last = kept.at.ravel(), kept.to_last.ravel()
+    table = table.assign(
+        status=np.where(at, table["status"], NOT_KEPT),
+        alive_before=table["alive_before"].to_numpy() & at,
+        revived_later=table["revived_later"].to_numpy() & to_last,
+        followed_to_last=table["followed_to_last"].to_numpy() & to_last,
+    )
+    of_stage, of_rest = [*PREVIOUS, "functional_correlation"], [*LAST, *WALKS]
+    table[of_stage] = np.where(at[:, None], table[of_stage], np.nan)
+    table[of_rest] = np.where(to_last[:, None], table[of_rest], np.nan)
+    return table
+
+
+def restrict_controls(calibration: Calibration, track: Track) -> Calibration:
+    """What the controls say of the features compared alone: their correlations, no FVU, and no null chain.
+
+    A chain has no stretches of its own, so which of its features to put beside those of the track is not known.
+    """
+    stages = calibration.stages
+    if stages.empty:
+        return replace(calibration, chain=pd.DataFrame())
+    nulls, correlations = one_step_controls(track, "null"), []
+    for step, part in calibration.features.groupby("step", sort=False):
+        snapshot, features = track.at(int(str(step))), part["feature"]
+        arms = [control[1] for control in nulls[snapshot.position]]
+        real, *null = (float(s.features["functional_correlation"][features].median()) for s in (snapshot, *arms))
+        correlations.append({"correlation_real": real, "correlation_null": float(np.mean(null))})
+    stages = stages.assign(**pd.DataFrame(correlations)).drop(columns=["fvu_before_null", "fvu_null"])
+    return replace(calibration, stages=stages, chain=pd.DataFrame())
