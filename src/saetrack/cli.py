@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 from safetensors import SafetensorError
 
-from saetrack.analysis import Analysis, SweepAnalysis
+from saetrack.analysis import AnyAnalysis
 from saetrack.analysis.plugins import discover, list_analyses, load_plugins, name_analyses
 from saetrack.analysis.sweep import run_analyses
 from saetrack.errors import OneLineErrors, one_line, said_by_rank_zero, wants_traceback
@@ -61,7 +61,7 @@ def analyze(args: list[str]) -> None:
     parser.add_argument("track", type=Path, help="The track, runs/NAME/HOOKPOINT, or runs/NAME if it holds one.")
     parser.add_argument(
         "--analyses",
-        type=list[Analysis | SweepAnalysis],
+        type=list[AnyAnalysis],
         default=None,
         help="Class names; give the first as `--analyses+=Drift` too. All built-in ones by default.",
     )
@@ -174,11 +174,13 @@ def main(args: list[str] | None = None) -> None:
             typed = f"there is no command {argv[0]!r}" if argv else "no command was given"
             sys.stderr.write(f"saetrack: error: {typed}; expected fit, {', '.join(COMMANDS)}. Try `saetrack --help`.\n")
             sys.exit(2)
-        if argv and argv[0] in COMMANDS:
+        if argv[0] in COMMANDS:
+            OneLineErrors.command = argv[0]
             COMMANDS[argv[0]](argv[1:])
         else:
             from saetrack.training.cli import fit
 
+            OneLineErrors.command = "fit"
             fit(args, "; ".join(f"{name}: {_first_line(command)}" for name, command in COMMANDS.items()))
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         if wants_traceback(error):
@@ -209,7 +211,7 @@ def _parser(name: str, command: Callable[..., Any]) -> ArgumentParser:
     return parser
 
 
-def _built_in_analyses(snapshots: int) -> dict[str, Analysis | SweepAnalysis]:
+def _built_in_analyses(snapshots: int) -> dict[str, AnyAnalysis]:
     """Those that a track of so many snapshots is long enough for."""
     built_in = {name: p.cls for name, p in discover().items() if p.cls and p.cls.__module__.startswith("saetrack.")}
     return {name: cls() for name, cls in built_in.items() if snapshots >= cls.min_snapshots}

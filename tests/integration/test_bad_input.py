@@ -100,6 +100,15 @@ def test_a_mistyped_analysis_points_to_the_list(config: Config, fails: Callable[
     assert "`saetrack analyses`" in line
 
 
+@pytest.mark.parametrize("when", ["analyses", "after_each_snapshot"])
+def test_a_wrong_argument_of_an_analysis_is_said_as_the_analysis_says_it(
+    when: str, config: Config, fails: Callable[..., str]
+) -> None:
+    wrong = {"class_path": "Quality", "init_args": {"min_firing_frequency": 3}}
+    config["analyze"] = {when: ["Dictionaries" if when == "analyses" else "Drift", wrong]}
+    assert "error: min_firing_frequency is 3.0" in fails(config)
+
+
 def test_unknown_option(config: Config, fails: Callable[..., str]) -> None:
     config["model"]["learning_rate"] = 1.0
     assert "learning_rate" in fails(config)

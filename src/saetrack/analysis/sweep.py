@@ -32,7 +32,7 @@ from saetrack.lm.unembedding import read_unembedding
 from saetrack.sae import SAE
 from saetrack.track import Snapshot, Track
 
-from .base import Analysis, AnalysisResult, Observation, Probe, SplitObservation, SweepAnalysis
+from .base import Analysis, AnalysisResult, AnyAnalysis, Observation, Probe, SplitObservation, SweepAnalysis
 from .figures import say_order
 from .identity_stretches import Kept
 
@@ -44,7 +44,7 @@ Progress = Callable[[int, int, str], None]
 
 def run_analyses(
     track: Track,
-    analyses: Mapping[str, Analysis | SweepAnalysis],
+    analyses: Mapping[str, AnyAnalysis],
     *,
     device: torch.device | str = "cpu",
     rows_per_batch: int = 32,
@@ -116,13 +116,13 @@ def _as_one(track: Track) -> str:
     return f" LLM steps {', '.join(groups)} have equal weights and count as one." if groups else ""
 
 
-def _restrict(track: Track, analyses: Mapping[str, Analysis | SweepAnalysis]) -> Kept:
+def _restrict(track: Track, analyses: Mapping[str, AnyAnalysis]) -> Kept:
     """Tell the analyses where features kept their identity."""
     for name, analysis in analyses.items():
         if not analysis.restrictable:
             raise ValueError(
-                f"{name!r} follows no feature from snapshot to snapshot, so it cannot be restricted to those that kept "
-                "their identity. Leave it out, or leave out --only_kept."
+                f"--only_kept is given, but {name!r} is not made to leave out features that did not keep their "
+                "identity. Leave it out, or leave out --only_kept."
             )
     kept = Kept.of(track)
     for analysis in analyses.values():
