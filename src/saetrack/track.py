@@ -6,9 +6,10 @@ without the dot is complete and the listing is the list: there is no index that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby, pairwise
+from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -286,13 +287,39 @@ class Track(Sequence[Snapshot]):
 
         Returns:
             Shape ``[len(track), n, d_in]``; row norms are 1 / scale of the snapshot.
+
+        Raises:
+            ValueError: If the SAEs have not got one of the features.
         """
-        return torch.stack([read_rows(s.file(WEIGHTS), "W_dec", features) for s in self])
+        rows = None if features is None else self.indices(features)
+        return torch.stack([read_rows(s.file(WEIGHTS), "W_dec", rows) for s in self])
 
     def encoder(self, features: Sequence[int] | None = None) -> Tensor:
-        """Encoder directions through the track: the columns of ``W_enc`` as rows, shape ``[len(track), n, d_in]``."""
-        columns = slice(None) if features is None else list(features)
+        """Encoder directions through the track: the columns of ``W_enc`` as rows, shape ``[len(track), n, d_in]``.
+
+        Raises:
+            ValueError: As `decoder`.
+        """
+        columns = slice(None) if features is None else self.indices(features)
         return torch.stack([s.tensor("W_enc")[:, columns].T.contiguous() for s in self])
+
+    def indices(self, features: Iterable[int]) -> list[int]:
+        """Indices of features as plain numbers.
+
+        Raises:
+            ValueError: If one is no whole number, or the SAEs of the track have no feature of it.
+        """
+        d_sae, found = int(self.facts["d_sae"]), []
+        for feature in features:
+            try:
+                found.append(index(feature))
+            except TypeError:  # a fraction
+                found.append(-1)
+            if not 0 <= found[-1] < d_sae:
+                raise ValueError(
+                    f"There is no feature {feature}: {self.path} has {d_sae}; give whole numbers from 0 to {d_sae - 1}."
+                )
+        return found
 
     def tokens(self, split: str) -> TokenRows:
         """The token rows of one split, as stored in the track.

@@ -78,7 +78,7 @@ class Dictionaries(Analysis):
             ValueError: If there are fewer.
         """
         if len(track) < 2:
-            raise ValueError(f"{track.path} has {len(track)} snapshots; dictionaries compares at least two.")
+            raise ValueError(f"{track.path} holds {len(track)} of the at least 2 snapshots that dictionaries compares.")
         pairs = zip(list(track), list(track)[1:], strict=False)
         neighbours = pd.DataFrame([self._neighbours(track, before, after) for before, after in pairs])
         scratch = self._scratch(track)

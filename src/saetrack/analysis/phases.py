@@ -74,8 +74,8 @@ class Phases(Analysis):
         """
         if len(track) < self.min_snapshots:
             raise ValueError(
-                f"{track.path} has {len(track)} snapshots; phases needs at least {self.min_snapshots}. Follow more "
-                "LLM checkpoints with `saetrack fit`."
+                f"{track.path} holds {len(track)} of the at least {self.min_snapshots} snapshots that phases needs. "
+                "Follow more LLM checkpoints with `saetrack fit`."
             )
         tables, steps = Tables.of(track, self.kept), track.steps
         amounts, missing = _available(tables)

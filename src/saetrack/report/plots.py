@@ -75,7 +75,7 @@ class Plots:
         panels = self._section("drift")
         if features is None:
             return self._draw(panels, "Drift of decoder rows")
-        chosen = [self._checked(feature) for feature in features]
+        chosen = self.track.indices(features)
         if not 1 <= len(chosen) <= 5:
             raise ValueError(f"drift draws 1 to 5 features beside each other, but features names {len(chosen)}.")
         of_all = curves(self._results)
@@ -100,7 +100,7 @@ class Plots:
         Raises:
             ValueError: If the SAE has not got it.
         """
-        index = self._checked(index)
+        (index,) = self.track.indices([index])
         title, token = f"Feature {index}", self._results.grid("semantics", "features", "top_token")
         if token is not None and token[index, -1] is not None:
             title += f", top token {look.printable(token[index, -1])}"
@@ -127,11 +127,6 @@ class Plots:
         if not panels:
             raise ValueError(f"{self.track.path} holds nothing to draw of {analysis}: {found['summary']}")
         return panels
-
-    def _checked(self, feature: int) -> int:
-        if not 0 <= feature < self._results.d_sae:
-            raise ValueError(f"There is no feature {feature}; {self.track.path} has 0 to {self._results.d_sae - 1}.")
-        return int(feature)
 
     def _draw(self, panels: list[Drawn], title: str) -> Figure:
         rows = max(len(panel["lines"]) for panel in panels)

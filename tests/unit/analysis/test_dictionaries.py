@@ -87,5 +87,5 @@ def test_without_scratch_controls_it_says_what_to_run(tmp_path: Path) -> None:
 def test_wrong_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 2"):
         Dictionaries(random_pairs=1)
-    with pytest.raises(ValueError, match="1 snapshots"):
+    with pytest.raises(ValueError, match="holds 1 of the at least 2 snapshots"):
         Dictionaries().run(write(tmp_path / "t", [random(0)], (0,)))

@@ -104,7 +104,7 @@ def test_times_in_the_same_order_have_tau_one_and_their_planted_lag() -> None:
 
 
 def test_a_track_of_fewer_than_six_snapshots_is_refused(tiny_track: Track) -> None:
-    with pytest.raises(ValueError, match="4 snapshots; phases needs at least 6"):
+    with pytest.raises(ValueError, match="holds 4 of the at least 6 snapshots that phases needs"):
         Phases().run(tiny_track)
 
 
