@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 from safetensors import SafetensorError
 
-from saetrack.analysis import AnyAnalysis
+from saetrack.analysis import AnalysisResult, AnyAnalysis
 from saetrack.analysis.plugins import discover, list_analyses, load_plugins, name_analyses
 from saetrack.analysis.sweep import run_analyses
 from saetrack.errors import OneLineErrors, one_line, said_by_rank_zero, wants_traceback
@@ -78,10 +78,14 @@ def analyze(args: list[str]) -> None:
     chosen = name_analyses(config.analyses) if config.analyses else _built_in_analyses(len(track.distinct()))
     if config.only_kept and not config.analyses:
         chosen = {name: analysis for name, analysis in chosen.items() if analysis.restrictable}
-    with shown(f"Analysing {track.facts['hookpoint']}", "to do") as progress:
-        results = run_analyses(track, chosen, device=config.device, only_kept=config.only_kept, progress=progress)
-    for name, result in results.items():
-        _say(f"{name}: {result.summary}\n  {track.analyses_dir / name}{'-kept' if config.only_kept else ''}")
+    saved: dict[str, AnalysisResult] = {}
+    options = {"device": config.device, "only_kept": config.only_kept, "finished": saved.__setitem__}
+    try:
+        with shown(f"Analysing {track.facts['hookpoint']}", "analyses and LLM checkpoints to do") as progress:
+            run_analyses(track, chosen, progress=progress, **options)
+    finally:  # another one may have failed, or a person have had enough
+        for name in filter(saved.get, chosen):
+            _say(f"{name}: {saved[name].summary}\n  {track.analyses_dir / name}{'-kept' if config.only_kept else ''}")
 
 
 def control(args: list[str]) -> None:

@@ -139,7 +139,7 @@ class Track(Sequence[Snapshot]):
                 _check_weights(snapshot.path)
 
     def __repr__(self) -> str:
-        return f"Track({str(self.path)!r}, {len(self)} snapshots)"
+        return f"Track({str(self.path)!r}, {len(self)} snapshot{'s' if len(self) != 1 else ''})"
 
     def __len__(self) -> int:
         return len(self._snapshots)

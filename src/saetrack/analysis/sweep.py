@@ -41,6 +41,9 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int, str], None]
 """Told how many pieces of work are done, of how many, and what the next one is."""
 
+Finished = Callable[[str, AnalysisResult], None]
+"""Told the name of an analysis and its result."""
+
 
 def run_analyses(
     track: Track,
@@ -50,6 +53,7 @@ def run_analyses(
     rows_per_batch: int = 32,
     only_kept: bool = False,
     progress: Progress = lambda done, total, text: None,
+    finished: Finished = lambda name, result: None,
 ) -> dict[str, AnalysisResult]:
     """Run analyses on a track and save each result under ``analyses/NAME`` of the track as soon as it is there.
 
@@ -65,6 +69,7 @@ def run_analyses(
         only_kept: Count features only over stretches in which they kept their identity, which the identity analysis
             must have found; the results go to ``analyses/NAME-kept``.
         progress: Called before each analysis and each LLM checkpoint.
+        finished: Called with each result when it is saved, whatever becomes of the others.
 
     Returns:
         Name to result, in the order of ``analyses``.
@@ -79,7 +84,7 @@ def run_analyses(
     track = track.distinct()
     kept = _restrict(track, analyses) if only_kept else None
     sweeping = {name: a for name, a in analyses.items() if isinstance(a, SweepAnalysis)}
-    runs = _Runs(track, kept, len(analyses) + (len(track) if sweeping else 0), progress)
+    runs = _Runs(track, kept, len(analyses) + (len(track) if sweeping else 0), progress, finished)
     for name, analysis in analyses.items():
         if isinstance(analysis, Analysis) and not analysis.reads_results:
             runs.finish(name, partial(analysis.run, track))
@@ -133,10 +138,10 @@ def _restrict(track: Track, analyses: Mapping[str, AnyAnalysis]) -> Kept:
 class _Runs:
     """Results so far, and who failed: one broken analysis must not cost the others their hour of forwards."""
 
-    def __init__(self, track: Track, kept: Kept | None, pieces: int, progress: Progress) -> None:
+    def __init__(self, track: Track, kept: Kept | None, pieces: int, progress: Progress, finished: Finished) -> None:
         self.track = track
         self.kept = kept
-        self._begun, self._pieces, self._progress = 0, pieces, progress
+        self._begun, self._pieces, self._progress, self._finished = 0, pieces, progress, finished
         self.results: dict[str, AnalysisResult] = {}
         self.failures: dict[str, Exception] = {}
 
@@ -177,6 +182,7 @@ class _Runs:
         result = self.attempt(name, save)
         if result is not None:
             self.results[name] = result
+            self._finished(name, result)
 
     def raise_failures(self) -> None:
         """Raise if any analysis failed, from the first error."""

@@ -99,7 +99,7 @@ class AnalyzeTrack(SnapshotCallback):
         if not trainer.is_global_zero or not self.analyses or not scheduler_of(trainer).finished:
             return
         for track in scheduler_of(trainer).tracks.values():
-            with shown(f"Analysing {track.facts['hookpoint']}", "to do") as progress:
+            with shown(f"Analysing {track.facts['hookpoint']}", "analyses and LLM checkpoints to do") as progress:
                 results = run_analyses(track, self.analyses, device=pl_module.device, progress=progress)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, TrackLogger):

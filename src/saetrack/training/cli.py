@@ -203,7 +203,7 @@ class FitCLI(LightningCLI):
         missing = {name: a for name, a in asked.items() if not _is_result_of(track, track.analyses_dir / name)}
         if not missing:
             return []
-        with shown(f"Analysing {track.facts['hookpoint']}", "to do") as progress:
+        with shown(f"Analysing {track.facts['hookpoint']}", "analyses and LLM checkpoints to do") as progress:
             results = run_analyses(track, missing, device=self.trainer.strategy.root_device, progress=progress)
         for callback in callbacks:
             if isinstance(callback, TrackLogger):

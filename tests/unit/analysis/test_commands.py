@@ -46,3 +46,17 @@ def test_a_wrong_argument_of_an_analysis_is_one_line_of_its_own_command(
     line = fails("analyze", str(tiny_track.path), f"--analyses+={analysis}", f"--analyses.{option}", value)
     assert line.startswith(said)
     assert "saetrack fit" not in line
+
+
+def test_what_is_saved_is_said_though_another_analysis_refuses(
+    tiny_track: Track, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["analyze", str(tiny_track.path), "--analyses+=Phases", "--analyses+=Quality"])
+    said = capsys.readouterr()
+    assert said.out.startswith("quality: 4 snapshots, LLM steps 0 to 10: FVU ")
+    assert said.out.splitlines()[-1] == f"  {tiny_track.analyses_dir / 'quality'}"
+    first, *_, last = said.err.splitlines()
+    assert first == "Analysing gpt_neox.layers.0: 2 analyses and LLM checkpoints to do"
+    assert last.startswith("saetrack: error: Analysis 'phases' failed: ")
+    assert last.endswith("The results of 'quality' are saved.")
