@@ -110,9 +110,12 @@ class Snapshot:
         """One row per feature: firing statistics on the evaluation split, revivals, identity.
 
         Raises:
-            ValueError: If the file is damaged.
+            FileNotFoundError: If there is none.
+            ValueError: If it is damaged.
         """
         path = self.file(FEATURES)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there, and every snapshot has one. {RESTORE}")
         try:
             return pd.read_parquet(path)
         except pa.ArrowException as error:

@@ -114,14 +114,14 @@ class Dictionaries(Analysis):
         decoders = decoder_rows(before) @ turn, decoder_rows(after)
         row = self._compare((decoders[0][a], (encoder_rows(before) @ turn)[a]), _directions(after, b))
         matched = match(CosineSimilarity(decoders[0][both], decoders[1][both]))
-        same = float(np.einsum("fd,fd->f", decoders[0][both], decoders[1][both]).mean())
+        same = _mean(np.einsum("fd,fd->f", decoders[0][both], decoders[1][both]))
         nearest = relate(CosineSimilarity(decoders[0][a], decoders[1][b]))
         return {
             "step": after.step,
             **row,
             "same_index": same,
-            "renaming_gap": float(matched.similarity.mean()) - same,
-            "kept_index": float((matched.left == matched.right).mean()),
+            "renaming_gap": _mean(matched.similarity) - same,
+            "kept_index": _mean(matched.left == matched.right),
             "births": int((nearest.parent_similarity < SHARED).sum()),
             "deaths": int((nearest.child_similarity < SHARED).sum()),
             "splits": len(nearest.splits(SHARED)),
@@ -142,21 +142,22 @@ class Dictionaries(Analysis):
         return pd.DataFrame(rows)
 
     def _compare(self, a: tuple[Floats, Floats], b: tuple[Floats, Floats]) -> dict[str, Any]:
-        """Two dictionaries as unit decoder and encoder rows of their live features."""
+        """Two dictionaries as unit decoder and encoder rows of their live features; NaN where one has none."""
         decoder, encoder = (match(CosineSimilarity(x, y)) for x, y in zip(a, b, strict=True))
         partner = dict(zip(encoder.left.tolist(), zip(encoder.right, encoder.similarity, strict=True), strict=True))
         shared = [
             similarity >= SHARED and partner.get(left, (-1, 0.0))[0] == right and partner[left][1] >= SHARED
             for left, right, similarity in zip(decoder.left.tolist(), decoder.right, decoder.similarity, strict=True)
         ]
-        null, null_shared = self._null(a[0], b[0])
+        no_null = np.full(self.random_pairs, np.nan), float("nan")
+        null, null_shared = self._null(a[0], b[0]) if len(decoder.left) else no_null
         return {
             "features": len(decoder.left),
-            "pw_mcc": float(decoder.similarity.mean()),
-            "pw_mcc_encoder": float(encoder.similarity.mean()),
+            "pw_mcc": _mean(decoder.similarity),
+            "pw_mcc_encoder": _mean(encoder.similarity),
             "null": float(np.mean(null)),
             "null_sd": float(np.std(null, ddof=1)),
-            "shared_share": float(np.mean(shared)),
+            "shared_share": _mean(np.array(shared)),
             "null_shared_share": null_shared,
         }
 
@@ -182,6 +183,11 @@ class Dictionaries(Analysis):
                 shared.append(float((similarity >= SHARED).mean()))
         corrected: Floats = np.asarray(found) + float(np.mean(found) - np.mean(again))
         return corrected, float(np.mean(shared))
+
+
+def _mean(values: NDArray[Any]) -> float:
+    """NaN where there are none."""
+    return float(values.mean()) if len(values) else float("nan")
 
 
 def _random_like(pair: tuple[Floats, Floats], rng: np.random.Generator) -> tuple[Floats, Floats]:
@@ -245,7 +251,10 @@ def _figure(neighbours: pd.DataFrame, scratch: pd.DataFrame) -> Figure:
 
 
 def _summary(neighbours: pd.DataFrame) -> str:
-    widest = neighbours.sort_values("renaming_gap").iloc[-1]
+    compared = neighbours[neighbours["renaming_gap"].notna()]
+    if compared.empty:
+        return "No two neighbouring snapshots have a live feature in common, so nothing could be matched."
+    widest = compared.sort_values("renaming_gap").iloc[-1]
     return (
         f"Matched one to one, neighbouring dictionaries have a mean cosine of {neighbours['pw_mcc'].mean():.2f}, and "
         f"random ones {neighbours['null'].mean():.2f}; at the same index it is {neighbours['same_index'].mean():.2f}. "

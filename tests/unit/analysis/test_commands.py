@@ -48,6 +48,12 @@ def test_a_wrong_argument_of_an_analysis_is_one_line_of_its_own_command(
     assert "saetrack fit" not in line
 
 
+def test_a_snapshot_without_its_table_of_features_is_named(tiny_track: Track, fails: Fails) -> None:
+    lost = tiny_track[2].path / "features.parquet"
+    lost.unlink()
+    assert fails("report", str(tiny_track.path)).startswith(f"saetrack: error: {lost} is not there, and every snapshot")
+
+
 def test_what_is_saved_is_said_though_another_analysis_refuses(
     tiny_track: Track, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from saetrack.analysis.dictionaries import Dictionaries
@@ -82,6 +83,21 @@ def test_without_scratch_controls_it_says_what_to_run(tmp_path: Path) -> None:
     result = Dictionaries().run(write(tmp_path / "t", [random(0), random(0)]))
     assert "scratch" not in result.tables
     assert "--kind scratch" in result.settings["scratch"]
+
+
+@pytest.mark.parametrize("steps", [(0, 8), (0, 8, 16)], ids=["all", "one stage"])
+def test_a_snapshot_without_live_features_is_compared_with_nothing(tmp_path: Path, steps: tuple[int, ...]) -> None:
+    track = write(tmp_path / "t", [random(0)] * len(steps), steps)
+    path = track[0].path / "features.parquet"
+    pd.read_parquet(path).assign(dead=True).to_parquet(path)
+    result = Dictionaries().run(Track.open(track.path))
+    first, *rest = result.tables["neighbours"].to_dict("records")
+    assert first["features"] == 0
+    assert (first["births"], first["deaths"], first["splits"]) == (D_SAE, 0, 0)
+    names = ("pw_mcc", "pw_mcc_encoder", "null", "null_sd", "shared_share", "same_index", "renaming_gap", "kept_index")
+    assert all(np.isnan(first[name]) for name in names)
+    assert [row["pw_mcc"] for row in rest] == pytest.approx([1.0] * len(rest), abs=1e-5)
+    assert ("nothing could be matched" in result.summary) == (not rest)
 
 
 def test_wrong_input_is_refused(tmp_path: Path) -> None:
