@@ -112,6 +112,7 @@ def analyses(args: list[str]) -> None:
 def report(args: list[str]) -> None:
     """Write one HTML page that shows a track, or two beside each other; it opens from disk."""
     from saetrack.report import write_report
+    from saetrack.report.data import Results
 
     parser = _parser("report", report)
     parser.add_argument("tracks", type=Path, nargs="+", help="A track, runs/NAME/HOOKPOINT, or two to compare.")
@@ -122,6 +123,8 @@ def report(args: list[str]) -> None:
     tracks = [Track.open(path) for path in options.tracks]
     written = write_report(tracks, options.to or tracks[0].path / "report.html")
     _say(f"{written.path} ({written.size / 1e6:.1f} MB)")
+    for name, old in (item for track in tracks for item in Results(track).outdated().items()):
+        _say(f"Its {name} is old, {old['text']}. Run `{old['command']}`, then write the report again.")
     if written.data:
         _say(f"It is too large for one file: keep the folder {written.data} beside it.")
 

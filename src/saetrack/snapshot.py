@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,25 @@ class Snapshot:
             return pd.read_parquet(path)
         except pa.ArrowException as error:
             raise ValueError(f"{path} is damaged ({error}). {RESTORE}") from error
+
+
+def feature_indices(features: Iterable[int], d_sae: int, path: Path) -> list[int]:
+    """Indices of features of a track as plain numbers.
+
+    Raises:
+        ValueError: If one is no whole number from 0 to d_sae - 1.
+    """
+    found = []
+    for feature in features:
+        try:
+            found.append(index(feature))
+        except TypeError:  # a fraction
+            found.append(-1)
+        if not 0 <= found[-1] < d_sae:
+            raise ValueError(
+                f"There is no feature {feature}: {path} has {d_sae}; give whole numbers from 0 to {d_sae - 1}."
+            )
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

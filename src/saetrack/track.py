@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby, pairwise
-from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,17 @@ from torch import Tensor
 from saetrack.hub import HubFolder, is_hub_address
 from saetrack.lm.tokens import TokenRows
 from saetrack.sae import SAE, save_saelens
-from saetrack.snapshot import FEATURES, METADATA, SNAPSHOT_NAME, SNAPSHOTS, STATISTICS, WEIGHTS, Snapshot, read_json
+from saetrack.snapshot import (
+    FEATURES,
+    METADATA,
+    SNAPSHOT_NAME,
+    SNAPSHOTS,
+    STATISTICS,
+    WEIGHTS,
+    Snapshot,
+    feature_indices,
+    read_json,
+)
 from saetrack.storage import make_readable, whole_folder, write_json
 from saetrack.tensor_files import RESTORE, damage, read_rows
 
@@ -309,17 +318,7 @@ class Track(Sequence[Snapshot]):
         Raises:
             ValueError: If one is no whole number, or the SAEs of the track have no feature of it.
         """
-        d_sae, found = int(self.facts["d_sae"]), []
-        for feature in features:
-            try:
-                found.append(index(feature))
-            except TypeError:  # a fraction
-                found.append(-1)
-            if not 0 <= found[-1] < d_sae:
-                raise ValueError(
-                    f"There is no feature {feature}: {self.path} has {d_sae}; give whole numbers from 0 to {d_sae - 1}."
-                )
-        return found
+        return feature_indices(features, self.facts["d_sae"], self.path)
 
     def tokens(self, split: str) -> TokenRows:
         """The token rows of one split, as stored in the track.

@@ -325,6 +325,13 @@ def test_a_complete_track_gets_the_analyses_that_a_killed_run_did_not_come_to(
     assert facts["settings"]["steps"] == [0, 10]
     facts["settings"]["steps"] = [0]  # as if the track had been extended since
     (track.analyses_dir / "drift" / "result.json").write_text(json.dumps(facts))
+    config["analyze"]["analyses"].remove("Drift")
+    old = f"  drift: old, made on 1 of the track's 2 snapshots (LLM step 0). Run `saetrack analyze {track.path} --analy"
+    said = fit_here(config).stdout
+    assert "complete; nothing was changed" in said
+    assert old in said
+    assert facts["summary"] not in said
+    config["analyze"]["analyses"].append("Drift")
     assert "complete; ran drift, which had no result yet" in fit_here(config).stdout
     assert "complete; nothing was changed" in fit_here(config).stdout
 

@@ -35,6 +35,7 @@ from saetrack.track import Snapshot, Track
 from .base import Analysis, AnalysisResult, AnyAnalysis, Observation, Probe, SplitObservation, SweepAnalysis
 from .figures import say_order
 from .identity_stretches import Kept
+from .outdated import missing
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,16 @@ def _as_one(track: Track) -> str:
     return f" LLM steps {', '.join(groups)} have equal weights and count as one." if groups else ""
 
 
+def _without(lost: list[int]) -> str:
+    """What snapshots of the track are missing, as a sentence."""
+    if not lost:
+        return ""
+    return (
+        f" Missing snapshots: {', '.join(f'{number:04d}' for number in lost)}. Those before and after are compared as "
+        "neighbours; what was measured against a missing one, such as `fvu_shift`, stands as it was."
+    )
+
+
 def _restrict(track: Track, analyses: Mapping[str, AnyAnalysis]) -> Kept:
     """Tell the analyses where features kept their identity."""
     for name, analysis in analyses.items():
@@ -167,7 +178,9 @@ class _Runs:
             result, folder = action(), name
             whole = self.track.whole
             settings = {**result.settings, "steps": whole.steps, "equal_weights": whole.equal_weights}
-            result = replace(result, settings=settings, summary=result.summary + _as_one(whole))
+            lost = missing(whole)
+            settings |= {"missing": lost} if lost else {}
+            result = replace(result, settings=settings, summary=result.summary + _as_one(whole) + _without(lost))
             if self.kept is not None:
                 settings = {**result.settings, "kept": self.kept.facts()}
                 result = replace(result, settings=settings, summary=result.summary + self.kept.summary())
