@@ -30,7 +30,8 @@ def outdated(track: Track, settings: Mapping[str, Any]) -> str | None:
     there = len(set(of) & set(now))
     if there == len(of):
         return f"made on {there} of the track's {len(now)} snapshots ({steps})"
-    return f"made on {len(of)} snapshots ({steps}), of which the track has {there}, beside {len(now) - there} others"
+    others = f" and {len(now) - there} others" if len(now) > there else ""
+    return f"made on {len(of)} snapshots ({steps}), of which the track has {there}{others}"
 
 
 def missing(track: Track) -> list[int]:

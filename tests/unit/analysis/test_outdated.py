@@ -18,10 +18,11 @@ from saetrack.track import Track
         ({"steps": [0, 1, 4, 10], "equal_weights": []}, None),
         ({}, None),  # of 0.1.0
         ({"steps": [0, 1]}, "made on 2 of the track's 4 snapshots (LLM steps 0 to 1)"),
+        ({"steps": [0, 2]}, "made on 2 snapshots (LLM steps 0 to 2), of which the track has 1 and 3 others"),
         ({"steps": [0]}, "made on 1 of the track's 4 snapshots (LLM step 0)"),
         (
             {"steps": [0, 1, 2, 4, 10]},
-            "made on 5 snapshots (LLM steps 0 to 10), of which the track has 4, beside 0 others",
+            "made on 5 snapshots (LLM steps 0 to 10), of which the track has 4",
         ),
         (
             {"steps": [0, 1, 4, 10], "equal_weights": [[0, 1]]},
