@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentParser, set_parsing_settings
 from safetensors import SafetensorError
 
-from saetrack.analysis import Analysis, SweepAnalysis
+from saetrack.analysis import AnalysisResult, AnyAnalysis
 from saetrack.analysis.plugins import discover, list_analyses, load_plugins, name_analyses
 from saetrack.analysis.sweep import run_analyses
 from saetrack.errors import OneLineErrors, one_line, said_by_rank_zero, wants_traceback
@@ -61,7 +61,7 @@ def analyze(args: list[str]) -> None:
     parser.add_argument("track", type=Path, help="The track, runs/NAME/HOOKPOINT, or runs/NAME if it holds one.")
     parser.add_argument(
         "--analyses",
-        type=list[Analysis | SweepAnalysis],
+        type=list[AnyAnalysis],
         default=None,
         help="Class names; give the first as `--analyses+=Drift` too. All built-in ones by default.",
     )
@@ -78,10 +78,14 @@ def analyze(args: list[str]) -> None:
     chosen = name_analyses(config.analyses) if config.analyses else _built_in_analyses(len(track.distinct()))
     if config.only_kept and not config.analyses:
         chosen = {name: analysis for name, analysis in chosen.items() if analysis.restrictable}
-    with shown(f"Analysing {track.facts['hookpoint']}", "to do") as progress:
-        results = run_analyses(track, chosen, device=config.device, only_kept=config.only_kept, progress=progress)
-    for name, result in results.items():
-        _say(f"{name}: {result.summary}\n  {track.analyses_dir / name}{'-kept' if config.only_kept else ''}")
+    saved: dict[str, AnalysisResult] = {}
+    options = {"device": config.device, "only_kept": config.only_kept, "finished": saved.__setitem__}
+    try:
+        with shown(f"Analysing {track.facts['hookpoint']}", "analyses and LLM checkpoints to do") as progress:
+            run_analyses(track, chosen, progress=progress, **options)
+    finally:  # another one may have failed, or a person have had enough
+        for name in filter(saved.get, chosen):
+            _say(f"{name}: {saved[name].summary}\n  {track.analyses_dir / name}{'-kept' if config.only_kept else ''}")
 
 
 def control(args: list[str]) -> None:
@@ -108,6 +112,7 @@ def analyses(args: list[str]) -> None:
 def report(args: list[str]) -> None:
     """Write one HTML page that shows a track, or two beside each other; it opens from disk."""
     from saetrack.report import write_report
+    from saetrack.report.data import Results
 
     parser = _parser("report", report)
     parser.add_argument("tracks", type=Path, nargs="+", help="A track, runs/NAME/HOOKPOINT, or two to compare.")
@@ -118,6 +123,8 @@ def report(args: list[str]) -> None:
     tracks = [Track.open(path) for path in options.tracks]
     written = write_report(tracks, options.to or tracks[0].path / "report.html")
     _say(f"{written.path} ({written.size / 1e6:.1f} MB)")
+    for name, old in (item for track in tracks for item in Results(track).outdated().items()):
+        _say(f"Its {name} is old, {old['text']}. Run `{old['command']}`, then write the report again.")
     if written.data:
         _say(f"It is too large for one file: keep the folder {written.data} beside it.")
 
@@ -174,11 +181,13 @@ def main(args: list[str] | None = None) -> None:
             typed = f"there is no command {argv[0]!r}" if argv else "no command was given"
             sys.stderr.write(f"saetrack: error: {typed}; expected fit, {', '.join(COMMANDS)}. Try `saetrack --help`.\n")
             sys.exit(2)
-        if argv and argv[0] in COMMANDS:
+        if argv[0] in COMMANDS:
+            OneLineErrors.command = argv[0]
             COMMANDS[argv[0]](argv[1:])
         else:
             from saetrack.training.cli import fit
 
+            OneLineErrors.command = "fit"
             fit(args, "; ".join(f"{name}: {_first_line(command)}" for name, command in COMMANDS.items()))
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         if wants_traceback(error):
@@ -209,7 +218,7 @@ def _parser(name: str, command: Callable[..., Any]) -> ArgumentParser:
     return parser
 
 
-def _built_in_analyses(snapshots: int) -> dict[str, Analysis | SweepAnalysis]:
+def _built_in_analyses(snapshots: int) -> dict[str, AnyAnalysis]:
     """Those that a track of so many snapshots is long enough for."""
     built_in = {name: p.cls for name, p in discover().items() if p.cls and p.cls.__module__.startswith("saetrack.")}
     return {name: cls() for name, cls in built_in.items() if snapshots >= cls.min_snapshots}

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, ClassVar, NoReturn
 
 PACKAGE = Path(__file__).parent
 TRACEBACK_VARIABLE = "SAETRACK_TRACEBACK"
@@ -27,6 +27,8 @@ _UNION = re.compile(
     rf"{_KEY}:.* Union subtypes Subtypes: \[(?P<type>.*?)\] Errors: .* Given value: (?P<value>(?:(?! Given value).)*)$"
 )
 _TYPE = re.compile(rf"{_KEY}: Expected an? (?P<type>.*?)\. Got value: (?P<value>.*)$")
+_LIST = re.compile(r"list(\[(?P<item>.*?)\])?")
+_NUMBERS = re.compile(r"-?\d+(, *-?\d+)*")
 _TYPE_NAME = re.compile(r"<class '(?:[^']*\.)?(\w+)'>|typing\.Literal\[([^]]*)\]|(?:\w+\.)+(\w+)")
 
 
@@ -39,6 +41,8 @@ class OneLineErrors:
     """Mixin for an argument parser."""
 
     prog: str
+    command: ClassVar[str] = "fit"
+    """The command that runs: the parser of a class among its values has another name, and does not know it."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what was wrong and where to read on, and exit with 2.
@@ -48,12 +52,28 @@ class OneLineErrors:
             ex: The error that it comes from, which the message contains.
         """
         found = in_plain_words(" ".join(message.split()).rstrip("."))
-        program = self.prog.replace(" [options]", "")
-        if program == "saetrack" and "unrecognized arguments" not in found:
-            program = "saetrack fit"  # its parser lies in one of this name, which finds what is wrong with its values
+        whole = self.prog == "saetrack" and "unrecognized arguments" in found
+        program = "saetrack" if whole else f"saetrack {self.command}"
         listing = "saetrack analyses" if "analyses" in found.split(" ")[0] else f"{program} --help"
         sys.stderr.write(f"{program}: error: {found}. `{listing}` lists what there is.\n")
         sys.exit(2)
+
+    def instantiate(self, *args: Any, **options: Any) -> Any:
+        """Make the objects that were asked for.
+
+        Raises:
+            ValueError: What a class of ours says of its arguments, as it says it; where a value may be of several
+                types, jsonargparse raises an error of its own from that of the first.
+        """
+        try:
+            return super().instantiate(*args, **options)  # type: ignore[misc]
+        except ValueError as error:
+            own: BaseException | None = error
+            while own is not None and not is_ours(own):
+                own = own.__cause__
+            if own is None or own is error:
+                raise
+            raise own from own.__cause__
 
 
 def in_plain_words(found: str) -> str:
@@ -64,6 +84,8 @@ def in_plain_words(found: str) -> str:
         'model.lr is fast; expected float'
         >>> in_plain_words('''Parser key "hookpoints": Expected a <class 'list'>. Got value: layers.0''')
         'hookpoints is layers.0; expected a list, which is written [layers.0]'
+        >>> in_plain_words('Parser key "positions": Expected a list[int]. Got value: [1.5]')
+        'positions is [1.5]; expected a list of int, such as [0, 3]'
     """
     if missing := _MISSING.search(found):
         return f"{missing['key']} is missing. Begin with a configuration, such as --config configs/quickstart.yaml"
@@ -74,10 +96,17 @@ def in_plain_words(found: str) -> str:
     if wrong := _UNION.search(found) or _TYPE.search(found):
         types = _TYPE_NAME.sub(lambda name: next(filter(None, name.groups())), wrong["type"])
         expected = types.replace("NoneType", "null")
-        if expected.startswith("list"):
-            expected = f"a list, which is written [{wrong['value'].strip('[], ')}]"
+        if a_list := _LIST.match(expected):
+            expected = _list_for(wrong["value"], a_list["item"])
         return f"{wrong['key']} is {wrong['value']}; expected {expected}"
     return re.sub(rf"^{_KEY}", r"\g<key>", found)
+
+
+def _list_for(value: str, item: str | None) -> str:
+    """What list was expected where a value was given: the value as a list, if its items could be of their type."""
+    if not value.startswith("[") and (item != "int" or _NUMBERS.fullmatch(value)):
+        return f"a list, which is written [{value.strip(', ')}]"
+    return f"a list of {item}, such as [0, 3]" if item == "int" else f"a list of {item}"
 
 
 def one_line(error: BaseException) -> str | None:

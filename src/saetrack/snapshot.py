@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from saetrack.hub import HubFolder
 from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.lm.local.recognise import format_from_record
 from saetrack.sae import SAE, sae_from_record
-from saetrack.tensor_files import RESTORE, read_tensor, read_tensors
+from saetrack.tensor_files import RESTORE, damage, read_tensor, read_tensors
 
 SNAPSHOT_NAME = re.compile(r"^(?P<number>\d{4,})-step(?P<step>\d+)$")
 SNAPSHOTS = "snapshots"
@@ -54,6 +56,12 @@ class Snapshot:
         if self._hub is not None and not path.exists():
             return self._hub.fetch(f"{SNAPSHOTS}/{self.path.name}/{name}")
         return path
+
+    def check_weights(self) -> None:
+        """Raise ValueError if its weights are truncated or are no safetensors file."""
+        error = damage(self.path / WEIGHTS)
+        if error is not None:
+            raise ValueError(f"{self.path} is damaged: {WEIGHTS} cannot be read ({error}). {RESTORE}")
 
     @cached_property
     def metadata(self) -> dict[str, Any]:
@@ -110,13 +118,35 @@ class Snapshot:
         """One row per feature: firing statistics on the evaluation split, revivals, identity.
 
         Raises:
-            ValueError: If the file is damaged.
+            FileNotFoundError: If there is none.
+            ValueError: If it is damaged.
         """
         path = self.file(FEATURES)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there, and every snapshot has one. {RESTORE}")
         try:
             return pd.read_parquet(path)
         except pa.ArrowException as error:
             raise ValueError(f"{path} is damaged ({error}). {RESTORE}") from error
+
+
+def feature_indices(features: Iterable[int], d_sae: int, path: Path) -> list[int]:
+    """Indices of features of a track as plain numbers.
+
+    Raises:
+        ValueError: If one is no whole number from 0 to d_sae - 1.
+    """
+    found = []
+    for feature in features:
+        try:
+            found.append(index(feature))
+        except TypeError:  # a fraction
+            found.append(-1)
+        if not 0 <= found[-1] < d_sae:
+            raise ValueError(
+                f"There is no feature {feature}: {path} has {d_sae}; give whole numbers from 0 to {d_sae - 1}."
+            )
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

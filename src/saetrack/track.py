@@ -6,7 +6,7 @@ without the dot is complete and the listing is the list: there is no index that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -24,9 +24,19 @@ from torch import Tensor
 from saetrack.hub import HubFolder, is_hub_address
 from saetrack.lm.tokens import TokenRows
 from saetrack.sae import SAE, save_saelens
-from saetrack.snapshot import FEATURES, METADATA, SNAPSHOT_NAME, SNAPSHOTS, STATISTICS, WEIGHTS, Snapshot, read_json
+from saetrack.snapshot import (
+    FEATURES,
+    METADATA,
+    SNAPSHOT_NAME,
+    SNAPSHOTS,
+    STATISTICS,
+    WEIGHTS,
+    Snapshot,
+    feature_indices,
+    read_json,
+)
 from saetrack.storage import make_readable, whole_folder, write_json
-from saetrack.tensor_files import RESTORE, damage, read_rows
+from saetrack.tensor_files import RESTORE, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,10 +145,10 @@ class Track(Sequence[Snapshot]):
             snapshot.position = position
         if self._hub is None:
             for snapshot in self._snapshots:
-                _check_weights(snapshot.path)
+                snapshot.check_weights()
 
     def __repr__(self) -> str:
-        return f"Track({str(self.path)!r}, {len(self)} snapshots)"
+        return f"Track({str(self.path)!r}, {len(self)} snapshot{'s' if len(self) != 1 else ''})"
 
     def __len__(self) -> int:
         return len(self._snapshots)
@@ -294,13 +304,25 @@ class Track(Sequence[Snapshot]):
 
         Returns:
             Shape ``[len(track), n, d_in]``; row norms are 1 / scale of the snapshot.
+
+        Raises:
+            ValueError: If the SAEs have not got one of the features.
         """
-        return torch.stack([read_rows(s.file(WEIGHTS), "W_dec", features) for s in self])
+        rows = None if features is None else self.indices(features)
+        return torch.stack([read_rows(s.file(WEIGHTS), "W_dec", rows) for s in self])
 
     def encoder(self, features: Sequence[int] | None = None) -> Tensor:
-        """Encoder directions through the track: the columns of ``W_enc`` as rows, shape ``[len(track), n, d_in]``."""
-        columns = slice(None) if features is None else list(features)
+        """Encoder directions, columns of ``W_enc`` as rows, shape ``[len(track), n, d_in]``; otherwise as `decoder`."""
+        columns = slice(None) if features is None else self.indices(features)
         return torch.stack([s.tensor("W_enc")[:, columns].T.contiguous() for s in self])
+
+    def indices(self, features: Iterable[int]) -> list[int]:
+        """Indices of features as plain numbers.
+
+        Raises:
+            ValueError: If one is no whole number, or the SAEs of the track have no feature of it.
+        """
+        return feature_indices(features, self.facts["d_sae"], self.path)
 
     def tokens(self, split: str) -> TokenRows:
         """The token rows of one split, as stored in the track.
@@ -403,9 +425,3 @@ def _only_track_in(path: Path) -> Path:
         names = ", ".join(str(t) for t in tracks)
         raise ValueError(f"{path} holds {len(tracks)} tracks; open one of {names}.")
     return tracks[0]
-
-
-def _check_weights(path: Path) -> None:
-    error = damage(path / WEIGHTS)
-    if error is not None:
-        raise ValueError(f"{path} is damaged: {WEIGHTS} cannot be read ({error}). {RESTORE}")

@@ -11,7 +11,7 @@ from playwright.sync_api import Page
 
 from saetrack.report import write_report
 from saetrack.track import Track
-from tests.unit.report.test_page import add_plugin
+from tests.unit.report.test_page import add_plugin, old_drift
 
 from .conftest import NASTY
 
@@ -123,6 +123,23 @@ def test_figures_are_saved_as_svg_and_csv(report: Path, open_page: Open) -> None
         text = Path(waiting.value.path()).read_text()
         assert text.startswith(begin)
         assert "var(" not in text  # a variable of the page means nothing in a file of its own
+
+
+def test_an_old_result_is_marked_beside_its_figures_and_above_what_is_made_of_it(
+    analysed: Path, tmp_path: Path, open_page: Open
+) -> None:
+    track = Track.open(shutil.copytree(analysed, tmp_path / "track"))
+    text = old_drift(track)
+    page = open_page(write_report([track], tmp_path / "report.html").path)
+    note = page.locator(".outdated")
+    assert note.all_inner_texts() == [
+        f"Old result of drift: {text}. "
+        f"Run saetrack analyze {track.path} --analyses+=Drift, then write the report again."
+    ]
+    assert page.locator("#section-drift .outdated").count() == 1
+    for view in ("#features", "#feature=9"):
+        page.goto(page.url.partition("#")[0] + view)
+        page.wait_for_selector(".outdated")
 
 
 def test_a_report_in_a_folder_loads_details_when_asked(analysed: Path, tmp_path: Path, open_page: Open) -> None:

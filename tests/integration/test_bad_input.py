@@ -100,6 +100,15 @@ def test_a_mistyped_analysis_points_to_the_list(config: Config, fails: Callable[
     assert "`saetrack analyses`" in line
 
 
+@pytest.mark.parametrize("when", ["analyses", "after_each_snapshot"])
+def test_a_wrong_argument_of_an_analysis_is_said_as_the_analysis_says_it(
+    when: str, config: Config, fails: Callable[..., str]
+) -> None:
+    wrong = {"class_path": "Quality", "init_args": {"min_firing_frequency": 3}}
+    config["analyze"] = {when: ["Dictionaries" if when == "analyses" else "Drift", wrong]}
+    assert "error: min_firing_frequency is 3.0" in fails(config)
+
+
 def test_unknown_option(config: Config, fails: Callable[..., str]) -> None:
     config["model"]["learning_rate"] = 1.0
     assert "learning_rate" in fails(config)
@@ -316,6 +325,13 @@ def test_a_complete_track_gets_the_analyses_that_a_killed_run_did_not_come_to(
     assert facts["settings"]["steps"] == [0, 10]
     facts["settings"]["steps"] = [0]  # as if the track had been extended since
     (track.analyses_dir / "drift" / "result.json").write_text(json.dumps(facts))
+    config["analyze"]["analyses"].remove("Drift")
+    old = f"  drift: old, made on 1 of the track's 2 snapshots (LLM step 0). Run `saetrack analyze {track.path} --analy"
+    said = fit_here(config).stdout
+    assert "complete; nothing was changed" in said
+    assert old in said
+    assert facts["summary"] not in said
+    config["analyze"]["analyses"].append("Drift")
     assert "complete; ran drift, which had no result yet" in fit_here(config).stdout
     assert "complete; nothing was changed" in fit_here(config).stdout
 

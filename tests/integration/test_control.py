@@ -143,6 +143,33 @@ def test_a_random_control_is_analysed_like_a_track_and_stands_beside_its_own(tra
     assert meaning.settings["class_shares_random_llm"] == pytest.approx(classes.to_dict(), nan_ok=True)
 
 
+def test_a_control_makes_no_llm_where_the_one_of_its_track_has_gone(
+    track: Track, tmp_path: Path, tiny_series: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = track.path.parent / "config.yaml"
+    saved, gone = yaml.safe_load(config.read_text()), tmp_path / "gone"
+    pretrained = {"class_path": "saetrack.PretrainSource", "init_args": {"folder": str(gone), "pretrain": None}}
+    config.write_text(yaml.safe_dump({**saved, "data": {**saved["data"], "source": pretrained}}))
+    with pytest.raises(SystemExit):
+        control(track, "--kind", "null", "--positions", "[2]", "--replicas", "1")
+    said = capsys.readouterr().err
+    assert f"error: {gone}, with the LLM checkpoints of this track, is not there" in said
+    assert f"`saetrack fit --config {config}`" in said
+    assert not gone.exists()
+    gone.mkdir()
+    for step in (2, 10):  # the series as it is, without step 0, which this control does not need
+        (gone / f"step{step}").symlink_to(tiny_series / f"step{step}")
+    control(track, "--kind", "null", "--positions", "[2]", "--replicas", "1")
+    assert [c.steps for c in track.controls("null")] == [[2, 2]]
+
+
+def test_a_series_cannot_be_thinned_to_less_than_its_ends(track: Track, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        control(track, "--kind", "thinned", "--thin", "3", "--replicas", "1")
+    assert f"--thin is 3, but {track.path} has 3 snapshots" in capsys.readouterr().err
+    assert not (track.path / "controls").exists()
+
+
 def test_a_control_that_was_killed_goes_on_to_the_same_bytes(track: Track) -> None:
     options = ("--kind", "null", "--chain", "true", "--replicas", "2")
     control(track, *options)

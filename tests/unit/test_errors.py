@@ -18,7 +18,19 @@ from saetrack.training.datamodule import require_positive
             'Parser key "steps": Does not validate against any of the Union subtypes Subtypes: [list[int], '
             "<class 'str'>, <class 'NoneType'>] Errors: - Expected a <class 'list'> - Expected a <class 'str'> "
             "Given value type: <class 'float'> Given value: 1.5",
-            "steps is 1.5; expected a list, which is written [1.5]",
+            "steps is 1.5; expected a list of int, such as [0, 3]",
+        ),
+        (
+            'Parser key "hookpoints": Expected a list[str]. Got value: layers.2',
+            "hookpoints is layers.2; expected a list, which is written [layers.2]",
+        ),
+        (
+            'Parser key "positions": Expected a list[int]. Got value: 3',
+            "positions is 3; expected a list, which is written [3]",
+        ),
+        (
+            "Parser key \"positions\": Expected a list[int]. Got value: ['abc']",
+            "positions is ['abc']; expected a list of int, such as [0, 3]",
         ),
         (
             "Parser key \"seed\": Does not validate against any of the Union subtypes Subtypes: [<class 'bool'>, "

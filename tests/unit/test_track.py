@@ -32,7 +32,7 @@ def an_sae(seed: int, d_in: int = 16) -> SAE:
 
 
 def new_track(folder: Path, hookpoint: str = HOOKPOINT) -> Track:
-    facts = {"saetrack": "0.1.0", "hookpoint": hookpoint, "context_size": 4, "bos_token_id": 0}
+    facts = {"saetrack": "0.1.0", "hookpoint": hookpoint, "d_sae": 32, "context_size": 4, "bos_token_id": 0}
     return Track.create(folder / hookpoint, facts, {"selection": ROWS, "evaluation": HELD})
 
 
@@ -58,6 +58,16 @@ def track(tmp_path: Path) -> Track:
     for position, step in enumerate((2, 10, 100)):
         write(track, position, step)
     return track
+
+
+@pytest.mark.parametrize("wrong", [32, 5000, -1, 1.5, np.float32(2.5), "3"])
+def test_a_feature_that_is_not_there_is_refused_by_its_name(track: Track, wrong: Any) -> None:
+    for read in (track.decoder, track.encoder):
+        with pytest.raises(ValueError, match=re.escape(f"There is no feature {wrong}: {track.path} has 32; give")):
+            read([3, wrong, 17])
+    chosen = (np.int64(3), torch.tensor(17))
+    assert torch.equal(track.decoder(chosen), track.decoder([3, 17]))
+    assert torch.equal(track.encoder(chosen), track.encoder([3, 17]))
 
 
 def test_what_is_written_is_read_back(track: Track) -> None:

@@ -3,6 +3,6 @@
 An analysis reads a track and never writes to its snapshots; results go to ``analyses/NAME`` inside the track.
 """
 
-from .base import Analysis, AnalysisResult, Observation, Probe, SplitObservation, SweepAnalysis
+from .base import Analysis, AnalysisResult, AnyAnalysis, Observation, Probe, SplitObservation, SweepAnalysis
 
-__all__ = ["Analysis", "AnalysisResult", "Observation", "Probe", "SplitObservation", "SweepAnalysis"]
+__all__ = ["Analysis", "AnalysisResult", "AnyAnalysis", "Observation", "Probe", "SplitObservation", "SweepAnalysis"]

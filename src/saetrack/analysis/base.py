@@ -124,7 +124,18 @@ class AnalysisResult:
         )
 
 
-class Analysis(ABC):
+class AnyAnalysis:
+    """What `Analysis` and `SweepAnalysis` share; an analysis is one of these."""
+
+    min_snapshots: ClassVar[int] = 1
+    """On shorter tracks `saetrack analyze` leaves it out, unless it is asked for by name."""
+    restrictable: ClassVar[bool] = False
+    """Whether it heeds ``kept``."""
+    kept: Kept | None = None
+    """Set by ``saetrack analyze --only_kept true``: only features count where they kept their identity."""
+
+
+class Analysis(AnyAnalysis, ABC):
     """An analysis that needs only what the track holds: weights, statistics, tables.
 
     Subclasses take plain typed arguments, documented under ``Args:`` in the class docstring; they are what
@@ -133,12 +144,6 @@ class Analysis(ABC):
 
     reads_results: ClassVar[bool] = False
     """Whether it reads the results of other analyses; it then runs after them."""
-    min_snapshots: ClassVar[int] = 1
-    """On shorter tracks `saetrack analyze` leaves it out, unless it is asked for by name."""
-    restrictable: ClassVar[bool] = False
-    """Whether it heeds ``kept``."""
-    kept: Kept | None = None
-    """Set by ``saetrack analyze --only_kept true``: only features count where they kept their identity."""
 
     @abstractmethod
     def run(self, track: Track) -> AnalysisResult:
@@ -227,7 +232,7 @@ class Observation:
     llm: EditableLLM | None = None
 
 
-class SweepAnalysis(ABC):
+class SweepAnalysis(AnyAnalysis, ABC):
     """An analysis that needs the LLM at every checkpoint.
 
     The sweep calls `begin` once, `observe` once for each snapshot, then `finish`. The **last snapshot is observed
@@ -235,13 +240,6 @@ class SweepAnalysis(ABC):
     finished model and follow them from the beginning. All analyses of a sweep share each LLM load and forward.
     Arguments and docstring are as for `Analysis`.
     """
-
-    min_snapshots: ClassVar[int] = 1
-    """As for `Analysis`."""
-    restrictable: ClassVar[bool] = False
-    """Whether it heeds ``kept``."""
-    kept: Kept | None = None
-    """As for `Analysis`."""
 
     @abstractmethod
     def begin(self, track: Track) -> Probe:

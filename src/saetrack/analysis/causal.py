@@ -100,10 +100,7 @@ class Causal(SweepAnalysis):
 
     def begin(self, track: Track) -> Probe:
         """Forget what was seen, and ask for rows of both splits and for the LLM."""
-        d_sae = track.facts["d_sae"]
-        for feature in self.settings["features"]:
-            if not 0 <= feature < d_sae:
-                raise ValueError(f"causal's features names {feature}, but {track.path} has 0 to {d_sae - 1}.")
+        track.indices(self.settings["features"])
         self._seen: list[_Seen] = []
         self._features: Integers | None = None
         self._eligible = 0

@@ -130,11 +130,11 @@ class Dictionaries(Analysis):
             ValueError: If there are fewer.
         """
         if len(track) < 2:
-            raise ValueError(f"{track.path} has {len(track)} snapshots; dictionaries compares at least two.")
+            raise ValueError(f"{track.path} holds {len(track)} of the at least 2 snapshots that dictionaries compares.")
         pairs = zip(list(track), list(track)[1:], strict=False)
         nulls = self._null_changes(track)
         neighbours = pd.DataFrame([self._neighbours(track, before, after, nulls) for before, after in pairs])
-        neighbours["null_sd"] = np.sqrt((neighbours["null_sd"] ** 2).mean())
+        neighbours["null_sd"] = np.sqrt((neighbours["null_sd"] ** 2).mean())  # of the stages that have one
         scratch = self._scratch(track)
         missing = f"not available: run `saetrack control {track.path} --kind scratch`"
         settings = {
@@ -231,10 +231,10 @@ class Dictionaries(Analysis):
         count = int(np.isfinite(similarity).sum(axis=1).mean())
         row: dict[str, Any] = {"features": count}
         row |= with_interval("pw_mcc", bootstrap_mean_of_rows(similarity, self._rng(), REPLICATES))
-        row["pw_mcc_encoder"] = float(np.mean([np.nanmean(c.encoder) for c in found]))
+        row["pw_mcc_encoder"] = float(np.mean([_mean(c.encoder) for c in found]))
         row["null"] = float(np.mean([c.null.mean() for c in found]))
         row["null_sd"] = float(np.mean([c.null.std(ddof=1) for c in found]))
-        row |= with_interval("shared_share", share_of(float(np.nanmean(shared)) * count, count))
+        row |= with_interval("shared_share", share_of(_mean(shared) * count, count))
         return row | {"null_shared_share": float(np.mean([c.null_shared for c in found]))}
 
     def _agreement(self, own: list[_Compared], seeds: list[_Compared]) -> dict[str, float]:
@@ -257,7 +257,7 @@ class Dictionaries(Analysis):
         return found | with_interval("agreement", agreement)
 
     def _compare(self, a: _Side, b: _Side) -> _Compared:
-        """Two dictionaries."""
+        """Two dictionaries; nothing is matched where one has no live feature."""
         decoder = match(CosineSimilarity(a.decoder, b.decoder))
         encoder = match(CosineSimilarity(a.encoder, b.encoder))
         partner = dict(zip(encoder.left.tolist(), zip(encoder.right, encoder.similarity, strict=True), strict=True))
@@ -265,7 +265,8 @@ class Dictionaries(Analysis):
             similarity >= SHARED and partner.get(left, (-1, 0.0))[0] == right and partner[left][1] >= SHARED
             for left, right, similarity in zip(decoder.left.tolist(), decoder.right, decoder.similarity, strict=True)
         ]
-        null, null_shared = self._null(a.decoder, b.decoder)
+        no_null = np.full(self.random_pairs, np.nan), float("nan")
+        null, null_shared = self._null(a.decoder, b.decoder) if len(decoder.left) else no_null
         width = a.width
         return _Compared(
             _by_index(width, a.features[decoder.left], decoder.similarity),
@@ -303,6 +304,12 @@ def _random_like(pair: tuple[Floats, Floats], rng: np.random.Generator) -> tuple
     """Two random dictionaries of as many rows, spread over directions as these are."""
     a, b = (unit_rows(random_rows(directional_covariance(rows), len(rows), rng)) for rows in pair)
     return a, b
+
+
+def _mean(values: Floats) -> float:
+    """Of those that are there; NaN where none is."""
+    there = values[np.isfinite(values)]
+    return float(there.mean()) if len(there) else float("nan")
 
 
 def _by_index(width: int, features: NDArray[np.integer], values: Floats) -> Floats:
@@ -362,7 +369,9 @@ def _drawn(ax: Axes, table: pd.DataFrame, name: str, label: str, colour: str) ->
 
 
 def _summary(neighbours: pd.DataFrame, steps: list[int]) -> str:
-    place = int(neighbours["renaming_gap"].argmax())
+    if neighbours["renaming_gap"].isna().all():
+        return "No two neighbouring snapshots have a live feature in common, so nothing could be matched."
+    place = int(np.nanargmax(neighbours["renaming_gap"]))
     row, name = neighbours.iloc[place], place_names(steps)[place + 1]
     gains = "most over equal indices" if row["renaming_gap"] > 0 else "nothing over equal indices in any stage, as"
     return (

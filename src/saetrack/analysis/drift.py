@@ -109,7 +109,7 @@ class Drift(Analysis):
 
     Args:
         trajectories: Number of features drawn by the seed for the picture of trajectories.
-        features: These features instead of drawn ones.
+        features: These features instead of drawn ones; an empty list draws.
         replicates: Bootstrap replicates.
         seed: Seed of the draw and of the bootstrap.
 
@@ -133,7 +133,7 @@ class Drift(Analysis):
                 f"and replicates is {replicates}."
             )
         self.trajectories = trajectories
-        self.features = None if features is None else list(features)
+        self.features = list(features) if features else None
         self.replicates = replicates
         self.seed = seed
 
@@ -147,7 +147,8 @@ class Drift(Analysis):
             ValueError: If there are fewer, or a feature asked for is not in the dictionary.
         """
         if len(track) < 2:
-            raise ValueError(f"{track.path} has {len(track)} snapshots; drift compares at least two.")
+            raise ValueError(f"{track.path} holds {len(track)} of the at least 2 snapshots that drift compares.")
+        asked = track.indices(self.features or ())
         steps = track.steps
         if len(set(steps)) < len(steps):  # a null chain: its snapshots are told apart by their place
             steps = list(range(len(track)))
@@ -158,7 +159,7 @@ class Drift(Analysis):
             table = restrict_rows(table, self.kept)
         population = drift_population(table, steps, rng, self.replicates)
         paths = self._paths(track, table)
-        chosen = self._choose(table, steps, rng)
+        chosen = asked or self._choose(table, steps, rng)
         counts = table.groupby(["step", "status"]).size().unstack(fill_value=0).reindex(steps, fill_value=0)
         lengths = length_table(paths, rng, self.replicates)
         calibration = self._calibration(track)
@@ -230,16 +231,11 @@ class Drift(Analysis):
         return pd.concat([part.assign(series=name) for name, part in found.items()], ignore_index=True)
 
     def _choose(self, table: pd.DataFrame, steps: list[int], rng: np.random.Generator) -> list[int]:
-        """The features to draw: those asked for, else a seeded draw among those that can be followed throughout.
+        """A seeded draw of the features for the picture, among those that can be followed throughout.
 
         Restricted, among those that kept their identity throughout, and none if none did.
         """
         count = int(table["feature"].max()) + 1
-        if self.features is not None:
-            wrong = [i for i in self.features if not 0 <= i < count]
-            if wrong or not self.features:
-                raise ValueError(f"drift's features are {self.features}; give indices from 0 to {count - 1}.")
-            return self.features
         first, last = table[table["step"] == steps[0]], table[table["step"] == steps[-1]]
         followed = first.loc[~first["revived_later"], "feature"]
         candidates = np.intersect1d(followed, last.loc[last["status"] != "dead", "feature"])

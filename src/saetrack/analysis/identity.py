@@ -103,7 +103,7 @@ class Identity(SweepAnalysis):
     def begin(self, track: Track) -> Probe:
         """Read what the controls reached; ask for the evaluation rows."""
         if len(track) < 2:
-            raise ValueError(f"{track.path} has {len(track)} snapshots; identity compares at least two.")
+            raise ValueError(f"{track.path} holds {len(track)} of the at least 2 snapshots that identity compares.")
         self._track = track
         least = self.min_firing_frequency
         self._ceilings = {kind: stage_controls(track, kind, least) for kind in ("null", "replica")}

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .base import AnalysisResult
+from .outdated import outdated
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,9 +102,9 @@ def read_stretches(track: Track) -> pd.DataFrame:
     if not (folder / "result.json").is_file():
         raise FileNotFoundError(f"{folder} holds no stretches. Run {command} first.")
     result = AnalysisResult.load(folder)
-    of, steps = result.settings.get("steps"), track.whole.steps
-    if of != steps:
-        raise ValueError(f"{folder} is of LLM steps {of}, but the track has {steps}. Run {command} again.")
+    old = outdated(track, result.settings)
+    if old is not None:
+        raise ValueError(f"{folder} is old, {old}. Run {command} again.")
     return result.tables["stretches"]
 
 

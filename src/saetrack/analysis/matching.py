@@ -131,7 +131,7 @@ def match(similarity: Similarity, dense_features: int = DENSE_FEATURES) -> Match
         >>> match(CosineSimilarity(a, a[[2, 0, 1]])).right.tolist()
         [1, 2, 0]
     """
-    if max(similarity.shape) > dense_features:
+    if max(similarity.shape) > dense_features and min(similarity.shape):
         return _match_candidates(similarity)
     whole = np.concatenate([block for _, block in _blocks(similarity)])
     left, right = linear_sum_assignment(whole, maximize=True)
@@ -207,12 +207,12 @@ def relate(similarity: Similarity) -> Relations:
     """Every latent's most similar one of the other side.
 
     Args:
-        similarity: ``[m, n]``, neither of them 0.
+        similarity: ``[m, n]``. Where one of them is 0 those of the other side have a similarity of minus infinity.
     """
     m, n = similarity.shape
     parent, best = np.zeros(n, dtype=np.int64), np.full(n, -np.inf, dtype=np.float32)
-    child, child_best = np.zeros(m, dtype=np.int64), np.zeros(m, dtype=np.float32)
-    for start, block in _blocks(similarity):
+    child, child_best = np.zeros(m, dtype=np.int64), np.full(m, -np.inf, dtype=np.float32)
+    for start, block in _blocks(similarity) if m and n else ():
         stop = start + len(block)
         child[start:stop], child_best[start:stop] = block.argmax(axis=1), block.max(axis=1)
         row, value = block.argmax(axis=0), block.max(axis=0)

@@ -80,8 +80,9 @@ class Phases(Analysis):
         """
         if len(track) < self.min_snapshots:
             raise ValueError(
-                f"{track.path} has {len(track)} snapshots; phases needs at least {self.min_snapshots}, for with fewer "
-                f"there can be no two phases of {MIN_LENGTH} rates. Follow more LLM checkpoints with `saetrack fit`."
+                f"{track.path} holds {len(track)} of the at least {self.min_snapshots} snapshots that phases needs: "
+                f"with fewer there can be no two phases of {MIN_LENGTH} rates. Follow more LLM checkpoints with "
+                "`saetrack fit`."
             )
         tables, steps = Tables.of(track, self.kept), track.steps
         amounts, missing = _available(tables)

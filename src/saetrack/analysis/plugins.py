@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
-from .base import Analysis, SweepAnalysis
+from .base import Analysis, AnyAnalysis, SweepAnalysis
 
 GROUP = "saetrack.analyses"
 PATH_VARIABLE = "SAETRACK_PLUGINS"
 
-AnalysisClass = type[Analysis] | type[SweepAnalysis]
+AnalysisClass = type[AnyAnalysis]
 
 
 @dataclass(frozen=True)
@@ -242,14 +242,14 @@ def _origin(point: EntryPoint) -> str:
     return f"{point.dist.name} {point.dist.version}" if point.dist is not None else "an unknown distribution"
 
 
-def name_analyses(analyses: Iterable[Analysis | SweepAnalysis]) -> dict[str, Analysis | SweepAnalysis]:
+def name_analyses(analyses: Iterable[AnyAnalysis]) -> dict[str, AnyAnalysis]:
     """The analyses by the names under which their results are kept: the entry point's, else ``module.Class``.
 
     Raises:
         ValueError: If one class comes twice.
     """
     short = {plugin.cls: plugin.name for plugin in discover().values() if plugin.cls is not None}
-    named: dict[str, Analysis | SweepAnalysis] = {}
+    named: dict[str, AnyAnalysis] = {}
     for analysis in analyses:
         cls = type(analysis)
         name = short.get(cls, f"{cls.__module__}.{cls.__qualname__}")

@@ -32,24 +32,29 @@ from saetrack.lm.unembedding import read_unembedding
 from saetrack.sae import SAE
 from saetrack.track import Snapshot, Track
 
-from .base import Analysis, AnalysisResult, Observation, Probe, SplitObservation, SweepAnalysis
+from .base import Analysis, AnalysisResult, AnyAnalysis, Observation, Probe, SplitObservation, SweepAnalysis
 from .figures import say_order
 from .identity_stretches import Kept
+from .outdated import missing
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, str], None]
 """Told how many pieces of work are done, of how many, and what the next one is."""
 
+Finished = Callable[[str, AnalysisResult], None]
+"""Told the name of an analysis and its result."""
+
 
 def run_analyses(
     track: Track,
-    analyses: Mapping[str, Analysis | SweepAnalysis],
+    analyses: Mapping[str, AnyAnalysis],
     *,
     device: torch.device | str = "cpu",
     rows_per_batch: int = 32,
     only_kept: bool = False,
     progress: Progress = lambda done, total, text: None,
+    finished: Finished = lambda name, result: None,
 ) -> dict[str, AnalysisResult]:
     """Run analyses on a track and save each result under ``analyses/NAME`` of the track as soon as it is there.
 
@@ -65,6 +70,7 @@ def run_analyses(
         only_kept: Count features only over stretches in which they kept their identity, which the identity analysis
             must have found; the results go to ``analyses/NAME-kept``.
         progress: Called before each analysis and each LLM checkpoint.
+        finished: Called with each result when it is saved, whatever becomes of the others.
 
     Returns:
         Name to result, in the order of ``analyses``.
@@ -79,7 +85,7 @@ def run_analyses(
     track = track.distinct()
     kept = _restrict(track, analyses) if only_kept else None
     sweeping = {name: a for name, a in analyses.items() if isinstance(a, SweepAnalysis)}
-    runs = _Runs(track, kept, len(analyses) + (len(track) if sweeping else 0), progress)
+    runs = _Runs(track, kept, len(analyses) + (len(track) if sweeping else 0), progress, finished)
     for name, analysis in analyses.items():
         if isinstance(analysis, Analysis) and not analysis.reads_results:
             runs.finish(name, partial(analysis.run, track))
@@ -116,13 +122,23 @@ def _as_one(track: Track) -> str:
     return f" LLM steps {', '.join(groups)} have equal weights and count as one." if groups else ""
 
 
-def _restrict(track: Track, analyses: Mapping[str, Analysis | SweepAnalysis]) -> Kept:
+def _without(lost: list[int]) -> str:
+    """What snapshots of the track are missing, as a sentence."""
+    if not lost:
+        return ""
+    return (
+        f" Missing snapshots: {', '.join(f'{number:04d}' for number in lost)}. Those before and after are compared as "
+        "neighbours; what was measured against a missing one, such as `fvu_shift`, stands as it was."
+    )
+
+
+def _restrict(track: Track, analyses: Mapping[str, AnyAnalysis]) -> Kept:
     """Tell the analyses where features kept their identity."""
     for name, analysis in analyses.items():
         if not analysis.restrictable:
             raise ValueError(
-                f"{name!r} follows no feature from snapshot to snapshot, so it cannot be restricted to those that kept "
-                "their identity. Leave it out, or leave out --only_kept."
+                f"--only_kept is given, but {name!r} is not made to leave out features that did not keep their "
+                "identity. Leave it out, or leave out --only_kept."
             )
     kept = Kept.of(track)
     for analysis in analyses.values():
@@ -133,10 +149,10 @@ def _restrict(track: Track, analyses: Mapping[str, Analysis | SweepAnalysis]) ->
 class _Runs:
     """Results so far, and who failed: one broken analysis must not cost the others their hour of forwards."""
 
-    def __init__(self, track: Track, kept: Kept | None, pieces: int, progress: Progress) -> None:
+    def __init__(self, track: Track, kept: Kept | None, pieces: int, progress: Progress, finished: Finished) -> None:
         self.track = track
         self.kept = kept
-        self._begun, self._pieces, self._progress = 0, pieces, progress
+        self._begun, self._pieces, self._progress, self._finished = 0, pieces, progress, finished
         self.results: dict[str, AnalysisResult] = {}
         self.failures: dict[str, Exception] = {}
 
@@ -162,7 +178,9 @@ class _Runs:
             result, folder = action(), name
             whole = self.track.whole
             settings = {**result.settings, "steps": whole.steps, "equal_weights": whole.equal_weights}
-            result = replace(result, settings=settings, summary=result.summary + _as_one(whole))
+            lost = missing(whole)
+            settings |= {"missing": lost} if lost else {}
+            result = replace(result, settings=settings, summary=result.summary + _as_one(whole) + _without(lost))
             if len(set(whole.steps)) < len(whole):  # in a null chain all would be at one step
                 result = replace(result, scalars={})
             if self.kept is not None:
@@ -179,6 +197,7 @@ class _Runs:
         result = self.attempt(name, save)
         if result is not None:
             self.results[name] = result
+            self._finished(name, result)
 
     def raise_failures(self) -> None:
         """Raise if any analysis failed, from the first error."""

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from saetrack.analysis.base import RESULT_FILE
+from saetrack.analysis.outdated import command_for, outdated
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,6 +56,11 @@ class Results:
             return None
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return facts
+
+    def outdated(self) -> dict[str, dict[str, str]]:
+        """Analyses whose result is not of the track as it is now: what it is of, and the command that makes it anew."""
+        found = {name: outdated(self.track, (self.facts(name) or {}).get("settings") or {}) for name in self.names()}
+        return {n: {"text": why, "command": command_for(self.track, n)} for n, why in found.items() if why is not None}
 
     def _table(self, analysis: str, name: str) -> pd.DataFrame | None:
         path = self.track.analyses_dir / analysis / f"{name}.parquet"

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader
 from torch.nn.functional import normalize
 
 import saetrack
+from saetrack.analysis.outdated import missing
 from saetrack.storage import whole_folder, write_text
 
 from . import contexts, features, overview
@@ -141,6 +142,7 @@ def _parts(results: Results, track: Track, other: Track | None) -> _Parts:
         "chunk": CHUNK,
         "missing": {name: cls for name, cls in COMMANDS.items() if results.facts(name) is None},
         "sections": overview.sections(results),
+        "outdated": results.outdated(),
         "columns": columns.specs,
         "figures": curves.figures,
         "bin_edges": ((results.facts("profile") or {}).get("settings") or {}).get("bin_edges", []),
@@ -164,6 +166,7 @@ def _about(track: Track) -> dict[str, Any]:
         "name": str(track.path),
         "model": facts["model"],
         "hookpoint": facts["hookpoint"],
+        "missing": missing(track),
         "sae": last["sae"]["class"].rpartition(".")[2],
         "d_in": facts["d_in"],
         "seed": facts.get("seed"),

@@ -50,7 +50,7 @@ class Plots:
         Raises:
             FileNotFoundError: If the analysis was not run; the message says how to run it.
         """
-        return self._draw(self._section("quality"), "Quality of the SAEs")
+        return self._draw(self._section("quality"), "Quality of the SAEs", "quality")
 
     def formation(self) -> Figure:
         """Share of the features formed by each LLM step and their progress, beside random positions.
@@ -58,7 +58,7 @@ class Plots:
         Raises:
             FileNotFoundError: If the analysis was not run; the message says how to run it.
         """
-        return self._draw(self._section("formation"), "Formation of features")
+        return self._draw(self._section("formation"), "Formation of features", "formation")
 
     def drift(self, features: Sequence[int] | None = None) -> Figure:
         """How far decoder rows turn and how they come to their last direction, of all features or of some.
@@ -74,8 +74,8 @@ class Plots:
         """
         panels = self._section("drift")
         if features is None:
-            return self._draw(panels, "Drift of decoder rows")
-        chosen = [self._checked(feature) for feature in features]
+            return self._draw(panels, "Drift of decoder rows", "drift")
+        chosen = self.track.indices(features)
         if not 1 <= len(chosen) <= 5:
             raise ValueError(f"drift draws 1 to 5 features beside each other, but features names {len(chosen)}.")
         of_all = curves(self._results)
@@ -89,7 +89,7 @@ class Plots:
                         name = f"{feature}, {line['name']}" if line["null"] else f"feature {feature}"
                         lines.append(line | {"name": name, "colour": colour})
             beside.append(whole | {"lines": lines})
-        return self._draw(beside, f"Drift of features {', '.join(map(str, chosen))}")
+        return self._draw(beside, f"Drift of features {', '.join(map(str, chosen))}", "drift")
 
     def feature(self, index: int) -> Figure:
         """One feature through training: the curves of its page, those whose analysis was run.
@@ -100,7 +100,7 @@ class Plots:
         Raises:
             ValueError: If the SAE has not got it.
         """
-        index = self._checked(index)
+        (index,) = self.track.indices([index])
         title, token = f"Feature {index}", self._results.grid("semantics", "features", "top_token")
         if token is not None and token[index, -1] is not None:
             title += f", top token {look.printable(token[index, -1])}"
@@ -114,7 +114,7 @@ class Plots:
             title += f", step {formed[0]:,.0f}"
             title += f" (95 % interval {formed[1]:,.0f} to {formed[2]:,.0f})" if len(formed) == 3 else ""
             panels = [panel | {"formed": formed} if panel.get("marks") == "formed" else panel for panel in panels]
-        return self._draw(panels, title)
+        return self._draw(panels, title, "formation", "drift", "semantics")
 
     def _section(self, analysis: str) -> list[Drawn]:
         found = section(self._results, analysis)
@@ -128,12 +128,9 @@ class Plots:
             raise ValueError(f"{self.track.path} holds nothing to draw of {analysis}: {found['summary']}")
         return panels
 
-    def _checked(self, feature: int) -> int:
-        if not 0 <= feature < self._results.d_sae:
-            raise ValueError(f"There is no feature {feature}; {self.track.path} has 0 to {self._results.d_sae - 1}.")
-        return int(feature)
-
-    def _draw(self, panels: list[Drawn], title: str) -> Figure:
+    def _draw(self, panels: list[Drawn], title: str, *analyses: str) -> Figure:
+        old = self._results.outdated()
+        title += "".join(f"\nold result of {name}: {old[name]['text']}" for name in analyses if name in old)
         rows = max(len(panel["lines"]) for panel in panels)
         height = _HEIGHT + look.LEGEND_ROW * rows
         columns = 2 if len(panels) in (2, 4) else 3

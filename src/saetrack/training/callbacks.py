@@ -8,7 +8,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from saetrack.analysis import Analysis, SweepAnalysis
+from saetrack.analysis import Analysis, AnyAnalysis
 from saetrack.analysis.plugins import name_analyses
 from saetrack.analysis.sweep import run_analyses
 from saetrack.terminal import shown
@@ -83,7 +83,7 @@ class AnalyzeTrack(SnapshotCallback):
 
     def __init__(
         self,
-        analyses: list[Analysis | SweepAnalysis] | None = None,
+        analyses: list[AnyAnalysis] | None = None,
         after_each_snapshot: list[Analysis] | None = None,
     ) -> None:
         self.analyses = name_analyses(analyses or [])
@@ -99,7 +99,7 @@ class AnalyzeTrack(SnapshotCallback):
         if not trainer.is_global_zero or not self.analyses or not scheduler_of(trainer).finished:
             return
         for track in scheduler_of(trainer).tracks.values():
-            with shown(f"Analysing {track.facts['hookpoint']}", "to do") as progress:
+            with shown(f"Analysing {track.facts['hookpoint']}", "analyses and LLM checkpoints to do") as progress:
                 results = run_analyses(track, self.analyses, device=pl_module.device, progress=progress)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, TrackLogger):

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import saetrack
 from saetrack.analysis.base import RESULT_FILE
+from saetrack.analysis.outdated import command_for, outdated
 from saetrack.analysis.sweep import run_analyses
 from saetrack.errors import OneLineErrors, is_ours, one_line
 from saetrack.pickles import reason
@@ -203,7 +204,7 @@ class FitCLI(LightningCLI):
         missing = {name: a for name, a in asked.items() if not _is_result_of(track, track.analyses_dir / name)}
         if not missing:
             return []
-        with shown(f"Analysing {track.facts['hookpoint']}", "to do") as progress:
+        with shown(f"Analysing {track.facts['hookpoint']}", "analyses and LLM checkpoints to do") as progress:
             results = run_analyses(track, missing, device=self.trainer.strategy.root_device, progress=progress)
         for callback in callbacks:
             if isinstance(callback, TrackLogger):
@@ -252,7 +253,7 @@ class FitCLI(LightningCLI):
                     "gap (docs/validation.md): visit LLM checkpoints in between if there are any."
                 )
             found = sorted(p for p in track.analyses_dir.glob(f"*/{RESULT_FILE}") if p.parent.name[0] != ".")
-            lines += [f"  {p.parent.name}: {json.loads(p.read_text(encoding='utf-8'))['summary']}" for p in found]
+            lines += [f"  {_finding(track, p)}" for p in found]
             lines += [f"  Their tables and figures: {track.analyses_dir}"] if found else []
             lines += [] if found else [f"  No analyses yet: saetrack analyze {path}"]
             lines += ["", f"Look at it:  saetrack report {path}"]
@@ -261,13 +262,22 @@ class FitCLI(LightningCLI):
         sys.stdout.write("\n".join(lines) + "\n")
 
 
+def _finding(track: Track, result: Path) -> str:
+    """What an analysis found; of one that is not of the track as it is now, how to run it again."""
+    name, facts = result.parent.name, json.loads(result.read_text(encoding="utf-8"))
+    old = outdated(track, facts["settings"])
+    if old is None:
+        return f"{name}: {facts['summary']}"
+    return f"{name}: old, {old}. Run `{command_for(track, name)}`."
+
+
 def _is_result_of(track: Track, result: Path) -> bool:
-    """Whether an analysis' result is there and is of all the track's snapshots, not from before it was extended."""
+    """Whether an analysis' result is there and is of the track as it is now, not from before it was extended."""
     try:
         settings = json.loads((result / RESULT_FILE).read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, LookupError, TypeError):  # none, or damaged: it is made again
         return False
-    return bool(settings.get("steps", track.steps) == track.steps)
+    return outdated(track, settings) is None
 
 
 def wide_gaps(metrics: pd.DataFrame) -> list[int]:

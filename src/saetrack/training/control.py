@@ -19,7 +19,7 @@ import pandas as pd
 import yaml
 from lightning import Callback, LightningModule, Trainer
 
-from saetrack.lm.checkpoints import LLMCheckpoint, save_random_llm
+from saetrack.lm.checkpoints import LLMCheckpoint, PretrainSource, save_random_llm
 from saetrack.storage import claimed
 from saetrack.track import Track
 from saetrack.training import tracks
@@ -48,9 +48,15 @@ def run_controls(track: Track, settings: ControlSettings) -> None:
         settings: What is asked for.
 
     Raises:
-        FileNotFoundError: If the run's configuration is not beside the track.
-        ValueError: If it is no longer that of the track.
+        FileNotFoundError: If the run's configuration is not beside the track, or the LLM is not where it says.
+        ValueError: If it is no longer that of the track, or a thinned series would be none.
     """
+    stages = len(track.distinct()) - 1
+    if settings.kind == "thinned" and settings.thin > stages > 0:
+        raise ValueError(
+            f"--thin is {settings.thin}, but {track.path} has {stages + 1} snapshots: more than {stages} leaves the "
+            f"first and the last as {stages} does. Give at most {stages}."
+        )
     for control in plan_controls(track, settings):
         missing = [i for i in range(settings.replicas) if not _is_complete(track, f"{control.name}-{i}")]
         for together in [missing] if control.kind == "scratch" and missing else [[i] for i in missing]:
@@ -184,7 +190,7 @@ class _ControlCLI(FitCLI):
         lanes = [f"{track.facts['hookpoint']}@{control.name}-{i}" for i in replicas]
         options = {name: saved[name] for name in ("seed_everything", "trainer", "model", "data", "scheduler")}
         options["trainer"] = {**options["trainer"], "logger": False, "callbacks": None}
-        options["data"] = {**options["data"], "hookpoints": lanes}
+        options["data"] = {**options["data"], "hookpoints": lanes, "source": _source(options["data"]["source"], path)}
         own = configured(options["model"]["sae"], track.path.name)  # the folder is named by hookpoint and lane
         options["model"] = {**options["model"], "sae": own}
         self._control_scheduler = ControlScheduler(track, control, replicas)
@@ -200,6 +206,19 @@ class _ControlCLI(FitCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing: who made this object calls ``fit``."""
+
+
+def _source(source: dict[str, Any], config: Path) -> dict[str, Any]:
+    """A configuration's ``data.source``; of an LLM that is pretrained where it is missing, the folder as it is."""
+    if source["class_path"].rpartition(".")[2] != PretrainSource.__name__:
+        return source
+    folder = source["init_args"]["folder"]
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(
+            f"{folder}, with the LLM checkpoints of this track, is not there (from {Path.cwd()}). Run from the folder "
+            f"that the path starts in, put it back, or pretrain it again with `saetrack fit --config {config}`."
+        )
+    return {"class_path": "saetrack.FolderSource", "init_args": {"path": folder}}
 
 
 def _is_complete(track: Track, name: str) -> bool:

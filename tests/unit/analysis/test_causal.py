@@ -266,5 +266,5 @@ def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], message
 
 
 def test_a_feature_out_of_range_is_refused_before_any_llm_is_loaded(tiny_track: Track) -> None:
-    with pytest.raises(ValueError, match=r"names 64, but .* has 0 to 63"):
+    with pytest.raises(ValueError, match=r"no feature 64: .* has 64; give whole numbers from 0 to 63"):
         Causal(features=[3, 64]).begin(tiny_track)

@@ -129,8 +129,23 @@ def test_without_scratch_controls_it_says_what_to_run(tmp_path: Path) -> None:
     assert "--kind scratch" in result.settings["scratch"]
 
 
+@pytest.mark.parametrize("steps", [(0, 8), (0, 8, 16)], ids=["all", "one stage"])
+def test_a_snapshot_without_live_features_is_compared_with_nothing(tmp_path: Path, steps: tuple[int, ...]) -> None:
+    track = write(tmp_path / "t", [random(0)] * len(steps), steps)
+    path = track[0].path / "features.parquet"
+    pd.read_parquet(path).assign(dead=True).to_parquet(path)
+    result = Dictionaries().run(Track.open(track.path))
+    first, *rest = result.tables["neighbours"].to_dict("records")
+    assert first["features"] == 0
+    assert (first["births"], first["deaths"], first["splits"]) == (D_SAE, 0, 0)
+    names = ("pw_mcc", "pw_mcc_encoder", "null", "null_sd", "shared_share", "same_index", "renaming_gap", "kept_index")
+    assert all(np.isnan(first[name]) for name in names)
+    assert [row["pw_mcc"] for row in rest] == pytest.approx([1.0] * len(rest), abs=1e-5)
+    assert ("nothing could be matched" in result.summary) == (not rest)
+
+
 def test_wrong_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 2"):
         Dictionaries(random_pairs=1)
-    with pytest.raises(ValueError, match="1 snapshots"):
+    with pytest.raises(ValueError, match="holds 1 of the at least 2 snapshots"):
         Dictionaries().run(write(tmp_path / "t", [random(0)], (0,)))

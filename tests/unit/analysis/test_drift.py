@@ -192,7 +192,7 @@ def test_named_features_are_drawn_and_wrong_ones_refused(tmp_path: Path, start: 
 
 
 def test_one_snapshot_is_refused(tmp_path: Path, start: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="at least two"):
+    with pytest.raises(ValueError, match="holds 1 of the at least 2 snapshots"):
         Drift().run(write_track(tmp_path / "t", [start]))
 
 

@@ -192,11 +192,13 @@ def test_every_analysis_of_features_can_be_restricted(tiny_track: Track, name: s
         assert (result.tables["neighbours"]["features"] <= [4, 6, 6]).all()
 
 
-def test_restricting_without_stretches_or_what_follows_no_feature_is_refused(tiny_track: Track) -> None:
+def test_restricting_without_stretches_or_what_leaves_none_out_is_refused(tiny_track: Track) -> None:
     with pytest.raises(FileNotFoundError, match=r"saetrack analyze .* --analyses\+=Identity"):
         run_analyses(tiny_track, {"drift": Drift()}, only_kept=True)
-    with pytest.raises(ValueError, match="'quality' follows no feature"):
+    with pytest.raises(ValueError, match="'quality' is not made to leave out features"):
         run_analyses(tiny_track, {"quality": Quality()}, only_kept=True)
     AnalysisResult(settings={"steps": [0, 1]}).save(tiny_track.analyses_dir / "identity")
-    with pytest.raises(ValueError, match=r"is of LLM steps \[0, 1\], but the track has"):
+    with pytest.raises(
+        ValueError, match=r"is old, made on 2 of the track's 4 snapshots .*Run `saetrack analyze .*=Identity` again"
+    ):
         read_stretches(tiny_track)

@@ -145,6 +145,11 @@ def test_the_interval_of_the_lag_covers_the_truth_that_checkpoints_hide(planted:
         assert low < planted < high
 
 
+def test_a_track_of_fewer_than_seven_snapshots_is_refused(tiny_track: Track) -> None:
+    with pytest.raises(ValueError, match="holds 4 of the at least 7 snapshots that phases needs"):
+        Phases().run(tiny_track)
+
+
 def test_a_perspective_without_its_table_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(NotAvailable, match=r"saetrack analyze .* --analyses\+=Semantics"):
         semantic_amounts(Tables(tmp_path / "analyses", [0, 1, 2, 3, 4, 5], 4))

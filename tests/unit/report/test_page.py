@@ -92,6 +92,34 @@ def test_sections_without_their_analysis_name_the_command(track: Track) -> None:
     assert len(found["quality"]["figures"]) == 5
 
 
+def old_drift(track: Track) -> str:
+    """Make the drift of a track one of its first two snapshots; what is to be said of it."""
+    path = track.analyses_dir / "drift" / "result.json"
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({**facts, "settings": {**facts["settings"], "steps": [0, 1]}}))
+    return "made on 2 of the track's 4 snapshots (LLM steps 0 to 1)"
+
+
+def test_an_old_result_is_said_to_be_old_with_the_command_that_renews_it(
+    track: Track, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Results(track).outdated() == {}
+    text, command = old_drift(track), f"saetrack analyze {track.path} --analyses+=Drift"
+    page = write_report([track], tmp_path / "report.html").path.read_text()
+    assert core(page)[0]["outdated"] == {"drift": {"text": text, "command": command}}
+    main(["report", str(track.path)])
+    assert f"Its drift is old, {text}. Run `{command}`, then write the report again." in capsys.readouterr().out
+    for figure in (track.plot.drift(), track.plot.feature(3)):
+        assert f"old result of drift: {text}" in figure.texts[0].get_text()
+    assert "old" not in track.plot.quality().texts[0].get_text()
+
+
+def test_a_lost_snapshot_is_named_in_the_page(track: Track, tmp_path: Path) -> None:
+    shutil.rmtree(track[1].path)
+    page = write_report([Track.open(track.path)], tmp_path / "report.html").path.read_text()
+    assert core(page)[0]["about"]["missing"] == [1]
+
+
 def test_classes_and_formed_steps_show_in_the_table(track: Track) -> None:
     path = track.analyses_dir / "semantics" / "features.parquet"
     table = pd.read_parquet(path)

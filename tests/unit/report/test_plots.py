@@ -105,7 +105,7 @@ def test_a_notebook_is_given_a_picture(track: Track) -> None:
             lambda track: track.plot.formation(),
             r"holds no results of formation. Run `saetrack analyze .*/track --analyses\+=Formation`",
         ),
-        (lambda track: track.plot.feature(64), "There is no feature 64; .* has 0 to 63"),
+        (lambda track: track.plot.feature(64), "There is no feature 64: .* has 64; give whole numbers from 0 to 63"),
         (lambda track: track.plot.drift(features=[3, -1]), "There is no feature -1"),
         (lambda track: track.plot.drift(features=range(6)), "1 to 5 features beside each other, but features names 6"),
     ],

@@ -172,7 +172,7 @@ async function showFeature(main) {
   }
   if (state.feature !== feature || state.view !== "feature") return; // the reader has gone on meanwhile
   const control = player(track, () => renderMoving(track, details));
-  main.replaceChildren(trackSwitch() ?? "", featureHead(track, feature), control.element, h("div", { id: "moving-text" }),
+  main.replaceChildren(trackSwitch() ?? "", ...outdated(track), featureHead(track, feature), control.element, h("div", { id: "moving-text" }),
     h("div", { id: "moving-looks", class: "grid" }), h("h2", { class: "between" }, "Through training"), h("div", { id: "moving-curves", class: "grid" }));
   control.move(Math.min(state.place, track.last));
 }

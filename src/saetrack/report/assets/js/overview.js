@@ -4,7 +4,7 @@ function aboutTrack(track, several) {
   const { about } = track.facts;
   const live = d3.sum(d3.range(track.facts.d_sae), (f) => track.alive(f));
   const facts = [
-    ["Model", about.model], ["Hookpoint", about.hookpoint], ["LLM checkpoints", `${track.steps.length}, steps ${thousands(track.steps[0])} to ${thousands(track.steps.at(-1))}`],
+    ["Model", about.model], ["Hookpoint", about.hookpoint], ["LLM checkpoints", `${track.steps.length}, steps ${thousands(track.steps[0])} to ${thousands(track.steps.at(-1))}${about.missing.length ? `; not there: snapshot ${about.missing.join(", ")}` : ""}`],
     ["SAE", `${about.sae}, ${thousands(track.facts.d_sae)} features on ${thousands(about.d_in)} dimensions`],
     ["Alive at the end", `${thousands(live)} features`], ["Warm start", about.warm_start ?? "–"], ["Seed", about.seed ?? "–"],
   ];
@@ -48,6 +48,12 @@ function summary(name, text) {
   return h("div", { class: "summary" }, h("p", {}, name, first), rest.length ? h("details", { class: "data" }, h("summary", {}, "More"), h("pre", { tabindex: "0" }, rest.join("\n"))) : null);
 }
 
+// What was found when the track held other snapshots, with the command that finds it anew.
+function outdated(track, ids = Object.keys(track.facts.outdated)) {
+  return ids.filter((id) => track.facts.outdated[id]).map((id) => h("p", { class: "outdated card" },
+    `Old result of ${id}${tracks.length > 1 ? ` for ${track.letter}` : ""}: ${track.facts.outdated[id].text}. Run `, h("code", {}, track.facts.outdated[id].command), ", then write the report again."));
+}
+
 function overviewSection(id) {
   const parts = tracks.map((track) => [track, sectionOf(track, id)]);
   const { title } = parts.find(([, part]) => part)[1];
@@ -56,6 +62,7 @@ function overviewSection(id) {
   const name = (track) => (several ? h("b", {}, `${track.letter}: `) : null);
   const of = (track) => `${title.toLowerCase()}${several ? `, ${track.letter}` : ""}`;
   return h("section", { id: `section-${id}`, "aria-labelledby": `title-${id}` }, h("h2", { id: `title-${id}`, tabindex: "-1" }, title),
+    parts.flatMap(([track]) => outdated(track, [id])),
     parts.map(([track, part]) => part?.summary && summary(name(track), part.summary)),
     h("div", { class: several ? "grid pair" : "grid" }, ids.flatMap((figure) => overviewFigures(parts, figure))),
     parts.map(([track, part]) => part?.tables?.length && h("p", { class: "tables" }, name(track), "Data: ", part.tables.map((table) =>

@@ -134,7 +134,7 @@ function showTable(main) {
   });
   scroll.append(grid);
   const saving = h("button", { type: "button", onclick: () => save("features.csv", "text/csv", csv(tableNumbers(track, rows))), "aria-label": "Save the features shown as CSV" }, "CSV");
-  main.replaceChildren(h("h1", {}, "Features"), trackSwitch() ?? "", tableFilters(track, update), h("div", { class: "below" }, count, saving), scroll);
+  main.replaceChildren(h("h1", {}, "Features"), trackSwitch() ?? "", ...outdated(track), tableFilters(track, update), h("div", { class: "below" }, count, saving), scroll);
   update();
   new ResizeObserver(fill).observe(scroll);
 }
