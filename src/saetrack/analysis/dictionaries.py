@@ -134,7 +134,8 @@ class Dictionaries(Analysis):
         pairs = zip(list(track), list(track)[1:], strict=False)
         nulls = self._null_changes(track)
         neighbours = pd.DataFrame([self._neighbours(track, before, after, nulls) for before, after in pairs])
-        neighbours["null_sd"] = np.sqrt((neighbours["null_sd"] ** 2).mean())  # of the stages that have one
+        drawn = neighbours["null_sd"].notna()
+        neighbours.loc[drawn, "null_sd"] = np.sqrt((neighbours["null_sd"] ** 2).mean())
         scratch = self._scratch(track)
         missing = f"not available: run `saetrack control {track.path} --kind scratch`"
         settings = {
@@ -143,7 +144,7 @@ class Dictionaries(Analysis):
             "shared_from": SHARED,
             "margin": MARGIN,
             "replicates": REPLICATES,
-            "null_sd_draws": self.random_pairs * len(neighbours),
+            "null_sd_draws": self.random_pairs * int(drawn.sum()),
             "scratch": "controls of kind scratch" if len(scratch) else missing,
         }
         scalars = {

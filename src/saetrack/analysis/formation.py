@@ -176,7 +176,7 @@ class Formation(SweepAnalysis):
             "population": mean,
             "formed": shares,
             "positions": self._positions,
-            **paper_tables(self._paper_sets, self._paper, rng),
+            **paper_tables(self._paper_sets, self._paper, rng, None if self.kept is None else self.kept.throughout),
         }
         real = ~sets.false
         figures = {"paper": paper_figure(tables["paper_population"], steps)}

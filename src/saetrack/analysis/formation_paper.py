@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from .base import SplitObservation
 
+    Bools = NDArray[np.bool_]
     Floats = NDArray[np.floating]
     Integers = NDArray[np.integer]
 
@@ -92,6 +93,10 @@ class Progress:
     error: Floats
     null_low: Floats
     null_high: Floats
+
+    def of(self, use: Bools) -> Progress:
+        """That of some features."""
+        return Progress(self.value[use], self.error[use], self.null_low[use], self.null_high[use])
 
 
 def measure_paper(split: SplitObservation, sets: PaperSets) -> dict[str, Progress]:
@@ -190,7 +195,7 @@ def _baselines_without_own(split: SplitObservation, sets: PaperSets, with_own: d
 
 
 def paper_tables(
-    sets: PaperSets, by_step: dict[int, dict[str, Progress]], rng: np.random.Generator
+    sets: PaperSets, by_step: dict[int, dict[str, Progress]], rng: np.random.Generator, counts: Bools | None = None
 ) -> dict[str, pd.DataFrame]:
     """Tables ``paper``, by feature and step, and ``paper_population``, their mean with interval and null by step.
 
@@ -198,15 +203,17 @@ def paper_tables(
         sets: The positions.
         by_step: LLM step to its measures.
         rng: Source of the bootstrap over features.
+        counts: ``[d_sae]``, the features that are asked for; all, if not given.
     """
     steps = sorted(by_step)
+    use = np.ones(len(sets.features), dtype=bool) if counts is None else counts[sets.features]
     columns: dict[str, Any] = {
-        "feature": np.tile(sets.features, len(steps)),
-        "step": np.repeat(steps, len(sets.features)),
+        "feature": np.tile(sets.features[use], len(steps)),
+        "step": np.repeat(steps, use.sum()),
     }
     rows = []
     for name in MEASURES:
-        found = [by_step[step][name] for step in steps]
+        found = [by_step[step][name].of(use) for step in steps]
         values = np.stack([p.value for p in found])
         columns[name] = values.ravel()
         columns[f"{name}_se"] = np.concatenate([p.error for p in found])

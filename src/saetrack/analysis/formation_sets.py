@@ -85,7 +85,8 @@ class FormationSets:
         median, top = firing_quantiles(selection.latents, (0.5, 1 - TOP_SHARE))
         chosen = spread_positions(evaluation, usable, median, top, n_positions, rng)
         counts = np.ones(len(chosen), dtype=bool) if counts is None else counts
-        features = np.flatnonzero(((chosen >= 0).sum(axis=1) >= n_min) & counts)
+        chosen[~counts] = -1
+        features = np.flatnonzero((chosen >= 0).sum(axis=1) >= n_min)
         members = chosen[features]
         made_from, false_members = _false_features(members, evaluation, n_min, false_features, rng)
         members = np.concatenate([members, false_members])
