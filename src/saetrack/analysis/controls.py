@@ -49,10 +49,10 @@ def one_step_controls(track: Track, kind: str) -> dict[int, list[Track]]:
         if number is None:
             continue
         snapshot = next((s for s in track if s.number == number), None)
-        if snapshot is None and any(s.number == number for s in track.whole):
-            continue  # a stage between LLM checkpoints of equal weights, which is none
-        snapshot = track.numbered(number)
-        _refuse_another_start(track, control, track.began_from(snapshot))
+        start = None if snapshot is None else track.began_from(snapshot)
+        if snapshot is None or start is None:
+            continue  # it lies between LLM checkpoints of equal weights, or a snapshot of it is missing
+        _refuse_another_start(track, control, start)
         found.setdefault(snapshot.position, []).append(control)
     return found
 
@@ -120,9 +120,9 @@ def scratch_controls(track: Track) -> dict[str, list[Track]]:
     return found
 
 
-def _refuse_another_start(track: Track, control: Track, start: Snapshot | None) -> None:
+def _refuse_another_start(track: Track, control: Track, start: Snapshot) -> None:
     """Refuse another snapshot at the beginning than ``start`` of the track."""
-    if start is None or not _are_equal(control[0], start):
+    if not _are_equal(control[0], start):
         _refuse(track, control, "begins with another snapshot than the stage of the track did that it repeats")
 
 

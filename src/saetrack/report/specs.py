@@ -250,10 +250,15 @@ IDENTITY = (
         (
             Line("with the first checkpoint", "mean", "low", "high", "95 % interval", measure="to_first"),
             Line("with the last checkpoint", "mean", "low", "high", "95 % interval", measure="to_last"),
+            Line(
+                "null chain, its first", "chain", "chain_low", "chain_high", "95 % interval", True, measure="to_first"
+            ),
+            Line("null chain, its last", "chain", "chain_low", "chain_high", "95 % interval", True, measure="to_last"),
             Line("another feature, neighbours", "mean", "low", "high", "95 % interval", True, measure="other_feature"),
         ),
         domain=(None, 1),
-        note="1 at the end itself by definition.",
+        note="1 at the end itself by definition. A null chain is the first snapshot, trained as often on one LLM "
+        "checkpoint.",
     ),
     Figure(
         "Survival of identity",
@@ -262,7 +267,7 @@ IDENTITY = (
         (
             Line("kept in every stage", "unbroken", "unbroken_low", "unbroken_high", "95 % interval"),
             Line("still like the first", "like_first", "like_first_low", "like_first_high", "95 % interval"),
-            Line("what unchanged LLMs alone would leave", "null", null=True),
+            Line("what unchanged LLMs alone would leave", "null", "null_low", "null_high", "95 % interval", True),
         ),
         domain=(0, 1),
         percent=True,
@@ -277,8 +282,8 @@ DICTIONARIES = (
         "mean cosine of decoder rows",
         "neighbours",
         (
-            Line("matched one to one", "pw_mcc"),
-            Line("by index", "same_index"),
+            Line("matched one to one", "pw_mcc_both", "pw_mcc_both_low", "pw_mcc_both_high", "95 % interval"),
+            Line("by index", "same_index", "same_index_low", "same_index_high", "95 % interval"),
             Line("random dictionaries, matched", "null", null=True),
         ),
         domain=(None, 1),
@@ -289,8 +294,14 @@ DICTIONARIES = (
         "mean cosine of matched decoder rows",
         "scratch",
         (
-            Line("this track with fresh SAEs", "track_to_seeds"),
-            Line("fresh SAEs with each other", "seeds"),
+            Line(
+                "this track with fresh SAEs",
+                "track_to_seeds",
+                "track_to_seeds_low",
+                "track_to_seeds_high",
+                "95 % interval",
+            ),
+            Line("fresh SAEs with each other", "seeds", "seeds_low", "seeds_high", "95 % interval"),
             Line("random dictionaries", "track_null", null=True),
         ),
         measure=("first", "next"),

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from safetensors.torch import load_file, save_file
 
-from saetrack.analysis.controls import controls_of
+from saetrack.analysis.controls import controls_of, one_step_controls
 from saetrack.analysis.drift import Drift
 from saetrack.analysis.drift_controls import calibrate
 from saetrack.analysis.drift_geometry import unit_rows
@@ -198,6 +198,14 @@ def test_a_control_on_an_llm_with_other_weights_is_refused(tmp_path: Path) -> No
         ValueError, match="replica-0001-0 was trained on an LLM checkpoint of step 8 with other weights"
     ):
         calibrate(Track.open(track.path))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_control_of_a_stage_whose_snapshots_are_not_all_here_is_not_read(tmp_path: Path, lost: int) -> None:
+    track = planted(tmp_path / "t", 0, replicas=0, nulls=1)
+    assert list(one_step_controls(track, "null")) == [1]
+    shutil.rmtree(track[lost].path)
+    assert one_step_controls(Track.open(track.path), "null") == {}
 
 
 def test_a_thinned_control_of_more_tokens_is_of_the_same_recipe(tmp_path: Path) -> None:
