@@ -149,9 +149,8 @@ class Drift(Analysis):
         if len(track) < 2:
             raise ValueError(f"{track.path} holds {len(track)} of the at least 2 snapshots that drift compares.")
         asked = track.indices(self.features or ())
-        steps = track.steps
-        if len(set(steps)) < len(steps):  # a null chain: its snapshots are told apart by their place
-            steps = list(range(len(track)))
+        chain = len(set(track.steps)) < len(track)  # a null chain, whose snapshots are told apart by their place
+        steps = list(range(len(track))) if chain else track.steps
         rng = np.random.default_rng(self.seed)
         cosines, rotation = _compare(track)
         table = _feature_table(track, cosines, steps)
@@ -210,7 +209,7 @@ class Drift(Analysis):
         if not len(calibration.stages) and "control" not in track.facts:
             summary += f" {settings['controls']}"
         result = AnalysisResult(tables, figures, scalars, settings, summary, {name: CAPTIONS[name] for name in figures})
-        return result if steps == track.steps else _by_place(result, track.steps)
+        return _by_place(result, track.steps) if chain else result
 
     def _calibration(self, track: Track) -> Calibration:
         """What the controls say, of the features that count."""

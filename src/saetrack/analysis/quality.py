@@ -200,8 +200,9 @@ def _by_step(table: pd.DataFrame, name: str) -> dict[int, float]:
 def _summary(table: pd.DataFrame, least: float) -> str:
     names, first, last = place_names(table["step"].tolist()), table.iloc[0], table.iloc[-1]
     count = "1 snapshot" if len(table) == 1 else f"{len(table)} snapshots"
+    span = f"{names[0].replace('step', 'steps')} to {names[-1].removeprefix('LLM step ')}"
     text = (
-        f"{count}, {names[0]} to {names[-1].removeprefix('LLM step ')}: FVU {first['fvu']:.3f} at the first and "
+        f"{count}, {span if len(table) > 1 else names[0]}: FVU {first['fvu']:.3f} at the first and "
         f"{last['fvu']:.3f} at the last, where L0 is {last['l0']:.1f}, {last['dead_share']:.1%} of the features are "
         "dead."
     )
