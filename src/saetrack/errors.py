@@ -106,7 +106,7 @@ def _list_for(value: str, item: str | None) -> str:
     """What list was expected where a value was given: the value as a list, if its items could be of their type."""
     if not value.startswith("[") and (item != "int" or _NUMBERS.fullmatch(value)):
         return f"a list, which is written [{value.strip(', ')}]"
-    return f"a list of {item}, such as [0, 3]" if item == "int" else f"a list of {item}"
+    return f"a list of {item}, such as [0, 3]" if item == "int" else f"a list of {item or 'values'}"
 
 
 def one_line(error: BaseException) -> str | None:

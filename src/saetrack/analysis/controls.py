@@ -57,6 +57,26 @@ def one_step_controls(track: Track, kind: str) -> dict[int, list[Track]]:
     return found
 
 
+def stage_place(track: Track, position: int) -> int | None:
+    """The place of the stage that led to a snapshot: that of its later end, as analyses count stages.
+
+    None where its ends are no neighbours: a snapshot between them was added later.
+    """
+    before = track.before(track[position])
+    ends = (position,) if before is None else (position, before.position)
+    return max(ends) if max(ends) - min(ends) == 1 else None
+
+
+def repeated_stages(track: Track, kind: str) -> dict[int, list[tuple[Track, Snapshot, Snapshot]]]:
+    """The controls that repeat a stage between neighbours, by its `stage_place`; as `null_steps` gives them."""
+    found = {}
+    for position, controls in one_step_controls(track, kind).items():
+        place = stage_place(track, position)
+        if place is not None:
+            found[place] = [(control, control[0], control[1]) for control in controls]
+    return found
+
+
 def null_steps(track: Track) -> dict[int, list[tuple[Track, Snapshot, Snapshot]]]:
     """What trained once more on the LLM checkpoint that a stage begins from, by the place of the stage's snapshot.
 
@@ -72,7 +92,7 @@ def null_steps(track: Track) -> dict[int, list[tuple[Track, Snapshot, Snapshot]]
     Raises:
         ValueError: As `one_step_controls`.
     """
-    found = {at: [(c, c[0], c[1]) for c in controls] for at, controls in one_step_controls(track, "null").items()}
+    found = repeated_stages(track, "null")
     whole = track.whole
     for steps in whole.equal_weights:
         place = 1 + max(track.at(step).position for step in steps if step in track.steps)
@@ -151,10 +171,19 @@ def _refuse_made_otherwise(track: Track, control: Track) -> None:
 
 
 def _refuse(track: Track, control: Track, what: str) -> None:
-    kind = control.facts["control"]["kind"]
+    facts = control.facts["control"]
+    options = f"--kind {facts['kind']}"
+    if facts["kind"] == "null" and facts["position"] is None:
+        options += " --chain true"
+    if facts["kind"] in ("null", "replica") and facts["position"] is not None:
+        options += f" --positions '[{facts['position']}]'"
+    if facts["kind"] == "thinned":
+        options += f" --thin {facts['thin']}" + (" --budget total" if facts["factor"] > 1 else "")
+    if facts["kind"] == "scratch" and facts["first_budget"]:
+        options += " --budget first"
     raise ValueError(
         f"The control {control.path} {what}, so it cannot calibrate it. Remove it and run "
-        f"`saetrack control {track.path} --kind {kind}`."
+        f"`saetrack control {track.path} {options}`."
     )
 
 

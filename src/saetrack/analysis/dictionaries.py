@@ -34,9 +34,9 @@ SHARED = 0.7
 """Cosine from which on, of decoder row and encoder column with the same partner, a feature is shared (2501.16615)."""
 
 CAPTION = (
-    "Curves above the grey one say that two dictionaries share directions; where matching one to one is above the same "
-    "index (both over the features alive at both snapshots), features have changed places. Bands are 95 % intervals "
-    "over features, for one matching: other SAEs would add to them. Directions are compared and not meanings."
+    "Where the blue curve is above the grey one, two dictionaries share directions; where matching the features alive "
+    "at both snapshots is above their same index, features have changed places. Bands are 95 % intervals over "
+    "features, for one matching: other SAEs would add to them. Directions are compared and not meanings."
 )
 
 
@@ -335,7 +335,8 @@ def _figure(neighbours: pd.DataFrame, scratch: pd.DataFrame) -> Figure:
     figure, axes = look.small_multiples(1 + bool(len(scratch)), panel_width=4.0, panel_height=3.2)
     steps = neighbours["step"].tolist()
     for name, label, colour in (
-        ("pw_mcc_both", "matched one to one", look.BLUE),
+        ("pw_mcc", "matched one to one", look.BLUE),
+        ("pw_mcc_both", "matched, alive at both", look.PALETTE[4]),
         ("same_index", "same index", look.VERMILION),
         ("shared_share", "shared (share)", look.GREEN),
         ("null", "random, matched", look.GREY),

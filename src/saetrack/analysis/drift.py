@@ -221,12 +221,11 @@ class Drift(Analysis):
         return found
 
     def _paths(self, track: Track, table: pd.DataFrame) -> pd.DataFrame:
-        """Lengths of the track's features' paths, and of those of its null chains."""
+        """Lengths of the track's features' paths and, unless restricted, of those of its null chains."""
         found = {"track": path_table(table, len(track))}
-        for chain in null_chains(track):
+        for chain in null_chains(track) if self.kept is None else ():
             places = list(range(len(chain)))
-            paths = path_table(_feature_table(chain, _compare(chain)[0], places), len(chain))
-            found[chain.path.name] = paths if self.kept is None else paths[self.kept.throughout[paths["feature"]]]
+            found[chain.path.name] = path_table(_feature_table(chain, _compare(chain)[0], places), len(chain))
         return pd.concat([part.assign(series=name) for name, part in found.items()], ignore_index=True)
 
     def _choose(self, table: pd.DataFrame, steps: list[int], rng: np.random.Generator) -> list[int]:

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from .controls import null_chains, one_step_controls
+from .controls import null_chains, one_step_controls, stage_place
 from .drift_rows import alive, decoder_rows, fitted_rotation, flags, frozen, transport_into
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def calibrate(track: Track, kept: Kept | None = None) -> Calibration:
 
     Args:
         track: The track.
-        kept: If given, only features count that kept their identity in the stage, and for the chain to the last.
+        kept: If given, only features count that kept their identity in the stage, and there is no chain.
 
     Raises:
         ValueError: If a control begins with another snapshot than the track's, or was made by another recipe.
@@ -84,16 +84,19 @@ def calibrate(track: Track, kept: Kept | None = None) -> Calibration:
     nulls, replicas = one_step_controls(track, "null"), one_step_controls(track, "replica")
     stages, features = [], []
     for position in sorted(nulls):
-        counts = None if kept is None else kept.into[position]
+        place = stage_place(track, position)
+        if kept is not None and place is None:
+            continue  # it is not known which features kept their identity over more than a stage
+        counts = None if kept is None else kept.into[place]
         found = _calibrate_stage(track, position, replicas.get(position, []), nulls[position], counts)
         if found is not None:  # else no feature counts in it
             stages.append(found[0])
             features.append(found[1])
-    chains = null_chains(track)
+    chains = null_chains(track) if kept is None else []  # which of a chain's features to compare is not known
     return Calibration(
         pd.DataFrame(stages),
         pd.concat(features, ignore_index=True) if features else pd.DataFrame(),
-        _chain_table(track, chains, kept) if chains else pd.DataFrame(),
+        _chain_table(track, chains) if chains else pd.DataFrame(),
     )
 
 
@@ -245,9 +248,9 @@ def _contrast(cosines: Floats, chosen: range | tuple[int, ...]) -> float:
     return float(cosines[same].mean() - cosines[between].mean()) if same.any() and between.any() else np.nan
 
 
-def _chain_table(track: Track, chains: list[Track], kept: Kept | None) -> pd.DataFrame:
+def _chain_table(track: Track, chains: list[Track]) -> pd.DataFrame:
     """Cosine to the last snapshot of null chains and of the track, by the number of stages that remain."""
-    own = _cosines_to_last(track, kept)
+    own = _cosines_to_last(track)
     made = [_cosines_to_last(chain) for chain in chains]
     drifts = np.mean([_adjacent(chain) for chain in chains], axis=0)
     rows = []
@@ -262,7 +265,7 @@ def _chain_table(track: Track, chains: list[Track], kept: Kept | None) -> pd.Dat
                 "real": float(real.mean()) if len(real) else np.nan,
                 "null": float(null.mean()) if len(null) else np.nan,
                 "null_low": low,
-                "below_null": float((real < low).mean()) if len(real) else np.nan,
+                "below_null": float((real < low).mean()) if len(real) and len(null) else np.nan,
                 "drift": float(drifts[-1 - remaining]),
             }
         )
@@ -290,14 +293,14 @@ def free_null(track: Track) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _cosines_to_last(track: Track, kept: Kept | None = None) -> list[Floats]:
+def _cosines_to_last(track: Track) -> list[Floats]:
     """For every snapshot, the cosines to the last of the features alive in both and not revived in between."""
     last, found = decoder_rows(track[-1]), []
     follow = alive(track[-1])
     to_last: Floats = np.eye(last.shape[1], dtype=last.dtype)
     for t in reversed(range(len(track))):
         cosines = np.einsum("fd,fd->f", decoder_rows(track[t]) @ to_last, last, dtype=np.float64)
-        found.append(cosines[follow & alive(track[t]) & (True if kept is None else kept.to_last[t])])
+        found.append(cosines[follow & alive(track[t])])
         follow = follow & ~flags(track[t], "revived")
         transport = transport_into(track[t]) if t else None
         to_last = to_last if transport is None else transport @ to_last

@@ -40,13 +40,10 @@ def restrict_rows(table: pd.DataFrame, kept: Kept) -> pd.DataFrame:
 
 
 def restrict_controls(calibration: Calibration, track: Track) -> Calibration:
-    """What the controls say of the features compared alone: their correlations, no FVU, and no null chain.
-
-    A chain has no stretches of its own, so which of its features to put beside those of the track is not known.
-    """
+    """What the controls say of the features compared alone: their correlations, and no FVU."""
     stages = calibration.stages
     if stages.empty:
-        return replace(calibration, chain=pd.DataFrame())
+        return calibration
     nulls, correlations = one_step_controls(track, "null"), []
     for step, part in calibration.features.groupby("step", sort=False):
         snapshot, features = track.at(int(str(step))), part["feature"]
@@ -54,4 +51,4 @@ def restrict_controls(calibration: Calibration, track: Track) -> Calibration:
         real, *null = (float(s.features["functional_correlation"][features].median()) for s in (snapshot, *arms))
         correlations.append({"correlation_real": real, "correlation_null": float(np.mean(null))})
     stages = stages.assign(**pd.DataFrame(correlations)).drop(columns=["fvu_before_null", "fvu_null"])
-    return replace(calibration, stages=stages, chain=pd.DataFrame())
+    return replace(calibration, stages=stages)

@@ -198,7 +198,8 @@ class Identity(SweepAnalysis):
             values = np.full(self._alive.shape, np.nan)
             for position, found in by_position.items():
                 count = np.isfinite(found).sum(axis=0)
-                values[position] = np.where(count, np.nansum(found, axis=0) / np.maximum(count, 1), np.nan)
+                total = np.where(np.isfinite(found), found, 0.0).sum(axis=0)
+                values[position] = np.where(count, total / np.maximum(count, 1), np.nan)
             tables.append(self._curve(kind, values))
         return pd.concat(tables, ignore_index=True)
 
@@ -239,7 +240,7 @@ class Identity(SweepAnalysis):
         return pd.DataFrame(columns)
 
     def _no_chain(self) -> str:
-        if self._chains or "control" in self._track.facts:
+        if self._chains or "control" in self._track.facts or not self._track.is_forward_chain:
             return ""
         return (
             " Not available: the ceiling of the correlation with the first and the last snapshot; run "

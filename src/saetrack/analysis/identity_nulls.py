@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from .controls import null_steps, one_step_controls
+from .controls import null_steps, repeated_stages
 from .drift_rows import flags
 from .identity_matching import latents_of
 from .lineage import correlation_between, revived_between
@@ -40,19 +40,18 @@ def stage_controls(track: Track, kind: str, least: float) -> dict[int, Floats]:
         least: Share of positions that a live feature fires on more often.
 
     Returns:
-        ``[controls, d_sae]`` by position; NaN where a feature does not count.
+        ``[controls, d_sae]`` by place of the stage; NaN where a feature was not alive before, minus infinity where it
+        was lost: dead afterwards, or revived.
     """
-    if kind == "null":
-        steps = null_steps(track)
-    else:
-        steps = {at: [(c, c[0], c[1]) for c in found] for at, found in one_step_controls(track, kind).items()}
+    steps = null_steps(track) if kind == "null" else repeated_stages(track, kind)
     return {at: np.stack([_counted(*step, least) for step in found]) for at, found in steps.items()}
 
 
 def _counted(track: Track, before: Snapshot, after: Snapshot, least: float) -> Floats:
     frequency = [s.features["firing_frequency"].to_numpy() for s in (before, after)]
-    use = (np.minimum(*frequency) > least) & ~flags(after, "revived")
-    return np.where(use, correlation_between(track, before, after), np.nan)
+    lost = (frequency[1] <= least) | flags(after, "revived")
+    found = np.where(lost, -np.inf, correlation_between(track, before, after))
+    return np.where(frequency[0] > least, found, np.nan)
 
 
 def limit_table(steps: list[int], nulls: dict[int, Floats], others: Floats, threshold: float) -> pd.DataFrame:
@@ -78,14 +77,25 @@ def limit_table(steps: list[int], nulls: dict[int, Floats], others: Floats, thre
     measured, quantiles = np.isfinite(quantiles), between(quantiles[None])[0]
     limits = np.fmin(np.where(np.isfinite(quantiles), np.fmax(quantiles, chances), threshold), threshold)
     limits[0] = np.nan
-    kept = np.full(len(steps), np.nan)
-    for t in known:
-        if measured[t]:
-            kept[t] = float((known[t] >= limits[t]).mean())
+    reached, of = kept_counts(nulls, limits)
+    kept = np.divide(reached.sum(axis=1), of.sum(axis=1), out=np.full(len(steps), np.nan), where=measured)
     said = {(True, True): MEASURED, (False, True): BETWEEN}
     sources = [said.get(pair, "") for pair in zip(measured.tolist(), np.isfinite(quantiles).tolist(), strict=True)]
     columns = {"step": steps, "threshold": limits, "null_from": sources, "null_quantile": quantiles}
     return pd.DataFrame(columns | {"null_kept": between(kept[None])[0], "chance": chances})
+
+
+def kept_counts(nulls: dict[int, Floats], limits: Floats) -> tuple[Floats, Floats]:
+    """In how many null steps each feature was alive before, and in how many of these it kept its identity.
+
+    Returns:
+        Kept and alive, ``[T, F]`` each; 0 at stages without null steps.
+    """
+    width = next(iter(nulls.values())).shape[1] if nulls else 0
+    reached, of = np.zeros((2, len(limits), width))
+    for t, arms in nulls.items():
+        reached[t], of[t] = (arms >= limits[t]).sum(axis=0), (~np.isnan(arms)).sum(axis=0)
+    return reached, of
 
 
 def _quantile(values: Floats) -> float:
@@ -115,8 +125,9 @@ def null_survival(
 ) -> dict[str, Floats]:
     """Share of features that null steps alone would leave in every stage so far, if stages were independent.
 
-    The product over stages of the share of null-step features that reach the limit, as far as every stage up to there
-    has null steps or lies between two that have.
+    The product over stages of the share of the features alive before a null step that keep their identity in it (a
+    feature that dies or is revived does not), as far as every stage up to there has null steps or lies between two that
+    have.
 
     Args:
         nulls: From `stage_controls`.
@@ -130,13 +141,11 @@ def null_survival(
     steps, names = len(limits), ("null", "null_low", "null_high")
     if not nulls:
         return dict.fromkeys(names, np.full(steps, np.nan))
-    kept = np.full((steps, next(iter(nulls.values())).shape[1]), np.nan)
-    for t, arms in nulls.items():
-        count = np.isfinite(arms).sum(axis=0)
-        reached = (arms >= limits["threshold"][t]).sum(axis=0)
-        kept[t] = np.where(count, reached / np.maximum(count, 1), np.nan)
-    mean = np.array([row[np.isfinite(row)].mean() if np.isfinite(row).any() else np.nan for row in kept])
-    shares = between(np.vstack([mean, bootstrap_replicates(kept, rng, replicates)]))
+    counts = np.vstack(kept_counts(nulls, limits["threshold"].to_numpy()))
+    drawn = np.vstack([counts.mean(axis=1), bootstrap_replicates(counts, rng, replicates)])
+    reached, of = drawn[:, :steps], drawn[:, steps:]
+    shares = np.divide(reached, of, out=np.full(of.shape, np.nan), where=of > 0)
+    shares = between(np.where(np.isnan(shares), shares[0], shares))  # a replicate may have none of few features
     shares[:, 0] = np.where(np.isfinite(shares[:, 1]), 1.0, np.nan) if steps > 1 else np.nan
     left = np.cumprod(shares, axis=1)
     low, high = np.quantile(left[1:], [0.025, 0.975], axis=0)

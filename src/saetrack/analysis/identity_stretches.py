@@ -131,13 +131,13 @@ class Kept:
             FileNotFoundError: If the identity analysis has not been run.
             ValueError: If it was run on other snapshots, or snapshots share LLM steps.
         """
-        stretches, steps, d_sae = read_stretches(track), track.steps, int(track.facts["d_sae"])
+        steps, d_sae = track.steps, int(track.facts["d_sae"])
         if len(set(steps)) < len(steps):
             raise ValueError(
                 f"{track.path} has LLM steps {steps}, and stretches are told apart by them; --only_kept needs a track "
                 "whose steps increase. Leave out --only_kept, or give the track that this one controls."
             )
-        into = [np.ones(d_sae, dtype=bool)]
+        stretches, into = read_stretches(track), [np.ones(d_sae, dtype=bool)]
         into += [kept_between(stretches, *pair, d_sae) for pair in pairwise(steps)]
         to_last = [kept_between(stretches, step, steps[-1], d_sae) for step in steps]
         return cls(steps, np.stack(into), np.stack(to_last))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ def outdated(track: Track, settings: Mapping[str, Any]) -> str | None:
         other = settings.get("equal_weights", equal) != equal
         return "made when other LLM checkpoints than now counted as one" if other else None
     steps = f"LLM steps {of[0]} to {of[-1]}" if len(of) > 1 else f"LLM step {', '.join(map(str, of))}"
-    there = len(set(of) & set(now))
+    there = (Counter(of) & Counter(now)).total()  # the snapshots of a null chain share a step
     if there == len(of):
         return f"made on {there} of the track's {len(now)} snapshots ({steps})"
     others = f" and {len(now) - there} others" if len(now) > there else ""

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from .base import Analysis, AnalysisResult
-from .controls import controls_of
+from .controls import null_chains
 from .figures import step_position
 from .phases_agreement import adjusted_rand, boundary_distance, covering, order_of_times
 from .phases_cut import Cut, Resampling, cut
@@ -89,9 +89,9 @@ class Phases(Analysis):
         if not amounts:
             raise ValueError(f"phases has nothing to cut: {'; '.join(missing.values())}.")
         axes = {LOG_STEP: step_position(steps), "step": np.asarray(steps, dtype=float), "index": np.arange(len(steps))}
-        chains: dict[str, list[Floats]] = {
-            name: _null_chains(track, name, missing) for name in _IN_CHAINS if name in amounts
-        }
+        chains: dict[str, list[Floats]] = {}
+        if self.kept is None:  # which of a chain's features to put beside those that were kept is not known
+            chains = {name: _amounts_of_chains(track, name, missing) for name in _IN_CHAINS if name in amounts}
         above = None
         if "drift" in amounts:
             amounts["drift"], at = drift_above_null(amounts["drift"], tables)
@@ -170,11 +170,12 @@ def _available(tables: Tables) -> tuple[dict[str, Amounts], dict[str, str]]:
     return amounts, missing
 
 
-def _null_chains(track: Track, name: str, missing: dict[str, str]) -> list[Floats]:
+def _amounts_of_chains(track: Track, name: str, missing: dict[str, str]) -> list[Floats]:
     """Amounts of a perspective in the null chains; why one cannot be read is added to ``missing``."""
     chains = []
-    for control in controls_of(track, "null"):
+    for control in null_chains(track):
         if len(control) != len(track):
+            missing[control.path.name] = f"it has {len(control)} snapshots, and the track {len(track)}"
             continue
         try:
             values = AMOUNTS[name](Tables.of(control)).values

@@ -158,7 +158,7 @@ def drift_above_null(found: Amounts, tables: Tables) -> tuple[Amounts, list[int]
         tables: Of the track.
     """
     try:
-        null = tables.read("drift", "calibration", ["step", "drift_null"])
+        null = _null_drift(tables)
     except NotAvailable:
         null = pd.DataFrame(columns=["step", "drift_null"])
     null = null[null["step"].isin(tables.steps[1:]) & null["drift_null"].notna()].sort_values("step")
@@ -168,6 +168,16 @@ def drift_above_null(found: Amounts, tables: Tables) -> tuple[Amounts, list[int]
     places = np.searchsorted(tables.steps, at)
     level = np.interp(np.arange(1, len(tables.steps)), places, null["drift_null"])
     return Amounts(found.values - level[:, None], "1 - cosine to the previous, above the null"), at
+
+
+def _null_drift(tables: Tables) -> pd.DataFrame:
+    """Mean drift of null steps, ``drift_null`` by ``step``; restricted, of the features that count."""
+    if tables.kept is None:
+        return tables.read("drift", "calibration", ["step", "drift_null"])
+    table = tables.read("drift", "excess", ["step", "feature", "drift_null"])
+    table = table[table["step"].isin(tables.steps)]
+    use = tables.kept.into[np.searchsorted(tables.steps, table["step"]), table["feature"]]
+    return table.loc[use, ["step", "drift_null"]].groupby("step").mean().reset_index()
 
 
 def loss_amounts(tables: Tables) -> Amounts:

@@ -182,7 +182,7 @@ class Semantics(SweepAnalysis):
         turnover = turnover_series(tops, tokens, np.random.default_rng([self.seed, 1]), REPLICATES, into)
         where = _index(features, places)
         features["turnover"] = turnover.pop("by_feature")[where]
-        null = NullChain.of(self._track.path) if self.kept is None else NullChain(None, None)
+        null = NullChain.of(self._track) if self.kept is None else NullChain(None, None)
         meaning = self._meaning.tables(steps, null, self.kept)
         scores = meaning.pop("meaning").drop(columns=["step", "feature"])
         scores = scores.iloc[np.ravel_multi_index(where, (len(places), len(tops[0])))]
@@ -190,7 +190,7 @@ class Semantics(SweepAnalysis):
         # a null chain's snapshots share one LLM step and are told apart by their place, as in drift
         one_by_one = len(set(steps)) == len(steps)
         features = features.drop(columns="place") if one_by_one else features.rename(columns={"place": "position"})
-        untrained = random_classes(self._track.path) if self.kept is None else None
+        untrained = random_classes(self._track) if self.kept is None else None
         by_step = self._step_table(places, turnover)
         examples = self._draw_examples(features)
         settings = {

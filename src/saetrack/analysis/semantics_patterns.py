@@ -9,13 +9,14 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
+from .controls import controls_of, null_chains
 from .resampling import share_interval
 from .semantics_classes import CLASSES, CONCEPT, INSUFFICIENT, SILENT, TOKEN, UNRESOLVED
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
+
+    from saetrack.track import Track
 
     Floats = NDArray[np.floating]
     Integers = NDArray[np.integer]
@@ -192,9 +193,10 @@ def pattern_table(steps: list[int], found: list[NDArray[np.str_]], null: pd.Data
     return table.merge(_null_shares(null, by), on=by, how="left")
 
 
-def random_classes(track: Path) -> pd.Series | None:
+def random_classes(track: Track) -> pd.Series | None:
     """Share of each class in a track's random controls, mean over those that semantics was run on; None without any."""
-    found = sorted(track.glob("controls/random-*/analyses/semantics/classes.parquet"))
+    paths = [control.analyses_dir / "semantics" / "classes.parquet" for control in controls_of(track, "random")]
+    found = [path for path in paths if path.is_file()]
     if not found:
         return None
     return pd.concat([pd.read_parquet(path) for path in found]).groupby("class")["share"].mean()
@@ -208,9 +210,10 @@ class NullChain:
     transitions: pd.DataFrame | None
 
     @classmethod
-    def of(cls, track: Path) -> NullChain:
-        """Those of the track in a folder."""
-        folders = sorted(path.parent for path in track.glob("controls/null-chain-*/analyses/semantics/result.json"))
+    def of(cls, track: Track) -> NullChain:
+        """Those of a track."""
+        folders = [chain.analyses_dir / "semantics" for chain in null_chains(track)]
+        folders = [folder for folder in folders if (folder / "result.json").is_file()]
         if not folders:
             return cls(None, None)
         transitions = [pd.read_parquet(folder / "transitions.parquet") for folder in folders]

@@ -84,6 +84,8 @@ def run_analyses(
     _check(track, analyses, rows_per_batch)
     track = track.distinct()
     kept = _restrict(track, analyses) if only_kept else None
+    for analysis in analyses.values():
+        analysis.kept = kept  # also if it was restricted in another run
     sweeping = {name: a for name, a in analyses.items() if isinstance(a, SweepAnalysis)}
     runs = _Runs(track, kept, len(analyses) + (len(track) if sweeping else 0), progress, finished)
     for name, analysis in analyses.items():
@@ -140,10 +142,7 @@ def _restrict(track: Track, analyses: Mapping[str, AnyAnalysis]) -> Kept:
                 f"--only_kept is given, but {name!r} is not made to leave out features that did not keep their "
                 "identity. Leave it out, or leave out --only_kept."
             )
-    kept = Kept.of(track)
-    for analysis in analyses.values():
-        analysis.kept = kept
-    return kept
+    return Kept.of(track)
 
 
 class _Runs:

@@ -282,12 +282,13 @@ DICTIONARIES = (
         "mean cosine of decoder rows",
         "neighbours",
         (
-            Line("matched one to one", "pw_mcc_both", "pw_mcc_both_low", "pw_mcc_both_high", "95 % interval"),
-            Line("by index", "same_index", "same_index_low", "same_index_high", "95 % interval"),
+            Line("matched one to one", "pw_mcc", "pw_mcc_low", "pw_mcc_high", "95 % interval"),
+            Line("matched, alive at both", "pw_mcc_both", "pw_mcc_both_low", "pw_mcc_both_high", "95 % interval"),
+            Line("alive at both, by index", "same_index", "same_index_low", "same_index_high", "95 % interval"),
             Line("random dictionaries, matched", "null", null=True),
         ),
         domain=(None, 1),
-        note="Where the two lines lie on each other, no index was renamed.",
+        note="Where the two lines of features alive at both lie on each other, no index was renamed.",
     ),
     Figure(
         "Beside SAEs of their own",

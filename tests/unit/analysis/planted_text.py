@@ -88,6 +88,9 @@ class _Track(list[Any]):
     def tokenizer(self) -> Words:
         return Words()
 
+    def controls(self, kind: str | None = None) -> list[Any]:
+        return []
+
 
 def observe(analysis: SweepAnalysis, text: PlantedText) -> AnalysisResult:
     """Two LLM checkpoints with the same latents, the last one first, as `run_analyses` shows them."""

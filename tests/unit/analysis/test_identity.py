@@ -42,7 +42,7 @@ def firing(latents: scipy.sparse.csr_array, feature: int, positions: int) -> sci
 
 
 class PlantedTrack(list):
-    path, facts, equal_weights = "planted", {"d_sae": FEATURES}, ()
+    path, facts, equal_weights, is_forward_chain = "planted", {"d_sae": FEATURES}, (), True
 
     @property
     def whole(self) -> "PlantedTrack":

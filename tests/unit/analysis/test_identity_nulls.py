@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from saetrack.analysis.controls import stage_place
 from saetrack.analysis.identity import Identity
 from saetrack.analysis.identity_nulls import limit_table, null_survival, stage_controls
 from saetrack.analysis.sweep import run_analyses
@@ -51,6 +52,32 @@ def test_what_null_steps_would_leave_ends_with_the_last_stage_that_has_some_and_
     later = {2: arms(0.9)}
     nowhere = null_survival(later, limit_table(STEPS, later, OTHERS, 0.5), np.random.default_rng(0), 50)
     assert all(np.isnan(values).all() for values in nowhere.values())
+
+
+def test_a_feature_that_a_null_step_loses_is_not_left_and_one_that_was_dead_before_does_not_count() -> None:
+    lost = np.tile(np.repeat([0.9, -np.inf, np.nan], [50, 30, 120]), (2, 1))
+    limits = limit_table(STEPS, {1: lost}, OTHERS, threshold=0.5)
+    assert limits["null_quantile"][1] == pytest.approx(0.9)
+    assert limits["null_kept"][1] == pytest.approx(50 / 80)
+    assert null_survival({1: lost}, limits, np.random.default_rng(0), 50)["null"][1] == pytest.approx(50 / 80)
+
+
+def test_a_stage_with_few_null_features_is_measured_all_the_same() -> None:
+    few = np.full((1, FEATURES), np.nan)
+    few[0, :2] = 0.9
+    nulls = {1: few, 3: arms(0.7, 1)}
+    found = null_survival(nulls, limit_table(STEPS, nulls, OTHERS, 0.5), np.random.default_rng(0), 200)
+    assert found["null"][1] == 1.0
+    assert np.isfinite(found["null_low"][:4]).all()
+
+
+def test_a_stage_is_where_its_later_end_is_and_nowhere_if_its_ends_are_no_neighbours(tmp_path: Path) -> None:
+    track = begin(tmp_path / "t", 8, 64)
+    rows = random_rows(np.random.default_rng(0), 64, 8)
+    for step, compared_with in ((16, None), (8, "0000-step16"), (64, "0000-step16"), (32, "0002-step64")):
+        snapshot(track, step, rows, compared_with=compared_with)
+    track = Track.open(track.path)  # 8 and 32 were trained backward, 64 over 32
+    assert {s.step: stage_place(track, s.position) for s in track} == {8: 1, 16: None, 32: 3, 64: None}
 
 
 def test_stages_between_equal_weights_are_null_steps_of_the_stage_that_follows(tmp_path: Path) -> None:

@@ -106,6 +106,14 @@ def test_no_number_of_a_restricted_result_is_that_of_all_features(tiny_track: Tr
             )
 
 
+def test_an_analysis_is_restricted_in_the_run_that_asks_for_it_alone(tiny_track: Track) -> None:
+    track, drift = keep(tiny_track, [0, 1, 2, 3]), Drift(replicates=20)
+    run_analyses(track, {"drift": drift}, only_kept=True)
+    again = run_analyses(track, {"drift": drift})["drift"]
+    assert "not kept" not in set(again.tables["drift"]["status"])
+    assert "kept" not in again.settings
+
+
 def test_every_analysis_that_can_be_restricted_is_walked_through() -> None:
     restrictable = {name for name in discover() if load(name).restrictable}
     assert restrictable == {*MADE, *WITH_OWN_TESTS}

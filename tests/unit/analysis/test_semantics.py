@@ -36,6 +36,9 @@ class PlantedTrack(list):
     def tokenizer(self) -> Words:
         return Words()
 
+    def controls(self, kind: str | None = None) -> list[Track]:
+        return []
+
 
 ROWS, CONTEXT, VOCABULARY = 64, 16, 10
 STEPS = (0, 1, 2, 8)
