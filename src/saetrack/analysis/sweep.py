@@ -85,7 +85,8 @@ def run_analyses(
     track = track.distinct()
     kept = _restrict(track, analyses) if only_kept else None
     for analysis in analyses.values():
-        analysis.kept = kept  # also if it was restricted in another run
+        if analysis.kept is not kept:  # also if it was restricted in another run
+            analysis.kept = kept
     sweeping = {name: a for name, a in analyses.items() if isinstance(a, SweepAnalysis)}
     runs = _Runs(track, kept, len(analyses) + (len(track) if sweeping else 0), progress, finished)
     for name, analysis in analyses.items():
