@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 _OWN = ("schema", "saetrack", "control", "recipe", "model", "tokenizer")
 """Facts in which a control may differ: the LLM is known by its weights, its tokenizer by the corpus."""
 _BUDGETS = ("scheduler.tokens_first", "scheduler.tokens_next")
+_WARM_START = "scheduler.warm_start"
 
 
 def controls_of(track: Track, kind: str) -> list[Track]:
@@ -153,8 +154,8 @@ def _refuse_made_otherwise(track: Track, control: Track) -> None:
     expected = {**dict.fromkeys(control.training_recipe), **track.training_recipe}
     expected |= {name: fact for name, fact in track.facts.items() if name not in _OWN}
     expected |= {name: recipe[name] * factor for name in _BUDGETS if name in recipe}
-    if kind in ("null", "replica"):  # the others have a warm start of their own
-        expected |= {name: recipe[name] for name in ("scheduler.warm_start",) if name in recipe}
+    if kind in ("null", "replica") and _WARM_START in recipe:  # the others have one of their own
+        expected[_WARM_START] = recipe[_WARM_START]
     made = {**control.facts, **control.facts.get("recipe", {})}
     for name, value in expected.items():
         if made.get(name) != value:

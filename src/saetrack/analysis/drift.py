@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,7 +22,7 @@ from .drift_figures import (
     trajectory_figure,
 )
 from .drift_geometry import principal_plane, row_cosines, unit_rows
-from .drift_kept import restrict_controls, restrict_rows
+from .drift_kept import restrict_rows
 from .drift_rows import FROZEN, alive, decoder_rows, encoder_rows, fitted_rotation, flags, frozen
 from .drift_tables import (
     LAST,
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from saetrack.track import Snapshot, Track
-
-    from .drift_controls import Calibration
 
     Floats = NDArray[np.floating]
 
@@ -161,7 +158,7 @@ class Drift(Analysis):
         chosen = asked or self._choose(table, steps, rng)
         counts = table.groupby(["step", "status"]).size().unstack(fill_value=0).reindex(steps, fill_value=0)
         lengths = length_table(paths, rng, self.replicates)
-        calibration = self._calibration(track)
+        calibration = calibrate(track, self.kept)
         scalars = drift_scalars(population, counts) | calibrated_scalars(calibration)
         figures = {
             "adjacent": adjacent_figure(population, steps),
@@ -210,15 +207,6 @@ class Drift(Analysis):
             summary += f" {settings['controls']}"
         result = AnalysisResult(tables, figures, scalars, settings, summary, {name: CAPTIONS[name] for name in figures})
         return _by_place(result, track.steps) if chain else result
-
-    def _calibration(self, track: Track) -> Calibration:
-        """What the controls say, of the features that count."""
-        found = calibrate(track, self.kept)
-        if self.kept is not None:
-            found = restrict_controls(found, track)
-        if len(chain := found.chain):  # at the last both cosines are 1, and which is below is rounding
-            found = replace(found, chain=chain.assign(below_null=chain["below_null"].where(chain["remaining"] > 0)))
-        return found
 
     def _paths(self, track: Track, table: pd.DataFrame) -> pd.DataFrame:
         """Lengths of the track's features' paths and, unless restricted, of those of its null chains."""

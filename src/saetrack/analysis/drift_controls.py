@@ -128,7 +128,8 @@ def _calibrate_stage(
         }
     )
     field = gram.sum(axis=0)  # [A, A]
-    correlations = [float(c[1].features["functional_correlation"].median()) for c in nulls]
+    alike = slice(None) if counts is None else use  # restricted, of the features compared alone
+    correlations = [float(s.features["functional_correlation"][alike].median()) for s in (ends[0], *ends[n_real:])]
     stage = {
         "step": step,
         "arms_real": n_real,
@@ -137,11 +138,14 @@ def _calibrate_stage(
         **_compare_means(drift[:, real].mean(axis=0), drift[:, null].mean(axis=0)),
         **_compare_pairs(field[real, real] / use.sum(), field[null, null] / use.sum()),
         **_separation(field, n_real),
-        "correlation_real": float(track[position].features["functional_correlation"].median()),
-        "correlation_null": float(np.mean(correlations)),
-        "fvu_before_null": float(before.metadata["fvu"]),
-        "fvu_null": float(np.mean([c[1].metadata["fvu"] for c in nulls])),
+        "correlation_real": correlations[0],
+        "correlation_null": float(np.mean(correlations[1:])),
     }
+    if counts is None:  # an FVU is of all features
+        stage |= {
+            "fvu_before_null": float(before.metadata["fvu"]),
+            "fvu_null": float(np.mean([c[1].metadata["fvu"] for c in nulls])),
+        }
     return stage, table
 
 
@@ -258,6 +262,7 @@ def _chain_table(track: Track, chains: list[Track]) -> pd.DataFrame:
         null = np.concatenate([cosines[-1 - remaining] for cosines in made])
         real = own[-1 - remaining]
         low = float(np.quantile(null, 0.05)) if len(null) else np.nan
+        known = remaining and len(real) and len(null)  # at the last both are 1, and which is below is rounding
         rows.append(
             {
                 "step": track.steps[-1 - remaining],
@@ -265,7 +270,7 @@ def _chain_table(track: Track, chains: list[Track]) -> pd.DataFrame:
                 "real": float(real.mean()) if len(real) else np.nan,
                 "null": float(null.mean()) if len(null) else np.nan,
                 "null_low": low,
-                "below_null": float((real < low).mean()) if len(real) and len(null) else np.nan,
+                "below_null": float((real < low).mean()) if known else np.nan,
                 "drift": float(drifts[-1 - remaining]),
             }
         )

@@ -1,20 +1,15 @@
-"""Drift restricted to stretches: what is left of its rows and of its controls when only kept features count."""
+"""Drift restricted to stretches: what is left of its rows when only kept features count."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from .controls import one_step_controls
 from .drift_tables import LAST, NOT_KEPT, PREVIOUS, WALKS
 
 if TYPE_CHECKING:
-    from saetrack.track import Track
-
-    from .drift_controls import Calibration
     from .identity_stretches import Kept
 
 
@@ -37,18 +32,3 @@ def restrict_rows(table: pd.DataFrame, kept: Kept) -> pd.DataFrame:
     table[of_stage] = np.where(at[:, None], table[of_stage], np.nan)
     table[of_rest] = np.where(to_last[:, None], table[of_rest], np.nan)
     return table
-
-
-def restrict_controls(calibration: Calibration, track: Track) -> Calibration:
-    """What the controls say of the features compared alone: their correlations, and no FVU."""
-    stages = calibration.stages
-    if stages.empty:
-        return calibration
-    nulls, correlations = one_step_controls(track, "null"), []
-    for step, part in calibration.features.groupby("step", sort=False):
-        snapshot, features = track.at(int(str(step))), part["feature"]
-        arms = [control[1] for control in nulls[snapshot.position]]
-        real, *null = (float(s.features["functional_correlation"][features].median()) for s in (snapshot, *arms))
-        correlations.append({"correlation_real": real, "correlation_null": float(np.mean(null))})
-    stages = stages.assign(**pd.DataFrame(correlations)).drop(columns=["fvu_before_null", "fvu_null"])
-    return replace(calibration, stages=stages)
