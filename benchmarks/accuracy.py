@@ -10,6 +10,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from measuring import report
@@ -20,7 +21,7 @@ from saetrack.lm.forward import read_activations
 from saetrack.lm.loading import load_llm
 from saetrack.lm.tokens import tokenize_corpus
 from saetrack.metrics import fraction_variance_unexplained
-from saetrack.sae import SAE, Kernels, StandardSAE, TopKSAE, use_kernels
+from saetrack.sae import SAE, Kernels, StandardSAE, TopKSAE, int8, use_kernels
 from saetrack.training.adam import ColumnAdam
 from saetrack.training.module import FeatureState
 
@@ -108,6 +109,7 @@ def compare(name: str, make: Callable[[], SAE], pool: Tensor, held_out: Tensor, 
         "bfloat16": (ours, torch.bfloat16, "pytorch"),
     }
     if name == "topk":
+        variants["8_bits"] = (ours, torch.bfloat16, "pytorch")
         variants["native"] = (ours, torch.bfloat16, "native")
     results: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     for seed in seeds:
@@ -115,7 +117,9 @@ def compare(name: str, make: Callable[[], SAE], pool: Tensor, held_out: Tensor, 
             sae = make()
             sae.precision = precision
             use_kernels(kernels)
-            results[variant].append(train(sae, loss_of, pool, held_out, steps, seed))
+            # the SAE is too small for 8-bit numbers to be chosen by themselves
+            with mock.patch.object(int8, "is_faster", return_value=variant == "8_bits"):
+                results[variant].append(train(sae, loss_of, pool, held_out, steps, seed))
             use_kernels("pytorch")
     reference = results.pop("dense")
     for variant in results:

@@ -104,14 +104,6 @@ void largest_of_row(const int16_t* row, int64_t d, int64_t k, Scratch& scratch) 
   best_first(found, k);
 }
 
-// A float as an integer of the same order; NaN is the largest, so that it is taken and shows.
-int32_t ordered(float value) {
-  if (std::isnan(value)) return INT32_MAX;
-  int32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits < 0 ? bits ^ INT32_MAX : bits;
-}
-
 constexpr int64_t LATENTS = 32;  // of a tile, and packed together
 constexpr int64_t ROWS = 12;     // of a tile: 24 of the 32 registers hold its sums
 constexpr int64_t BLOCK = 8 * ROWS;
@@ -152,12 +144,16 @@ void tile(const int8_t* x, int64_t d, const uint8_t* w, const int32_t* start, co
   }
 }
 
-// row * weights as integers from -127 to 127 with one scale for all, which is returned; `to` goes on with zeros.
+// row * weights as integers from -127 to 127 with one scale for all, which is returned, NaN where a number is not
+// finite; `to` goes on with zeros.
 float quantise(const float* row, const float* weights, int64_t d, int8_t* to, int64_t size) {
-  float largest = 0;
-#pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < d; ++i) largest = std::max(largest, std::fabs(row[i] * weights[i]));
-  const float scale = largest > 0 ? largest / 127 : 1;
+  float largest = 0, zero = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : zero)
+  for (int64_t i = 0; i < d; ++i) {
+    largest = std::max(largest, std::fabs(row[i] * weights[i]));
+    zero += row[i] * 0;
+  }
+  const float scale = (largest > 0 ? largest / 127 : 1) + zero;
   const __m512 inverse = _mm512_set1_ps(1 / scale);
   std::memset(to, 0, size);
   for (int64_t i = 0; i < d; i += 16) {
@@ -222,6 +218,10 @@ void saetrack_candidates(const float* x, const float* w, const float* bias, cons
         scale[j] = quantise(w + j * d, smooth, d, row.data(), size);
       else
         std::fill(row.begin(), row.end(), 0);
+      if (!std::isfinite(scale[j])) {  // counts as the largest of all, so that it is chosen, and shows
+        scale[j] = 0;
+        offset[j] = NAN;
+      }
       // the instruction wants one side unsigned, so 128 is added here and taken off again by `start`
       interleave(row.data(), size, LATENTS, j % LATENTS, 128, packed + j / LATENTS * LATENTS * size);
     }
@@ -253,25 +253,6 @@ void saetrack_candidates(const float* x, const float* w, const float* bias, cons
 }
 
 #endif
-
-// The k largest of each activation's candidates: their columns and values [batch, k] from values [batch, width]. A NaN
-// counts as larger than all, so that it is taken and shows.
-void saetrack_best(const float* values, const int64_t* candidates, int64_t batch, int64_t width, int64_t k,
-                   int64_t* columns, float* best, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<Candidate<int32_t>> found(width);
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < batch; ++n) {
-      for (int64_t i = 0; i < width; ++i) found[i] = {ordered(values[n * width + i]), static_cast<int32_t>(i)};
-      best_first(found, k);
-      for (int64_t i = 0; i < k; ++i) {
-        columns[n * k + i] = candidates[n * width + found[i].column];
-        best[n * k + i] = values[n * width + found[i].column];
-      }
-    }
-  }
-}
 
 // The entries sorted by latent, and by place within one: order [n], and where each latent's part begins, offsets
 // [d_sae + 1].

@@ -5,8 +5,7 @@ On a CPU they are ``native.cpp``, compiled once for this machine into the user's
 On a GPU they are those of `gpu`; the functions here pass on to them what lies there. They import it where they call it,
 for elsewhere there is no Triton.
 
-Where the CPU has VNNI and no AMX, products of 8-bit numbers name candidates for the k largest, and their float32 values
-decide: four times as fast as a product in bfloat16, and nearer to float32's choice (tests/unit/sae/test_native.py).
+Where the CPU has VNNI and no AMX, products of 8-bit numbers name candidates for the k largest (`select`).
 """
 
 import ctypes
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from saetrack.pickles import reason
 
+from .int8 import smoothing
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -35,8 +35,6 @@ _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared"]
 if platform.machine() in ("x86_64", "AMD64"):
     _FLAGS.append("-mprefer-vector-width=512")
-_SPARE = 8
-"""Candidates beyond k that `select` names at least; a quarter of k where that is more."""
 _on_cpu: ctypes.CDLL | None = None
 _on_gpu = False
 
@@ -90,56 +88,43 @@ def row_dots(left: Tensor, right: Tensor, selection: "Selection") -> Tensor:
         from . import gpu
 
         return gpu.row_dots(left, right, selection)
-    return _row_dots(left, right, selection.rows_by_latent, selection.order, selection.latent_offsets)
-
-
-def _row_dots(left: Tensor, right: Tensor, rows: Tensor, order: Tensor, offsets: Tensor) -> Tensor:
-    """The dot products of the entries of each latent, put back where ``order`` says."""
     assert _on_cpu is not None
-    dots = torch.empty(len(rows))
-    sizes = (_c(len(right)), _c(right.shape[1]))
+    dots = torch.empty(len(selection.columns))
     _on_cpu.saetrack_row_dots(
-        *_pointers(left, right, rows, order, offsets), *sizes, *_pointers(dots), torch.get_num_threads()
+        *_pointers(left, right, selection.rows_by_latent, selection.order, selection.latent_offsets),
+        *(_c(n) for n in right.shape),
+        *_pointers(dots),
+        torch.get_num_threads(),
     )
     return dots
 
 
-def select(
-    centred: Tensor, weights: Tensor, bias: Tensor, k: int, workspace: Workspace
-) -> tuple[Tensor, Tensor] | None:
-    """The k latents with the largest pre-activations and those, ``[batch, k]`` each; None where the kernel cannot say.
+def candidates(centred: Tensor, weights: Tensor, bias: Tensor, width: int, workspace: Workspace) -> Tensor | None:
+    """The latents with the largest pre-activations by products of 8-bit numbers, int64 ``[batch, width]``.
 
     Args:
         centred: x - b_dec, ``[batch, d_in]``.
         weights: W_enc^T, ``[d_sae, d_in]``.
         bias: ``[d_sae]``.
-        k: 1 to d_sae.
+        width: How many for each activation, 1 to d_sae.
         workspace: Holds the 8-bit weights.
+
+    Returns:
+        In no particular order; None where there is no such kernel.
     """
     if _on_cpu is None or not in_use(centred, weights, bias) or not _on_cpu.saetrack_has_int8():
         return None
     (batch, d_in), d_sae = centred.shape, len(bias)
-    centred, weights = centred.contiguous(), weights.contiguous()
-    # A direction in which activations are large would take the precision of all others; half of it goes to the weights.
-    smooth = torch.linalg.vector_norm(centred, ord=torch.inf, dim=0).sqrt()  # [d_in]
-    smooth = torch.where((smooth > 0) & smooth.isfinite(), smooth, 1.0)
+    centred, weights, smooth = centred.contiguous(), weights.contiguous(), smoothing(centred)
     packed = workspace.buffer("int8", (-(-d_sae // 32) * 32, -(-d_in // 4) * 4), torch.uint8, centred.device)
-    width = min(d_sae, k + max(_SPARE, k // 4))
-    candidates = torch.empty(batch, width, dtype=torch.int64)
-    threads = torch.get_num_threads()
+    found = torch.empty(batch, width, dtype=torch.int64)
     _on_cpu.saetrack_candidates(
         *_pointers(centred, weights, bias, smooth),
         *(_c(n) for n in (batch, d_sae, d_in, width)),
-        *_pointers(packed, candidates),
-        threads,
+        *_pointers(packed, found),
+        torch.get_num_threads(),
     )
-    order, offsets = sort(candidates.flatten(), d_sae)
-    rows = order // width
-    values = _row_dots(centred, weights, rows, order, offsets).add_(bias[candidates.flatten()])
-    indices, best = torch.empty(batch, k, dtype=torch.int64), torch.empty(batch, k)
-    sizes = (_c(batch), _c(width), _c(k))
-    _on_cpu.saetrack_best(*_pointers(values, candidates), *sizes, *_pointers(indices, best), threads)
-    return indices, best
+    return found
 
 
 def sorts(columns: Tensor) -> bool:

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from . import native
+from . import int8, native
 from .columns import beside
-from .sparse import Selection
+from .sparse import Selection, row_dots
 from .workspace import Workspace
 
 _CHUNK_NUMBERS = 2**25  # 64 MiB of bfloat16: the pre-activations that are held at a time
 _CHUNK_NUMBERS_GPU = 2**26  # 128 MiB, for fewer launches
+_SPARE = 8  # candidates beyond k that 8-bit numbers name at least; a quarter of k where that is more
 _GROUP = 4  # 8 is as fast from 16,384 latents on, slower below
 _SAMPLE = 64  # activations by which `select_positive` decides whether latents are few
 _FEW = 1 / 32  # share of the latents up to which a sparse step is faster
@@ -24,30 +25,47 @@ def select_topk(
 ) -> tuple[Selection, Tensor | None]:
     """The k latents with the largest pre-activations of each activation.
 
-    In bfloat16 a latent may be taken for another whose pre-activation is within three digits of its own. Among those
-    below zero, which no SAE uses, the choice is arbitrary.
+    In lower precision a latent may be taken for another whose pre-activation is within three digits of its own. Among
+    those below zero, which no SAE uses, the choice is arbitrary.
 
     Args:
         centred: x - b_dec, shape ``[batch, d_in]``.
         W_enc: Encoder, shape ``[d_in, d_sae]``.
         b_enc: Shape ``[d_sae]``.
         k: How many, 1 to d_sae.
-        dtype: In which the pre-activations are computed and compared.
+        dtype: In which the pre-activations are computed and compared; bfloat16 also allows 8-bit numbers to name
+            candidates, of which float32 takes the largest.
         workspace: Holds the pre-activations of a chunk.
 
     Returns:
         k latents for each activation, in no particular order, and their pre-activations in float32, ``[batch * k]``,
         where the choice has needed them.
     """
-    if dtype == torch.bfloat16:
-        chosen = native.select(centred, W_enc.T, b_enc, k, workspace)
-        if chosen is not None:
-            indices, values = chosen
-            return Selection.of_equal_counts(indices, len(b_enc)), values.flatten()
+    d_sae = len(b_enc)
+    if dtype == torch.bfloat16 and W_enc.dtype == torch.float32 and W_enc.device.type == "cpu":
+        candidates = _candidates(centred, W_enc, b_enc, k, workspace)
+        if candidates is not None:
+            columns = candidates.flatten()
+            values = row_dots(centred, W_enc.T, Selection.of_equal_counts(candidates, d_sae)).add_(b_enc[columns])
+            best = values.view(candidates.shape).topk(k, dim=1, sorted=False)
+            return Selection.of_equal_counts(candidates.gather(1, best.indices), d_sae), best.values.flatten()
     indices = torch.empty(len(centred), k, dtype=torch.int64, device=centred.device)
     for rows, pre in _preactivations(centred, W_enc, b_enc, dtype, workspace):
         indices[rows] = largest(pre, k)
-    return Selection.of_equal_counts(indices, len(b_enc)), None
+    return Selection.of_equal_counts(indices, d_sae), None
+
+
+def _candidates(centred: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, workspace: Workspace) -> Tensor | None:
+    """The k latents and a few more that are largest by products of 8-bit numbers; None where bfloat16 is as fast."""
+    (batch, d_in), d_sae = centred.shape, len(b_enc)
+    width = min(d_sae, k + max(_SPARE, k // 4))
+    found = native.candidates(centred, W_enc.T, b_enc, width, workspace)
+    if found is None and int8.is_faster(batch, d_in, d_sae, k):
+        found = torch.empty(batch, width, dtype=torch.int64)
+        for rows, pre in int8.preactivations(centred, W_enc.T, b_enc, workspace):
+            found[rows] = largest(pre, width)
+            del pre  # the next is made in its memory
+    return found
 
 
 @torch.no_grad()

@@ -119,42 +119,6 @@ def test_decoder_rows_and_their_gradient_are_put_in_order_as_by_pytorch(kernels:
 
 
 @needs_compiler
-@pytest.mark.parametrize("outlier", [1.0, 100.0], ids=["even directions", "one that is a hundred times the others"])
-@pytest.mark.parametrize("shape", [(500, 64, 1024, 16), (13, 7, 45, 45), (100, 130, 515, 1)], ids=str)
-def test_selection_by_8_bits_is_nearer_to_float32_than_bfloat16_is(
-    shape: tuple[int, int, int, int], outlier: float, kernels: None
-) -> None:
-    batch, d, d_sae, k = shape
-    x, weights, bias = numbers(batch, d), numbers(d_sae, d, seed=1), numbers(d_sae, seed=2)
-    x[:, 3] *= outlier
-    chosen = native.select(x, weights, bias, k, Workspace())
-    if chosen is None:
-        pytest.skip("this CPU has no VNNI, or has AMX")
-    columns, values = chosen
-    pre = x @ weights.T + bias
-    assert all(len(set(row)) == k for row in columns.tolist())
-    torch.testing.assert_close(values, pre.gather(1, columns), rtol=1e-4, atol=1e-4 * outlier)
-    best = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, pre.topk(k, dim=1).indices, True) & (pre > 0)
-
-    def share(taken: Tensor) -> float:
-        return (best.gather(1, taken).sum() / best.sum()).item()
-
-    low = x.bfloat16() @ weights.bfloat16().T + bias.bfloat16()
-    assert share(columns) >= max(0.995, share(low.float().topk(k, dim=1).indices))
-
-
-@needs_compiler
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_bad_activation_shows_in_the_loss(bad: float, kernels: None) -> None:
-    sae, x = TopKSAE(32, 16, k=8), numbers(64, 32)
-    sae.initialise(x, torch.Generator().manual_seed(0))
-    x[3, 2] = bad
-    for precision in (torch.float32, torch.bfloat16):
-        sae.precision = precision
-        assert not torch.isfinite(sae.loss(x).loss)
-
-
-@needs_compiler
 def test_gradients_kept_from_a_step_before_are_left_alone(kernels: None) -> None:
     """Their memory is lent again, but only once nobody holds it."""
     sae, x = TopKSAE(32, 16, k=8), numbers(256, 32)
