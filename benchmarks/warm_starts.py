@@ -74,7 +74,9 @@ FRONTIER |= {
 BUDGETS = {f"{tokens:,} tokens": Arm("transported", 0.1, tokens=tokens) for tokens in (12_500, 50_000)}
 BUDGETS |= {f"tolerance {t}": Arm("transported", 0.1, tokens=50_000, tolerance=t) for t in (0.03, 0.1, 0.01)}
 
-CLIMBING = ("prior", HELD, "transported", "transported + moments", "transported + moments + continuity")
+LONG = 8
+"""A cold SAE of so many times the tokens: a warm start's share of them depends on how far the cold one has come."""
+CLIMBING = ("prior", DEFAULT, HELD, "transported", "transported + moments", "transported + moments + continuity")
 """Arms whose stages are also trained with more and fewer tokens."""
 
 
@@ -90,6 +92,7 @@ class Job:
         arm: A name in `ARMS`, `FRONTIER` or `BUDGETS`; or `COLD`, SAEs from scratch with the first stage's tokens.
         null: Whether every snapshot is also trained once more where it is.
         ladder: Whether stages are also trained with more and fewer tokens.
+        budget: Times the tokens of every stage, and of a cold SAE.
     """
 
     llm: str
@@ -99,6 +102,7 @@ class Job:
     arm: str
     null: bool = False
     ladder: bool = False
+    budget: int = 1
 
 
 def matrix() -> Iterator[Job]:
@@ -123,6 +127,8 @@ def matrix() -> Iterator[Job]:
         yield from (Job(llm, sae, thin, 0, arm) for thin in (1, 8) for arm in ARMS if thin == 8 or arm not in main)
     yield from (Job("4 layers", "TopK", thin, 0, arm) for thin in (2, 4) for arm in ARMS if arm not in main)
     yield from (dense(2, arm) for arm in (DEFAULT, *main))
+    yield dense(0, COLD, budget=LONG)
+    yield from (dense(0, arm, ladder=True, budget=LONG) for arm in ("transported", DEFAULT, "prior"))
 
 
 class Bench:
@@ -144,46 +150,47 @@ class Bench:
         """What is there already."""
         if not self.results.is_file():
             return []
-        return [json.loads(line) for line in self.results.read_text().splitlines()]
+        return [{"budget": 1} | json.loads(line) for line in self.results.read_text().splitlines()]
 
-    def _data(self, llm: str) -> HarvestedData:
-        hookpoint = HOOKPOINTS[llm]
-        return HarvestedData(self.llms[llm], self.cache / llm.replace(" ", "-"), hookpoint, round(1.06 * FIRST))
+    def _data(self, llm: str, budget: int) -> HarvestedData:
+        cache, most_tokens = self.cache / llm.replace(" ", "-"), round(1.06 * budget * FIRST)
+        return HarvestedData(self.llms[llm], cache, HOOKPOINTS[llm], most_tokens)
 
-    def _first(self, llm: str, sae: str, seed: int, step: int) -> Trained:
+    def _first(self, llm: str, sae: str, seed: int, step: int, budget: int) -> Trained:
         """The first stage, or a cold SAE: the same for all arms."""
-        data = self.data(llm)
-        file = self.cache.parent / "cold" / f"{llm.replace(' ', '-')}-{sae}-{seed}-step{step}.safetensors"
-        return cold(data, recipe(sae, seed), data.place(data.at(step)), file)
+        data, of = self.data(llm, budget), "" if budget == 1 else f"-{budget}"
+        file = self.cache.parent / "cold" / f"{llm.replace(' ', '-')}-{sae}-{seed}{of}-step{step}.safetensors"
+        return cold(data, recipe(sae, seed, budget), data.place(data.at(step)), file)
 
     def run(self, job: Job) -> None:
         """Do one job and append its line."""
         began = time.process_time()
-        data = self.data(job.llm)
+        data = self.data(job.llm, job.budget)
         steps = [c.step for c in data.checkpoints if c.step <= LAST][::-1][:: job.thin][::-1]
         if job.arm == COLD:
-            result = {"stages": [self._first(job.llm, job.sae, job.seed, step).measures for step in steps]}
+            result = {"stages": [self._first(job.llm, job.sae, job.seed, step, job.budget).measures for step in steps]}
         else:
-            first = self.first(job.llm, job.sae, job.seed, steps[0])
+            first = self.first(job.llm, job.sae, job.seed, steps[0], job.budget)
             arm = (ARMS | FRONTIER | BUDGETS)[job.arm]
             ladder = self._cold_fvu(job) if job.ladder else None
-            result = run_series(data, recipe(job.sae, job.seed), arm, first, steps, job.null, ladder)
+            result = run_series(data, recipe(job.sae, job.seed, job.budget), arm, first, steps, job.null, ladder)
         facts = {**vars(job), **result, "cpu_s": round(time.process_time() - began), **machine()}
         with self.results.open("a") as lines:
             lines.write(json.dumps(facts) + "\n")
         print(summary(facts), flush=True)
 
     def _cold_fvu(self, job: Job) -> dict[int, float]:
+        wanted = {"llm": job.llm, "sae": job.sae, "seed": job.seed, "arm": COLD, "budget": job.budget}
         for line in self.lines:
-            if (line["llm"], line["sae"], line["seed"], line["arm"]) == (job.llm, job.sae, job.seed, COLD):
+            if wanted.items() <= line.items():
                 return {trained["step"]: trained["fvu"] for trained in line["stages"]}
         raise RuntimeError(f"{self.results} has no line of the cold SAEs that {job} is held against.")
 
 
-def recipe(sae: str, seed: int) -> Recipe:
-    """The settings of all series of one class."""
+def recipe(sae: str, seed: int, budget: int = 1) -> Recipe:
+    """The settings of all series of one class; with a larger budget all but the warm-ups of the learning rate grow."""
     build: partial[SAE] = SAES[sae]
-    return Recipe(build, FIRST, LATER, OPTIMIZER, seed, DEAD_AFTER)
+    return Recipe(build, budget * FIRST, budget * LATER, OPTIMIZER, seed, budget * DEAD_AFTER)
 
 
 def summary(facts: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from typing_extensions import Self
 
 from . import native, ranks
-from .auxk import auxiliary_loss
+from .auxk import DeadLatents, auxiliary_loss, revive
 from .dense import relu_reconstruct
 from .geometric_median import geometric_median
 from .sparse import Latents, Selection, encode_at
@@ -350,9 +350,17 @@ class SAE(nn.Module, ABC):
         power = ranks.average(values.square().sum())
         return moved / torch.where(power > 0, power, 1.0)
 
+    def _dead_latents(self, dead: Tensor | None) -> DeadLatents | None:
+        return (
+            None
+            if dead is None or self.aux_coefficient == 0
+            else DeadLatents.where(dead, self.d_sae, self.aux_k, self.precision)
+        )
+
     def _auxiliary_loss(self, centred: Tensor, x: Tensor, x_hat: Tensor, dead: Tensor | None) -> Tensor:
-        parameters = (self.W_enc, self.encoder_bias, self.W_dec, self.b_dec)
-        return auxiliary_loss(centred, x, x_hat, dead if self.aux_coefficient > 0 else None, parameters, self.aux_k)
+        latents = self._dead_latents(dead)
+        parameters = self.W_enc, self.encoder_bias, self.W_dec, self.b_dec
+        return auxiliary_loss(x, x_hat, revive(centred, parameters, latents), latents)
 
     def _low_precision(self) -> torch.autocast:
         """Inside, dense products run in `precision`, whatever autocast is on outside."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .auxk import DeadLatents, auxiliary_loss
 from .base import INITIAL_ROWS, SAE, LossTerms, firing, squared_error, variance_of
 from .select import select_batch_topk
 from .sparse import Latents, Selection
@@ -47,15 +48,19 @@ class BatchSelectionSAE(SAE):
         self.register_load_state_dict_pre_hook(refuse_negative_thresholds)  # type: ignore[no-untyped-call]
 
     @abstractmethod
-    def latents_and_reconstructions(self, centred: Tensor, selection: Selection) -> tuple[Latents, list[Tensor]]:
+    def latents_and_reconstructions(
+        self, centred: Tensor, selection: Selection, dead: DeadLatents | None
+    ) -> tuple[Latents, list[Tensor], Tensor | None]:
         """Encode and reconstruct a batch in every way that the loss asks for.
 
         Args:
             centred: x - b_dec, without a gradient of its own, ``[batch, d_in]``.
             selection: The latents of the batch that were chosen.
+            dead: Latents to be revived, or None.
 
         Returns:
-            The latents, and reconstructions, each ``[batch, d_in]``; the last is that of all latents.
+            The latents; reconstructions, each ``[batch, d_in]``, the last of them that of all latents; and what the
+            dead ones reconstruct, or None.
         """
 
     def activate(self, pre: Tensor) -> Tensor:
@@ -81,7 +86,8 @@ class BatchSelectionSAE(SAE):
         with self._full_precision():
             centred = (x - self.b_dec).detach()  # [batch, d_in]
             selection = select_batch_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self._workspace)
-            latents, (*narrower, x_hat) = self.latents_and_reconstructions(centred, selection)
+            to_revive = self._dead_latents(dead)
+            latents, (*narrower, x_hat), revived = self.latents_and_reconstructions(centred, selection, to_revive)
             variance = variance_of(x)
             loss = mse = squared_error(x, x_hat) / variance
             terms = {"mse": mse.detach()}
@@ -89,7 +95,7 @@ class BatchSelectionSAE(SAE):
                 prefixes = torch.stack([squared_error(x, part) for part in narrower]).sum() / variance
                 terms["prefix_mse"] = prefixes.detach()
                 loss = loss + prefixes
-            auxk = self._auxiliary_loss(centred, x, x_hat, dead)
+            auxk = auxiliary_loss(x, x_hat, revived, to_revive)
             moved = self._moved(centred, latents, before)
         fired, l0 = firing(latents)
         return LossTerms(

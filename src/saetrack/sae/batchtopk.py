@@ -4,6 +4,7 @@ from typing import final
 
 from torch import Tensor
 
+from .auxk import DeadLatents
 from .batch_selection import BatchSelectionSAE
 from .sparse import Latents, Selection, reconstruct_at
 
@@ -39,8 +40,10 @@ class BatchTopKSAE(BatchSelectionSAE):
     ) -> None:
         super().__init__(d_in, expansion_factor, k, aux_coefficient, aux_k)
 
-    def latents_and_reconstructions(self, centred: Tensor, selection: Selection) -> tuple[Latents, list[Tensor]]:
+    def latents_and_reconstructions(
+        self, centred: Tensor, selection: Selection, dead: DeadLatents | None
+    ) -> tuple[Latents, list[Tensor], Tensor | None]:
         """Reconstruct from all latents, once."""
         parameters = self.W_enc, self.b_enc, self.W_dec, self.b_dec
-        values, x_hat = reconstruct_at(centred, parameters, selection, None, self._workspace)
-        return Latents(selection, values), [x_hat]
+        values, x_hat, revived = reconstruct_at(centred, parameters, selection, None, dead, self._workspace)
+        return Latents(selection, values), [x_hat], revived

@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from .auxk import DeadLatents, revive
 from .batch_selection import BatchSelectionSAE
 from .sparse import Latents, Selection, decode_at, encode_at
 
@@ -49,11 +50,14 @@ class MatryoshkaSAE(BatchSelectionSAE):
         self.prefixes = default_prefixes(self.d_sae) if prefixes is None else list(prefixes)
         _check_prefixes(self.prefixes, self.d_sae)
 
-    def latents_and_reconstructions(self, centred: Tensor, selection: Selection) -> tuple[Latents, list[Tensor]]:
+    def latents_and_reconstructions(
+        self, centred: Tensor, selection: Selection, dead: DeadLatents | None
+    ) -> tuple[Latents, list[Tensor], Tensor | None]:
         """Reconstruct from each prefix."""
         values = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection).relu()  # [k * batch]
         latents = Latents(selection, values)
-        return latents, self.reconstructions(latents)
+        revived = revive(centred, (self.W_enc, self.b_enc, self.W_dec, self.b_dec), dead)
+        return latents, self.reconstructions(latents), revived
 
     def reconstructions(self, latents: Latents) -> list[Tensor]:
         """Reconstruct from each prefix; each adds its own latents to the one before, so none is decoded twice.

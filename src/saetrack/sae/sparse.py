@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from . import native, ranks
+from .auxk import DeadLatents
 from .workspace import Workspace
 
 # Reads two tables row against row without a [nnz, d_in] intermediate. A private op;
@@ -179,24 +180,29 @@ def reconstruct_at(
     parameters: tuple[Tensor, Tensor, Tensor, Tensor],
     selection: Selection,
     pre: Tensor | None,
+    dead: DeadLatents | None,
     workspace: Workspace,
-) -> tuple[Tensor, Tensor]:
-    """ReLU latents at the selection and what they reconstruct, with one backward pass for both.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """ReLU latents at the selection, what they and what dead latents reconstruct, with one backward pass for all.
 
     Args:
         centred: x - b_dec, without a gradient of its own, shape ``[batch, d_in]``.
         parameters: W_enc ``[d_in, d_sae]``, b_enc ``[d_sae]``, W_dec ``[d_sae, d_in]`` and b_dec ``[d_in]``.
         selection: Which latents.
         pre: Their pre-activations where they are known, ``[nnz]``; else None.
+        dead: Latents to be revived, or None.
         workspace: Lends memory to gradients of the native kernels.
 
     Returns:
-        Latents at the selection's entries, ``[nnz]``, and the reconstruction with b_dec, ``[batch, d_in]``.
+        Latents at the selection's entries, ``[nnz]``; the reconstruction with b_dec, ``[batch, d_in]``; and that of the
+        dead latents, without b_dec, or None.
     """
     values: Tensor
     x_hat: Tensor
-    values, x_hat = _ReconstructAt.apply(centred.detach().contiguous(), *parameters, selection, pre, workspace)  # type: ignore[no-untyped-call]
-    return values, x_hat
+    revived: Tensor | None
+    arguments = centred.detach().contiguous(), *parameters, selection, pre, dead, workspace
+    values, x_hat, revived = _ReconstructAt.apply(*arguments)  # type: ignore[no-untyped-call]
+    return values, x_hat, revived
 
 
 def spread(per_latent: Tensor, selection: Selection) -> Tensor:
@@ -279,8 +285,9 @@ class _ReconstructAt(torch.autograd.Function):
         b_dec: Tensor,
         selection: Selection,
         pre: Tensor | None,
+        dead: DeadLatents | None,
         workspace: Workspace,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         if pre is None:
             pre = row_dots(centred, W_enc.T, selection).add_(b_enc[selection.columns])
         values = pre.relu()
@@ -289,13 +296,15 @@ class _ReconstructAt(torch.autograd.Function):
         else:
             x_hat = activation_sums(values, W_dec, selection).add_(b_dec)
         ctx.save_for_backward(centred, W_enc, W_dec, values)
-        ctx.selection, ctx.workspace = selection, workspace
+        ctx.selection, ctx.dead, ctx.workspace = selection, dead, workspace
         ctx.set_materialize_grads(False)
-        return values, x_hat
+        return values, x_hat, None if dead is None else dead.reconstruct(centred, W_enc, b_enc, W_dec)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, into_values: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, into_values: Tensor | None, grad: Tensor | None, into_revived: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         centred, W_enc, W_dec, values = ctx.saved_tensors
         selection: Selection = ctx.selection
         grad = torch.zeros_like(centred) if grad is None else grad.contiguous()
@@ -309,15 +318,18 @@ class _ReconstructAt(torch.autograd.Function):
             if into_values is not None:
                 into_pre.add_(into_values)
             into_pre.mul_(values > 0)
+            inputs = centred
             if ranks.factors_in_use():
                 values, (selection, into_pre) = _everywhere(selection, values)[1], _everywhere(selection, into_pre)
-                centred, grad = ranks.gather_once(centred), ranks.gather(grad)
+                inputs, grad = ranks.gather_once(centred), ranks.gather(grad)
             into_W_dec = latent_sums(values, grad, selection)
             # [d_sae, d_in] in memory, so its transpose has the layout of W_enc and becomes `.grad` without a copy
-            into_W_enc = latent_sums(into_pre, centred, selection)
+            into_W_enc = latent_sums(into_pre, inputs, selection)
             into_b_enc = latent_sums(into_pre, None, selection)
+        if into_revived is not None:
+            ctx.dead.add_gradients_(centred, into_revived, into_W_enc, into_b_enc, into_W_dec)
         into_b_dec.addmv_(W_enc, into_b_enc, alpha=-1)
-        return None, into_W_enc.T, into_b_enc, into_W_dec, into_b_dec, None, None, None
+        return None, into_W_enc.T, into_b_enc, into_W_dec, into_b_dec, None, None, None, None
 
 
 def row_dots(left: Tensor, right: Tensor, selection: Selection) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from .auxk import auxiliary_loss
 from .base import SAE, LossTerms, firing, squared_error, variance_of
 from .select import select_topk
 from .sparse import Latents, encode_at, reconstruct_at
@@ -54,10 +55,11 @@ class TopKSAE(SAE):
             centred = (x - self.b_dec).detach()  # [batch, d_in]
             selection, pre = select_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self._workspace)
             parameters = self.W_enc, self.b_enc, self.W_dec, self.b_dec
-            values, x_hat = reconstruct_at(centred, parameters, selection, pre, self._workspace)
+            to_revive = self._dead_latents(dead)
+            values, x_hat, revived = reconstruct_at(centred, parameters, selection, pre, to_revive, self._workspace)
             latents = Latents(selection, values)  # [batch * k]
             nmse = squared_error(x, x_hat) / variance_of(x)
-            auxk = self._auxiliary_loss(centred, x, x_hat, dead)
+            auxk = auxiliary_loss(x, x_hat, revived, to_revive)
             moved = self._moved(centred, latents, before)
         fired, l0 = firing(latents)
         return LossTerms(

@@ -20,6 +20,7 @@ from saetrack.sae import (
     TopKSAE,
     use_kernels,
 )
+from saetrack.sae.auxk import DeadLatents
 from saetrack.sae.precision import has_bfloat16
 
 D_IN, BATCH = 32, 256
@@ -87,6 +88,24 @@ def test_a_topk_step_is_that_of_dense_autograd(n_dead: int, chunk: int, monkeypa
     for name, gradient in gradients(sae, got.loss).items():
         torch.testing.assert_close(gradient, expected.pop(name), rtol=1e-5, atol=1e-5)
     assert not expected
+
+
+@pytest.mark.parametrize(("n_dead", "least", "most"), [(5, 1e-4, 0.01), (100, 1e-4, 0.1)], ids=["all", "some chosen"])
+def test_dead_latents_in_bfloat16_get_nearly_the_gradients_of_float32(n_dead: int, least: float, most: float) -> None:
+    sae, centred, grad = started(CLASSES["topk"]), activations(7), activations(8) / BATCH
+    latents = torch.arange(n_dead) * 2
+
+    def reconstruct(dtype: torch.dtype) -> list[Tensor]:
+        dead = DeadLatents(latents, 12, dtype)
+        into = torch.zeros(sae.d_sae, D_IN), torch.zeros(sae.d_sae), torch.zeros(sae.d_sae, D_IN)
+        with torch.no_grad():
+            reconstruction = dead.reconstruct(centred, sae.W_enc, sae.b_enc, sae.W_dec)
+            dead.add_gradients_(centred, grad, *into)
+        return [reconstruction, *into]
+
+    for low, full in zip(reconstruct(torch.bfloat16), reconstruct(torch.float32), strict=True):
+        assert low.dtype == torch.float32
+        assert least < ((low - full).norm() / full.norm()).item() < most
 
 
 @pytest.mark.filterwarnings("ignore")  # SAELens's imports warn of deprecations of their own
