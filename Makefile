@@ -25,7 +25,7 @@ help:
 	@echo "make docs        the documentation as a site, in build/site"
 	@echo "make bench       measure beside SAELens, sparsify and dictionary_learning (an hour, 2 CPU cores)"
 	@echo "make bench-gpu   the same on a GPU, and a series of pythia-410m's shape (ten minutes of an H100)"
-	@echo "make bench-warm-starts  every way to begin a stage, for docs/warm-starts.md (an hour of one core)"
+	@echo "make bench-warm-starts  every way to begin a stage, for docs/warm-starts.md (two hours of one core)"
 	@echo "make bench-analyses  time and memory of the analyses, by LLM checkpoints and by features (ten minutes)"
 	@echo "make controls    all controls of the quickstart, and its analyses beside them (an hour, 2 CPU cores)"
 	@echo "make validation  plant features, and see whether the instruments find them (an hour)"
@@ -121,12 +121,14 @@ bench-gpu: .venv-bench/.peers
 test-peers: .venv-bench/.peers
 	.venv-bench/bin/pytest -q -m peers tests/peers
 
-# the quickstart's LLM, and one of 6 layers; about an hour of one core
+# the quickstart's LLM, one of 6 layers, and the first trained on; about two hours of one core
 bench-warm-starts: .venv/.package
 	$(BIN)/saetrack pretrain runs/warm-starts/llm4 --steps 320
 	$(BIN)/saetrack pretrain runs/warm-starts/llm6 --steps 320 --n_layers 6 --d_model 96 --batch_size 16 --seed 1
 	$(BIN)/python benchmarks/warm_starts.py runs/warm-starts/llm4 runs/warm-starts/llm6 runs/warm-starts
 	$(BIN)/python benchmarks/warm_start_page.py runs/warm-starts/results.jsonl docs
+	$(BIN)/saetrack pretrain runs/warm-starts/llm4-late --steps 1280 --every 16
+	$(BIN)/python benchmarks/warm_start_gaps.py runs/warm-starts/llm4-late runs/warm-starts
 
 # how fast a report opens and answers in Chromium: the quickstart's, and one of 30 checkpoints x 4,096 features
 runs/report-bench/track: | .venv/.dev

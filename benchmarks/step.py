@@ -17,6 +17,8 @@ from peers import Step, dictionary_learning, sae_lens, sparsify
 from saetrack.sae import StandardSAE, TopKSAE, use_kernels
 
 D_IN, BATCH, K = 512, 4096, 32
+DEAD = (2, 10)
+"""Per cent of the latents that AuxK revives, in two steps of ours."""
 TUNED = "MALLOC_TRIM_THRESHOLD_" in os.environ
 """With both sides under an allocator that keeps freed memory, the bars are lower: the peers gain more from it."""
 
@@ -56,7 +58,7 @@ def topk(d_sae: int, rounds: int, only_sparsify: bool = TUNED) -> None:
             "dictionary_learning": dictionary_learning(D_IN, d_sae, K),
         }
     if d_sae == 16384 and not only_sparsify:
-        steps["2_percent_dead"] = ours(dead_share=0.02)
+        steps |= {f"{percent}_percent_dead": ours(dead_share=percent / 100) for percent in DEAD}
     times = interleaved({name: on(step, batches) for name, step in steps.items()}, rounds)
 
     def tell(
@@ -80,7 +82,8 @@ def topk(d_sae: int, rounds: int, only_sparsify: bool = TUNED) -> None:
     tell("topk_over_floor", "ours", "floor", 2.8 if at_16384 else None, at_most=True)
     tell("topk_native_over_floor", "native", "floor", 1.8 if at_16384 else None, at_most=True)
     if at_16384:
-        tell("topk_with_2_percent_dead", "2_percent_dead", "ours", None)
+        for percent in DEAD:
+            tell(f"topk_with_{percent}_percent_dead", f"{percent}_percent_dead", "ours", None)
 
 
 def relu(d_sae: int, rounds: int) -> None:

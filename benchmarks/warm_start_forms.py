@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saetrack.sae import SAE
-from saetrack.sae.sparse import Latents, encode_at
+from saetrack.sae.sparse import Latents, Selection, encode_at
 
 if TYPE_CHECKING:
     from warm_start_series import Trained
@@ -75,7 +75,34 @@ def between(sae: SAE, before: "Trained") -> Moved:
     return _weighted(sae, weight, weight)
 
 
-FORMS: dict[str, Form] = {f.__name__: f for f in (package, latents, alive, not_new, equal, between)}
+def half(sae: SAE, before: "Trained") -> Moved:
+    """The package's own, on half of each batch."""
+    return _on_a_part(sae, 2)
+
+
+def quarter(sae: SAE, before: "Trained") -> Moved:
+    """The package's own, on a quarter of each batch."""
+    return _on_a_part(sae, 4)
+
+
+FORMS: dict[str, Form] = {f.__name__: f for f in (package, latents, alive, not_new, equal, between, half, quarter)}
+
+
+def _on_a_part(sae: SAE, parts: int) -> Moved:
+    def first(of: Latents, batch: int) -> Latents:
+        selection, values = of
+        end = int(selection.offsets[batch])
+        return Latents(
+            Selection(selection.columns[:end], selection.offsets[: batch + 1], selection.d_sae), values[:end]
+        )
+
+    def moved(centred: Tensor, latents: Latents, before: Latents | None) -> Tensor | None:
+        if before is None:
+            return None
+        batch = len(centred) // parts
+        return SAE._moved(sae, centred[:batch], first(latents, batch), first(before, batch))
+
+    return moved
 
 
 def _power(before: "Trained") -> Tensor:

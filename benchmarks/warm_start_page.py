@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from warm_starts import ARMS, BUDGETS, CLIMBING, COLD, DEFAULT, FIRST, FRONTIER, HELD
+from warm_starts import ARMS, BUDGETS, CLIMBING, COLD, DEFAULT, FIRST, FRONTIER, HELD, LONG, WEAKER
 
 from saetrack.analysis import figures
 
@@ -31,13 +31,20 @@ class Lines:
     """
 
     def __init__(self, file: Path) -> None:
-        self.all: list[Line] = [json.loads(line) for line in file.read_text().splitlines()]
+        self.all: list[Line] = [{"budget": 1} | json.loads(line) for line in file.read_text().splitlines()]
 
     def of(
-        self, arm: str, llm: str = "4 layers", sae: str = "TopK", thin: int = 1, *, ladder: bool = False
+        self,
+        arm: str,
+        llm: str = "4 layers",
+        sae: str = "TopK",
+        thin: int = 1,
+        *,
+        ladder: bool = False,
+        budget: int = 1,
     ) -> list[Line]:
         """One line for each seed."""
-        wanted = {"llm": llm, "sae": sae, "thin": thin, "arm": arm}
+        wanted = {"llm": llm, "sae": sae, "thin": thin, "arm": arm, "budget": budget}
         found = [line for line in self.all if wanted.items() <= line.items()]
         lines = {line["seed"]: line for line in found if not ladder or "rungs" in line}
         return [lines[seed] for seed in sorted(lines)]
@@ -112,18 +119,31 @@ def by_stage(lines: Lines) -> str:
     return markdown(rows)
 
 
-def ladder(lines: Lines, thin: int) -> str:
+def ladder(lines: Lines, thin: int, budget: int = 1) -> str:
     """FVU of a warm SAE over that of a cold one, by LLM step, for shares of the cold one's tokens."""
     rows = []
     for arm in CLIMBING:
-        for run in lines.of(arm, thin=thin, ladder=True):
+        for run in lines.of(arm, thin=thin, ladder=True, budget=budget):
             for rung in run["rungs"]:
-                row = {"start": arm, "seed": str(run["seed"]), "LLM step": str(rung["step"])}
+                row = {"start": NAMES.get(arm, arm), "seed": str(run["seed"]), "LLM step": str(rung["step"])}
                 row |= {"cold FVU": f"{rung['cold']:.4f}"}
                 for share in ("0.1", "0.25", "0.5", "1.0"):
                     fvu = rung["fvu"].get(share)
                     row[f"{float(share):.0%} of its tokens"] = "" if fvu is None else f"{fvu / rung['cold']:.2f}"
                 rows.append(row)
+    return markdown(rows) if rows else "Not measured."
+
+
+def long_stages(lines: Lines) -> str:
+    """The dense grid with `LONG` times the tokens, stage by stage, and what is kept from first to last."""
+    rows = []
+    for arm in (COLD, "prior", "transported", *WEAKER, DEFAULT, *(arm for arm in FRONTIER if "relative" in arm)):
+        for run in lines.of(arm, budget=LONG):
+            row = {"start": NAMES.get(arm, arm).replace("package,", "transported + continuity")}
+            row |= {str(trained["step"]): f"{trained['fvu']:.4f}" for trained in run["stages"][1:]}
+            kept = run.get("first_to_last")
+            row["first to last > 0.5"] = f"{kept['above_half']:.1%}" if kept else ""
+            rows.append(row)
     return markdown(rows) if rows else "Not measured."
 
 
@@ -229,6 +249,8 @@ def main() -> None:
         "by stage": by_stage(lines),
         "ladder 1": ladder(lines, 1),
         "ladder 8": ladder(lines, 8),
+        "long": long_stages(lines),
+        "ladder long": ladder(lines, 1, LONG),
         "frontier": frontier(lines),
         "budgets": budgets(lines),
     }

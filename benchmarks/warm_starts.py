@@ -62,6 +62,8 @@ TRIED = {
     "alive": (0.1, 0.3),
     "latents": (0.1, 0.3),
     "not_new": (0.3,),
+    "half": (0.05,),
+    "quarter": (0.05, 0.1),
 }
 FRONTIER = {
     f"{form}, {w}": Arm("transported", w, moved=FORMS[form]) for form, weights in TRIED.items() for w in weights
@@ -70,8 +72,10 @@ FRONTIER |= {
     "package, 0.3, fading to 0": Arm("transported", 0.3, fade=lambda share: 1 - share),
     "package, 0.3, half of the stage": Arm("transported", 0.3, fade=lambda share: float(share < 0.5)),
 }
+FRONTIER |= {f"relative, {w}": Arm("transported", w, relative=True) for w in (0.5, 1.0, 2.0)}
 
 BUDGETS = {f"{tokens:,} tokens": Arm("transported", 0.1, tokens=tokens) for tokens in (12_500, 50_000)}
+WEAKER = {f"package, {w}": Arm("transported", w) for w in (0.01, 0.02)}
 BUDGETS |= {f"tolerance {t}": Arm("transported", 0.1, tokens=50_000, tolerance=t) for t in (0.03, 0.1, 0.01)}
 
 LONG = 8
@@ -89,7 +93,8 @@ class Job:
         sae: A name in `SAES`.
         thin: Every how many LLM checkpoints one is visited, counted from the last.
         seed: Of fresh SAEs and of the order of the batches.
-        arm: A name in `ARMS`, `FRONTIER` or `BUDGETS`; or `COLD`, SAEs from scratch with the first stage's tokens.
+        arm: A name in `ARMS`, `FRONTIER`, `WEAKER` or `BUDGETS`; or `COLD`, SAEs from scratch with the tokens of the
+            first stage.
         null: Whether every snapshot is also trained once more where it is.
         ladder: Whether stages are also trained with more and fewer tokens.
         budget: Times the tokens of every stage, and of a cold SAE.
@@ -128,7 +133,9 @@ def matrix() -> Iterator[Job]:
     yield from (Job("4 layers", "TopK", thin, 0, arm) for thin in (2, 4) for arm in ARMS if arm not in main)
     yield from (dense(2, arm) for arm in (DEFAULT, *main))
     yield dense(0, COLD, budget=LONG)
-    yield from (dense(0, arm, ladder=True, budget=LONG) for arm in ("transported", DEFAULT, "prior"))
+    yield from (dense(0, arm, ladder=True, budget=LONG) for arm in ("transported", DEFAULT))
+    relative = (arm for arm in FRONTIER if arm.startswith("relative"))
+    yield from (dense(0, arm, budget=LONG) for arm in ("prior", *WEAKER, *relative))
 
 
 class Bench:
@@ -171,7 +178,7 @@ class Bench:
             result = {"stages": [self._first(job.llm, job.sae, job.seed, step, job.budget).measures for step in steps]}
         else:
             first = self.first(job.llm, job.sae, job.seed, steps[0], job.budget)
-            arm = (ARMS | FRONTIER | BUDGETS)[job.arm]
+            arm = (ARMS | FRONTIER | WEAKER | BUDGETS)[job.arm]
             ladder = self._cold_fvu(job) if job.ladder else None
             result = run_series(data, recipe(job.sae, job.seed, job.budget), arm, first, steps, job.null, ladder)
         facts = {**vars(job), **result, "cpu_s": round(time.process_time() - began), **machine()}

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from . import ranks
 
 _CHUNK_NUMBERS = 2**23  # 32 MiB of float32: the dead latents' dense pre-activations that are held at a time
+_FEW_NUMBERS = 2**17  # weights of the dead latents up to which products in float32 take next to nothing of a step
 Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 """W_enc ``[d_in, d_sae]``, b_enc ``[d_sae]``, W_dec ``[d_sae, d_in]`` and b_dec ``[d_in]``."""
 
@@ -36,27 +37,32 @@ class DeadLatents:
         self.weight = min(1.0, len(latents) / aux_k)
         """EleutherAI sparsify's factor, without which the last few dead latents are thrown about."""
         self._n = min(aux_k, len(latents))
-        self._chosen: list[tuple[Tensor, Tensor | None]] = []  # as `_choose` gives them, for each chunk
+        self._chosen: list[tuple[Tensor, Tensor | None]]  # as `_choose` gives them, for each chunk
 
     @classmethod
-    def where(cls, dead: Tensor, d_sae: int, aux_k: int, dtype: torch.dtype) -> "DeadLatents | None":
-        """Those of a mask; None without any.
+    def where(cls, dead: Tensor, W_dec: Tensor, aux_k: int, dtype: torch.dtype) -> "DeadLatents | None":
+        """Those of a mask; None without any. Where they are few, their products are in float32.
 
         Raises:
-            ValueError: If ``dead`` does not have one entry for each latent.
+            ValueError: If ``dead`` does not have one entry for each row of ``W_dec`` ``[d_sae, d_in]``.
         """
+        d_sae, d_in = W_dec.shape
         if dead.shape != (d_sae,):
             raise ValueError(f"dead has shape {tuple(dead.shape)}; expected one entry for each of {d_sae} latents.")
         latents = dead.nonzero().squeeze(1)
-        return cls(latents, aux_k, dtype) if len(latents) else None
+        if len(latents) == 0:
+            return None
+        low = dtype != torch.float32 and len(latents) * d_in > _FEW_NUMBERS
+        return cls(latents, aux_k, dtype if low else W_dec.dtype)
 
     def reconstruct(self, centred: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> Tensor:
-        """What they give for activations ``[batch, d_in]``, float32, without a gradient."""
-        self._encoder, self._decoder = (table[self.latents].to(self.dtype) for table in (W_enc.T, W_dec))
+        """What they give for x - b_dec, ``[batch, d_in]`` as that is, without a gradient."""
+        encoder, self._decoder = (table[self.latents].to(self.dtype) for table in (W_enc.T, W_dec))
         bias = b_enc[self.latents].to(self.dtype)
         reconstruction = torch.empty_like(centred)
+        self._chosen = []
         for rows in self._chunks(len(centred)):
-            chosen = self._choose(torch.addmm(bias, centred[rows].to(self.dtype), self._encoder.T))
+            chosen = self._choose(torch.addmm(bias, centred[rows].to(self.dtype), encoder.T))
             self._chosen.append(chosen)
             reconstruction[rows] = self._dense(*chosen) @ self._decoder
         return reconstruction
@@ -69,9 +75,9 @@ class DeadLatents:
         Args:
             centred: As it was given.
             grad: Gradient of the reconstruction, ``[batch, d_in]``.
-            into_W_enc: Float32, as are the others.
+            into_W_enc: No row of it but those of dead latents is touched, nor of the others.
             into_b_enc: That of b_dec is ``-W_enc @ into_b_enc``.
-            into_W_dec: No row of it but those of dead latents is touched.
+            into_W_dec: That of the decoder.
         """
         d_in = centred.shape[1]
         into = grad.new_zeros(len(self.latents), 2 * d_in + 1)  # of a latent's weights, row and bias

@@ -351,11 +351,9 @@ class SAE(nn.Module, ABC):
         return moved / torch.where(power > 0, power, 1.0)
 
     def _dead_latents(self, dead: Tensor | None) -> DeadLatents | None:
-        return (
-            None
-            if dead is None or self.aux_coefficient == 0
-            else DeadLatents.where(dead, self.d_sae, self.aux_k, self.precision)
-        )
+        if dead is None or self.aux_coefficient == 0:
+            return None
+        return DeadLatents.where(dead, self.W_dec, self.aux_k, self.precision)
 
     def _auxiliary_loss(self, centred: Tensor, x: Tensor, x_hat: Tensor, dead: Tensor | None) -> Tensor:
         latents = self._dead_latents(dead)

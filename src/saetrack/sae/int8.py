@@ -39,10 +39,10 @@ def has_product() -> bool:
 def preactivations(
     centred: Tensor, weights: Tensor, bias: Tensor, workspace: Workspace
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pre-activations of a few activations at a time, each row divided by a scale of its own or none.
+    """Pre-activations of a few activations at a time.
 
-    Both factors are rounded to 255 levels, every latent's weights by their largest number. So are the activations, in
-    chunks of those that are of similar size, for the product knows one scale for all it is given.
+    Both factors are rounded to 255 levels: the weights of each latent by their largest number, the activations by that
+    of a chunk of those of similar size, for the product knows one scale for all that it is given.
 
     Args:
         centred: x - b_dec, float32, ``[batch, d_in]``.
@@ -77,7 +77,7 @@ def smoothing(centred: Tensor) -> Tensor:
 
 
 def similar(sizes: list[float], most: int) -> Iterator[slice]:
-    """Parts of an ascending list, of at most ``most`` numbers, none of them twice as large as the part's first.
+    """Parts of an ascending list, of at most ``most`` numbers, none of them more than twice the part's first.
 
     Example:
         >>> list(similar([0.0, 0.0, 1.0, 1.5, 2.5, 2.6], most=10))

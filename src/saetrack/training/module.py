@@ -131,8 +131,8 @@ class SAEModule(LightningModule):
             auxiliary loss tries to revive it.
         log_every_tokens: Tokens between two points of the training curves.
         precision: Dtype of the large matrix products of a step. Where latents are few (TopK) they only choose which
-            ones, and values and gradients are float32, but those by which AuxK revives dead latents; where they are
-            dense (StandardSAE, SAETrackSAE) latents and gradients pass through it. ``auto`` is bfloat16 where the
+            ones, and values and gradients are float32, but those by which AuxK revives many dead latents; where they
+            are dense (StandardSAE, SAETrackSAE) latents and gradients pass through it. ``auto`` is bfloat16 where the
             hardware has it, else float32.
         kernels: ``pytorch``, or ``native``: the inner loops of sparse steps in C++ on a CPU, in Triton on a GPU,
             compiled on first use.
