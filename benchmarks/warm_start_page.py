@@ -46,6 +46,7 @@ class Lines:
         """One line for each seed."""
         wanted = {"llm": llm, "sae": sae, "thin": thin, "arm": arm, "budget": budget}
         found = [line for line in self.all if wanted.items() <= line.items()]
+        found.sort(key=lambda line: "rungs" not in line)  # a ladder has no null steps: its line only where no other is
         lines = {line["seed"]: line for line in found if not ladder or "rungs" in line}
         return [lines[seed] for seed in sorted(lines)]
 
@@ -215,9 +216,10 @@ def draw_frontier(lines: Lines, path: Path) -> None:
     """Every form of continuity as a point, FVU against the share of features that are kept."""
     figure, axes = figures.small_multiples(2, title="FVU against identity, every LLM checkpoint, seed 0")
     prior = lines.of("prior")[0]
-    forms = list(dict.fromkeys(arm.split(",")[0] for arm in FRONTIER if lines.of(arm)))
+    shown = [arm for arm in FRONTIER if lines.of(arm) and arm.split(",")[0] not in ("half", "quarter")]
+    forms = list(dict.fromkeys(arm.split(",")[0] for arm in shown))
     for ax, what in zip(axes, ("stage", "track"), strict=True):
-        for arm in ("prior", "transported", HELD, *FRONTIER):
+        for arm in ("prior", "transported", HELD, *shown):
             for run in lines.of(arm)[:1]:
                 ratio = np.array(values(run, "fvu")) / np.array(values(prior, "fvu"))
                 x = float(np.exp(np.log(ratio).mean()))

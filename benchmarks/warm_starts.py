@@ -195,7 +195,7 @@ class Bench:
 
 
 def recipe(sae: str, seed: int, budget: int = 1) -> Recipe:
-    """The settings of all series of one class; with a larger budget all but the warm-ups of the learning rate grow."""
+    """The settings of all series of one class; a larger budget leaves the warm-ups of the learning rate as they are."""
     build: partial[SAE] = SAES[sae]
     return Recipe(build, budget * FIRST, budget * LATER, OPTIMIZER, seed, budget * DEAD_AFTER)
 

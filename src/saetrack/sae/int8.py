@@ -59,7 +59,7 @@ def preactivations(
     scales, bias = torch.where(scales.isfinite(), scales, 0.0), torch.where(scales.isfinite(), bias, torch.nan)
     inputs = centred / smooth
     sizes, order = _sizes(inputs).sort()
-    inputs = inputs[order]
+    inputs = inputs.index_select(0, order)
     for rows in similar(sizes.tolist(), max(1, _CHUNK_NUMBERS // len(scales))):
         scale = sizes[rows.stop - 1].item() / _LARGEST or 1.0
         levels = (inputs[rows] / scale).round_()

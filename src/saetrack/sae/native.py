@@ -182,9 +182,7 @@ def backward(
 
         return gpu.backward(centred, grad, W_dec, values, into_values, selection)
     assert _on_cpu is not None
-    into_W_enc, into_W_dec = (
-        workspace.lend(name, tuple(W_dec.shape), W_dec.dtype, W_dec.device) for name in ("into_W_enc", "into_W_dec")
-    )
+    into_W_enc, into_W_dec = (workspace.lend_like(name, W_dec) for name in ("into_W_enc", "into_W_dec"))
     into_b_enc = torch.empty(len(W_dec))
     own = [ctypes.c_void_p()] if into_values is None else _pointers(into_values.contiguous())
     _on_cpu.saetrack_backward(

@@ -46,7 +46,9 @@ def select_topk(
         candidates = _candidates(centred, W_enc, b_enc, k, workspace)
         if candidates is not None:
             columns = candidates.flatten()
-            values = row_dots(centred, W_enc.T, Selection.of_equal_counts(candidates, d_sae)).add_(b_enc[columns])
+            values = row_dots(centred, W_enc.T, Selection.of_equal_counts(candidates, d_sae)).add_(
+                b_enc.index_select(0, columns)
+            )
             best = values.view(candidates.shape).topk(k, dim=1, sorted=False)
             return Selection.of_equal_counts(candidates.gather(1, best.indices), d_sae), best.values.flatten()
     indices = torch.empty(len(centred), k, dtype=torch.int64, device=centred.device)

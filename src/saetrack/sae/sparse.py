@@ -21,6 +21,7 @@ from .workspace import Workspace
 # `_row_dots` is the same in public ones, for a PyTorch that no longer has it.
 _ROW_DOTS = getattr(torch.ops.aten, "_embedding_bag_per_sample_weights_backward", None)
 _FALLBACK_NUMBERS = 2**21  # 8 MiB of float32: the products that the fallback holds at a time
+_PART_NUMBERS = 2**20  # 4 MiB of float32
 
 
 class Selection:
@@ -94,12 +95,13 @@ class Selection:
     @cached_property
     def rows_by_latent(self) -> Tensor:
         """The activations that use each latent, one latent after another, int64 ``[nnz]``."""
-        return self.rows[self.order]
+        return self.rows.index_select(0, self.order)
 
-    @property
+    @cached_property
     def columns_by_latent(self) -> Tensor:
         """The latents in the same order, so ascending, int64 ``[nnz]``."""
-        return self.columns[self.order]
+        latents = torch.arange(self.d_sae, device=self.columns.device)
+        return latents.repeat_interleave(self.latent_offsets.diff(), output_size=len(self.columns))
 
     @cached_property
     def _sorted(self) -> tuple[Tensor, Tensor]:
@@ -230,7 +232,7 @@ class _EncodeAt(torch.autograd.Function):
     def forward(ctx: Any, centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, selection: Selection) -> Tensor:
         ctx.save_for_backward(centred, W_enc)
         ctx.selection = selection
-        return row_dots(centred, W_enc.T, selection).add_(b_enc[selection.columns])
+        return row_dots(centred, W_enc.T, selection).add_(b_enc.index_select(0, selection.columns))
 
     @staticmethod
     @once_differentiable
@@ -289,7 +291,7 @@ class _ReconstructAt(torch.autograd.Function):
         workspace: Workspace,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if pre is None:
-            pre = row_dots(centred, W_enc.T, selection).add_(b_enc[selection.columns])
+            pre = row_dots(centred, W_enc.T, selection).add_(b_enc.index_select(0, selection.columns))
         values = pre.relu()
         if native.in_use(values, W_dec):
             x_hat = native.decode(values, W_dec, b_dec, selection.columns, selection.offsets)
@@ -322,9 +324,12 @@ class _ReconstructAt(torch.autograd.Function):
             if ranks.factors_in_use():
                 values, (selection, into_pre) = _everywhere(selection, values)[1], _everywhere(selection, into_pre)
                 inputs, grad = ranks.gather_once(centred), ranks.gather(grad)
-            into_W_dec = latent_sums(values, grad, selection)
+            lent = [
+                None if grad.is_cuda else ctx.workspace.lend_like(name, W_dec) for name in ("into_W_dec", "into_W_enc")
+            ]
+            into_W_dec = latent_sums(values, grad, selection, lent[0])
             # [d_sae, d_in] in memory, so its transpose has the layout of W_enc and becomes `.grad` without a copy
-            into_W_enc = latent_sums(into_pre, inputs, selection)
+            into_W_enc = latent_sums(into_pre, inputs, selection, lent[1])
             into_b_enc = latent_sums(into_pre, None, selection)
         if into_revived is not None:
             ctx.dead.add_gradients_(centred, into_revived, into_W_enc, into_b_enc, into_W_dec)
@@ -360,23 +365,17 @@ def _row_dots(left: Tensor, rows: Tensor, right: Tensor, columns: Tensor) -> Ten
 
 def activation_sums(values: Tensor, table: Tensor, selection: Selection) -> Tensor:
     """For each activation, the sum of its latents' rows: ``sum_j value_j * table[column_j]``, ``[batch, d]``."""
-    return functional.embedding_bag(
-        selection.columns,
-        table.detach().contiguous(),
-        selection.offsets,
-        mode="sum",
-        per_sample_weights=values.detach(),
-        include_last_offset=True,
-    )
+    return _bag(table.detach().contiguous(), selection.columns, selection.offsets, values.detach())
 
 
-def latent_sums(values: Tensor, table: Tensor | None, selection: Selection) -> Tensor:
+def latent_sums(values: Tensor, table: Tensor | None, selection: Selection, out: Tensor | None = None) -> Tensor:
     """For each latent, the sum over the activations that use it.
 
     Args:
         values: Weights of the entries, ``[nnz]``.
         table: One row for each activation, ``[batch, d]``; None sums the values alone.
         selection: Which entries.
+        out: Memory for the sums over a table; None for new memory.
 
     Returns:
         ``sum_n value_n * table[n]``, ``[d_sae, d]``, or ``sum_n value_n``, ``[d_sae]``.
@@ -385,13 +384,22 @@ def latent_sums(values: Tensor, table: Tensor | None, selection: Selection) -> T
     offsets = selection.latent_offsets
     if table is None:
         # index_add would sum in an order of its own on a GPU
-        sums = functional.embedding_bag(selection.order, values[:, None], offsets, mode="sum", include_last_offset=True)
-        return sums.squeeze(1)
+        return _bag(values[:, None], selection.order, offsets, None).squeeze(1)
+    table, rows, weights = table.detach(), selection.rows_by_latent, values.index_select(0, selection.order)
+    if out is None:
+        return _bag(table, rows, offsets, weights)
+    # No operator writes there, but parts are copied there from the cache. New memory of this size is zeroed page by
+    # page in every step, which takes twice as long as the sums and the copies.
+    latents = max(1, _PART_NUMBERS // table.shape[1])
+    bounds = [*offsets[:-1:latents].tolist(), len(rows)]
+    for i, part in enumerate(torch.split(out, latents)):
+        entries, own = slice(*bounds[i : i + 2]), offsets[i * latents : i * latents + len(part) + 1]
+        part.copy_(_bag(table, rows[entries], own - own[0], weights[entries]))
+    return out
+
+
+def _bag(table: Tensor, rows: Tensor, offsets: Tensor, weights: Tensor | None) -> Tensor:
+    """Sums of rows, each with its weight: bag j has ``rows[offsets[j] : offsets[j + 1]]``."""
     return functional.embedding_bag(
-        selection.rows_by_latent,
-        table.detach(),
-        offsets,
-        mode="sum",
-        per_sample_weights=values[selection.order],
-        include_last_offset=True,
+        rows, table, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
     )

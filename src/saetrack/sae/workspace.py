@@ -46,6 +46,10 @@ class Workspace:
         self._lent[name] = kept, alone
         return torch.from_numpy(kept).view(dtype).view(shape)
 
+    def lend_like(self, name: str, tensor: Tensor) -> Tensor:
+        """The same for a tensor of another's shape, dtype and device."""
+        return self.lend(name, tuple(tensor.shape), tensor.dtype, tensor.device)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Workspace":
         return Workspace()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saetrack.sae import TopKSAE, native, use_kernels
+from saetrack.sae import Kernels, TopKSAE, native, use_kernels
 from saetrack.sae.select import largest
 from saetrack.sae.sparse import Selection, decode_at, latent_sums, row_dots
 from saetrack.sae.workspace import Workspace
@@ -119,8 +119,10 @@ def test_decoder_rows_and_their_gradient_are_put_in_order_as_by_pytorch(kernels:
 
 
 @needs_compiler
-def test_gradients_kept_from_a_step_before_are_left_alone(kernels: None) -> None:
+@pytest.mark.parametrize("kind", ["pytorch", "native"])
+def test_gradients_kept_from_a_step_before_are_left_alone(kind: Kernels, kernels: None) -> None:
     """Their memory is lent again, but only once nobody holds it."""
+    use_kernels(kind)
     sae, x = TopKSAE(32, 16, k=8), numbers(256, 32)
     sae.initialise(x, torch.Generator().manual_seed(0))
     sae.loss(x).loss.backward()

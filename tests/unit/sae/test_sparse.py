@@ -57,6 +57,15 @@ def test_the_transpose_lists_every_entry_once_by_latent_then_by_activation(make:
     assert selection.latent_offsets.tolist() == starts
 
 
+@pytest.mark.parametrize("d_sae", [2**15 - 1, 2**15, 2**15 + 1])
+def test_the_transpose_is_right_where_latents_no_longer_fit_into_two_bytes(d_sae: int) -> None:
+    columns = torch.randint(d_sae, (4000,), generator=torch.Generator().manual_seed(0))
+    columns[[5, 700]], columns[[6, 701]] = d_sae - 1, 0
+    selection = Selection(columns, torch.arange(0, 4001, 8), d_sae)
+    assert torch.equal(selection.order, columns.argsort(stable=True))
+    assert torch.equal(selection.latent_offsets, torch.bincount(columns + 1, minlength=d_sae + 1).cumsum(0))
+
+
 @each_selection
 @pytest.mark.parametrize("private", [True, False], ids=["private op", "public ops"])
 def test_row_dots_are_the_dot_products(make: type[Selection], private: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +95,19 @@ def test_sums_over_latents_and_over_activations(make: type[Selection]) -> None:
     torch.testing.assert_close(activation_sums(values, right, selection), by_activation)
     torch.testing.assert_close(latent_sums(values, left, selection), by_latent)
     torch.testing.assert_close(latent_sums(values, None, selection), alone)
+
+
+@each_selection
+@pytest.mark.parametrize("latents", [1, 3, 1000], ids=lambda n: f"{n} at a time")
+def test_sums_in_given_memory_are_the_same_bits(
+    make: type[Selection], latents: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "_PART_NUMBERS", latents * D_IN)
+    selection = make()
+    values, left = numbers(len(selection.columns)), numbers(BATCH, D_IN, seed=1)
+    out = torch.full((D_SAE, D_IN), torch.nan)
+    assert latent_sums(values, left, selection, out) is out
+    assert torch.equal(out, latent_sums(values, left, selection))
 
 
 @each_selection

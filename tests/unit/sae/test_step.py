@@ -108,6 +108,21 @@ def test_dead_latents_in_bfloat16_get_nearly_the_gradients_of_float32(n_dead: in
         assert least < ((low - full).norm() / full.norm()).item() < most
 
 
+def test_products_of_dead_latents_are_in_lower_precision_only_where_these_are_many() -> None:
+    table = torch.zeros(600, 512)
+    many, few = torch.arange(600) < 257, torch.arange(600) < 256
+
+    def dtype(dead: Tensor, precision: torch.dtype, W_dec: Tensor = table) -> torch.dtype:
+        latents = DeadLatents.where(dead, W_dec, 12, precision)
+        assert latents is not None
+        return latents.dtype
+
+    assert dtype(many, torch.bfloat16) == torch.bfloat16
+    assert dtype(few, torch.bfloat16) == torch.float32
+    assert dtype(many, torch.float32, table.double()) == torch.float64
+    assert DeadLatents.where(many & few & False, table, 12, torch.bfloat16) is None
+
+
 @pytest.mark.filterwarnings("ignore")  # SAELens's imports warn of deprecations of their own
 def test_a_topk_step_has_the_latents_and_gradients_of_saelens() -> None:
     with warnings.catch_warnings():
