@@ -33,7 +33,7 @@ def main() -> None:
         return cold(data, recipe("TopK", 0), place, options.out / "cold" / f"late-step{step}.safetensors")
 
     fvu = {step: fresh(step).measures["fvu"] for step in CHECKED}
-    rows = [{"start": "cold FVU", "LLM steps apart": "", **{str(step): f"{fvu[step]:.4f}" for step in CHECKED}}]
+    rows = []
     for name, continuity in ARMS.items():
         arm = Arm(name.split(" ")[0], continuity, tokens=FIRST // 10)
         for gap in GAPS:
@@ -43,7 +43,8 @@ def main() -> None:
             row["r, last stage"] = f"{result['stages'][-1]['r']:.2f}"
             row["first to last > 0.5"] = f"{result['first_to_last']['above_half']:.0%}"
             rows.append(row)
-    print(markdown([*rows[1:], rows[0] | {"r, last stage": "", "first to last > 0.5": ""}]))
+    rows.append(dict.fromkeys(rows[0], "") | {"start": "cold FVU"} | {str(s): f"{fvu[s]:.4f}" for s in CHECKED})
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ docs/warm-starts.svg and docs/warm-starts-frontier.svg.
 """
 
 import argparse
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from warm_starts import ARMS, BUDGETS, CLIMBING, COLD, DEFAULT, FIRST, FRONTIER, HELD, LONG, WEAKER
+from warm_starts import ARMS, BUDGETS, CLIMBING, COLD, DEFAULT, FIRST, FRONTIER, HELD, LONG, WEAKER, read_lines
 
 from saetrack.analysis import figures
 
@@ -31,7 +30,7 @@ class Lines:
     """
 
     def __init__(self, file: Path) -> None:
-        self.all: list[Line] = [{"budget": 1} | json.loads(line) for line in file.read_text().splitlines()]
+        self.all: list[Line] = read_lines(file)
 
     def of(
         self,

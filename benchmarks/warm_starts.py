@@ -74,8 +74,9 @@ FRONTIER |= {
 }
 FRONTIER |= {f"relative, {w}": Arm("transported", w, relative=True) for w in (0.5, 1.0, 2.0)}
 
-BUDGETS = {f"{tokens:,} tokens": Arm("transported", 0.1, tokens=tokens) for tokens in (12_500, 50_000)}
 WEAKER = {f"package, {w}": Arm("transported", w) for w in (0.01, 0.02)}
+"""Weights for longer stages, in which that of `DEFAULT` costs more."""
+BUDGETS = {f"{tokens:,} tokens": Arm("transported", 0.1, tokens=tokens) for tokens in (12_500, 50_000)}
 BUDGETS |= {f"tolerance {t}": Arm("transported", 0.1, tokens=50_000, tolerance=t) for t in (0.03, 0.1, 0.01)}
 
 LONG = 8
@@ -138,6 +139,11 @@ def matrix() -> Iterator[Job]:
     yield from (dense(0, arm, budget=LONG) for arm in ("prior", *WEAKER, *relative))
 
 
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The results in a file; those from before there were budgets are of the first."""
+    return [{"budget": 1} | json.loads(line) for line in file.read_text().splitlines()]
+
+
 class Bench:
     """Runs jobs, and keeps what they share.
 
@@ -155,9 +161,7 @@ class Bench:
     @property
     def lines(self) -> list[dict[str, Any]]:
         """What is there already."""
-        if not self.results.is_file():
-            return []
-        return [{"budget": 1} | json.loads(line) for line in self.results.read_text().splitlines()]
+        return read_lines(self.results) if self.results.is_file() else []
 
     def _data(self, llm: str, budget: int) -> HarvestedData:
         cache, most_tokens = self.cache / llm.replace(" ", "-"), round(1.06 * budget * FIRST)

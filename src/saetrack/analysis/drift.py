@@ -38,7 +38,7 @@ from .drift_tables import (
 )
 from .figures import label_places
 from .lineage import correlation_between, ends_of_stage, revived_between, rotation_between
-from .places import place_names
+from .places import place_names, share_a_step
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -146,7 +146,7 @@ class Drift(Analysis):
         if len(track) < 2:
             raise ValueError(f"{track.path} holds {len(track)} of the at least 2 snapshots that drift compares.")
         asked = track.indices(self.features or ())
-        chain = len(set(track.steps)) < len(track)  # a null chain, whose snapshots are told apart by their place
+        chain = share_a_step(track.steps)
         steps = list(range(len(track))) if chain else track.steps
         rng = np.random.default_rng(self.seed)
         cosines, rotation = _compare(track)

@@ -13,6 +13,7 @@ from .formation_paper import PaperSets, Progress, measure_paper, paper_tables
 from .formation_sets import BASELINES, FormationSets
 from .formation_tables import Findings, feature_table, formation_table, population, positions_table, share_table
 from .formation_times import FORMED, MIN_CHECKPOINTS, STATUSES
+from .places import share_a_step
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,7 +114,7 @@ class Formation(SweepAnalysis):
         Raises:
             ValueError: If LLM steps repeat, as in a control of one LLM checkpoint: nothing can form there.
         """
-        if len(set(track.steps)) < len(track.steps):
+        if share_a_step(track.steps):
             raise ValueError(
                 f"{track.path} follows one LLM checkpoint several times (LLM steps {track.steps}), so nothing forms in "
                 "it; formation needs increasing LLM steps. Run it on the track that this one controls."

@@ -11,6 +11,7 @@ import pandas as pd
 
 from .base import AnalysisResult
 from .outdated import outdated
+from .places import share_a_step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -132,7 +133,7 @@ class Kept:
             ValueError: If it was run on other snapshots, or snapshots share LLM steps.
         """
         steps, d_sae = track.steps, int(track.facts["d_sae"])
-        if len(set(steps)) < len(steps):
+        if share_a_step(steps):
             raise ValueError(
                 f"{track.path} has LLM steps {steps}, and stretches are told apart by them; --only_kept needs a track "
                 "whose steps increase. Leave out --only_kept, or give the track that this one controls."

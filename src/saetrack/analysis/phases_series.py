@@ -11,6 +11,8 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
+from .places import share_a_step
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -81,7 +83,7 @@ class Tables:
 
         With ``position``, by which the snapshots of a null chain are told apart, for they share one step.
         """
-        by = ["step"] if len(set(self.steps)) == len(self.steps) else ["step", "position"]
+        by = ["step", "position"] if share_a_step(self.steps) else ["step"]
         table = self.read(analysis, name, [*by, *columns], optional)
         if set(table["step"]) != set(self.steps):
             raise self.stale(analysis)

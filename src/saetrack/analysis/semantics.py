@@ -16,7 +16,7 @@ import pandas as pd
 from . import semantics_figures
 from .base import AnalysisResult, Observation, Probe, SweepAnalysis
 from .columns import TokenStatistics, token_share, token_statistics, top_positions, values_at
-from .places import place_names
+from .places import place_names, share_a_step
 from .resampling import bootstrap_means
 from .semantics_classes import SemanticThresholds
 from .semantics_meaning import Meaning
@@ -188,8 +188,9 @@ class Semantics(SweepAnalysis):
         scores = scores.iloc[np.ravel_multi_index(where, (len(places), len(tops[0])))]
         features = pd.concat([features, scores.reset_index(drop=True)], axis=1)
         # a null chain's snapshots share one LLM step and are told apart by their place, as in drift
-        one_by_one = len(set(steps)) == len(steps)
-        features = features.drop(columns="place") if one_by_one else features.rename(columns={"place": "position"})
+        features = (
+            features.rename(columns={"place": "position"}) if share_a_step(steps) else features.drop(columns="place")
+        )
         untrained = random_classes(self._track) if self.kept is None else None
         by_step = self._step_table(places, turnover)
         examples = self._draw_examples(features)

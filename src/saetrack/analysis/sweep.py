@@ -36,6 +36,7 @@ from .base import Analysis, AnalysisResult, AnyAnalysis, Observation, Probe, Spl
 from .figures import say_order
 from .identity_stretches import Kept
 from .outdated import missing
+from .places import share_a_step
 
 logger = logging.getLogger(__name__)
 
@@ -181,7 +182,7 @@ class _Runs:
             lost = missing(whole)
             settings |= {"missing": lost} if lost else {}
             result = replace(result, settings=settings, summary=result.summary + _as_one(whole) + _without(lost))
-            if len(set(whole.steps)) < len(whole):  # in a null chain all would be at one step
+            if share_a_step(whole.steps):  # in a null chain all would be at one step
                 result = replace(result, scalars={})
             if self.kept is not None:
                 settings = {**result.settings, "kept": self.kept.facts()}

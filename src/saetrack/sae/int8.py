@@ -57,13 +57,14 @@ def preactivations(
     packed, scales = _packed(weights, smooth, workspace)
     # NaN counts as the largest of all, so a latent of bad weights is chosen, and shows
     scales, bias = torch.where(scales.isfinite(), scales, 0.0), torch.where(scales.isfinite(), bias, torch.nan)
+    factors = packed, scales, torch.zeros(len(scales), dtype=torch.int64)  # the last are the zero points
     inputs = centred / smooth
     sizes, order = _sizes(inputs).sort()
     inputs = inputs.index_select(0, order)
     for rows in similar(sizes.tolist(), max(1, _CHUNK_NUMBERS // len(scales))):
         scale = sizes[rows.stop - 1].item() / _LARGEST or 1.0
         levels = (inputs[rows] / scale).round_()
-        yield order[rows], _product(levels, scale, packed, scales, bias)
+        yield order[rows], _product(levels, scale, factors, bias)
 
 
 def smoothing(centred: Tensor) -> Tensor:
@@ -109,11 +110,10 @@ def _sizes(rows: Tensor) -> Tensor:
     return torch.maximum(rows.amax(dim=1), -rows.amin(dim=1))
 
 
-def _product(levels: Tensor, scale: float, packed: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
-    """``scale * levels (weights * scales)^T + bias`` in bfloat16; the product wants its inputs without a sign."""
+def _product(levels: Tensor, scale: float, weights: tuple[Tensor, Tensor, Tensor], bias: Tensor) -> Tensor:
+    """``scale * levels weights^T + bias`` in bfloat16; the product wants its inputs without a sign."""
     zero = _LARGEST + 1
-    inputs, zeros = levels.add_(zero).to(torch.uint8), torch.zeros(len(scales), dtype=torch.int64)
-    weights = packed, scales, zeros
+    inputs = levels.add_(zero).to(torch.uint8)
     pre: Tensor = torch.ops.onednn.qlinear_pointwise(
         inputs, scale, zero, *weights, bias, 1.0, 0, torch.bfloat16, "none", [], ""
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import int8, native
 from .columns import beside
-from .sparse import Selection, row_dots
+from .sparse import Selection, preactivations_at
 from .workspace import Workspace
 
 _CHUNK_NUMBERS = 2**25  # 64 MiB of bfloat16: the pre-activations that are held at a time
@@ -45,10 +45,7 @@ def select_topk(
     if dtype == torch.bfloat16 and W_enc.dtype == torch.float32 and W_enc.device.type == "cpu":
         candidates = _candidates(centred, W_enc, b_enc, k, workspace)
         if candidates is not None:
-            columns = candidates.flatten()
-            values = row_dots(centred, W_enc.T, Selection.of_equal_counts(candidates, d_sae)).add_(
-                b_enc.index_select(0, columns)
-            )
+            values = preactivations_at(centred, W_enc, b_enc, Selection.of_equal_counts(candidates, d_sae))
             best = values.view(candidates.shape).topk(k, dim=1, sorted=False)
             return Selection.of_equal_counts(candidates.gather(1, best.indices), d_sae), best.values.flatten()
     indices = torch.empty(len(centred), k, dtype=torch.int64, device=centred.device)

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from . import native, ranks
-from .auxk import DeadLatents
+from .auxk import DeadLatents, Parameters
 from .workspace import Workspace
 
 # Reads two tables row against row without a [nnz, d_in] intermediate. A private op;
@@ -179,7 +179,7 @@ def decode_at(values: Tensor, selection: Selection, W_dec: Tensor) -> Tensor:
 
 def reconstruct_at(
     centred: Tensor,
-    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    parameters: Parameters,
     selection: Selection,
     pre: Tensor | None,
     dead: DeadLatents | None,
@@ -193,7 +193,7 @@ def reconstruct_at(
         selection: Which latents.
         pre: Their pre-activations where they are known, ``[nnz]``; else None.
         dead: Latents to be revived, or None.
-        workspace: Lends memory to gradients of the native kernels.
+        workspace: Lends memory to the gradients of both matrices.
 
     Returns:
         Latents at the selection's entries, ``[nnz]``; the reconstruction with b_dec, ``[batch, d_in]``; and that of the
@@ -232,7 +232,7 @@ class _EncodeAt(torch.autograd.Function):
     def forward(ctx: Any, centred: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, selection: Selection) -> Tensor:
         ctx.save_for_backward(centred, W_enc)
         ctx.selection = selection
-        return row_dots(centred, W_enc.T, selection).add_(b_enc.index_select(0, selection.columns))
+        return preactivations_at(centred, W_enc, b_enc, selection)
 
     @staticmethod
     @once_differentiable
@@ -291,7 +291,7 @@ class _ReconstructAt(torch.autograd.Function):
         workspace: Workspace,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if pre is None:
-            pre = row_dots(centred, W_enc.T, selection).add_(b_enc.index_select(0, selection.columns))
+            pre = preactivations_at(centred, W_enc, b_enc, selection)
         values = pre.relu()
         if native.in_use(values, W_dec):
             x_hat = native.decode(values, W_dec, b_dec, selection.columns, selection.offsets)
@@ -324,17 +324,22 @@ class _ReconstructAt(torch.autograd.Function):
             if ranks.factors_in_use():
                 values, (selection, into_pre) = _everywhere(selection, values)[1], _everywhere(selection, into_pre)
                 inputs, grad = ranks.gather_once(centred), ranks.gather(grad)
-            lent = [
-                None if grad.is_cuda else ctx.workspace.lend_like(name, W_dec) for name in ("into_W_dec", "into_W_enc")
-            ]
-            into_W_dec = latent_sums(values, grad, selection, lent[0])
+            for_W_enc, for_W_dec = (
+                None if grad.is_cuda else ctx.workspace.lend_like(name, W_dec) for name in ("into_W_enc", "into_W_dec")
+            )
+            into_W_dec = latent_sums(values, grad, selection, for_W_dec)
             # [d_sae, d_in] in memory, so its transpose has the layout of W_enc and becomes `.grad` without a copy
-            into_W_enc = latent_sums(into_pre, inputs, selection, lent[1])
+            into_W_enc = latent_sums(into_pre, inputs, selection, for_W_enc)
             into_b_enc = latent_sums(into_pre, None, selection)
         if into_revived is not None:
             ctx.dead.add_gradients_(centred, into_revived, into_W_enc, into_b_enc, into_W_dec)
         into_b_dec.addmv_(W_enc, into_b_enc, alpha=-1)
         return None, into_W_enc.T, into_b_enc, into_W_dec, into_b_dec, None, None, None, None
+
+
+def preactivations_at(centred: Tensor, W_enc: Tensor, b_enc: Tensor, selection: Selection) -> Tensor:
+    """What `encode_at` gives, without gradients."""
+    return row_dots(centred, W_enc.T, selection).add_(b_enc.index_select(0, selection.columns))
 
 
 def row_dots(left: Tensor, right: Tensor, selection: Selection) -> Tensor:

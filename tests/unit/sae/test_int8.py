@@ -45,15 +45,19 @@ def share_of_best(pre: Tensor, taken: Tensor) -> float:
     return (best.gather(1, taken).sum() / best.sum()).item()
 
 
-@pytest.mark.parametrize("outlier", [1.0, 100.0], ids=["even directions", "one that is a hundred times the others"])
+@pytest.mark.parametrize(
+    ("outlier", "weight"),
+    [(1.0, 1.0), (100.0, 1.0), (100.0, 0.01)],
+    ids=["even directions", "one that is a hundred times the others", "and that is read as much as the others"],
+)
 @pytest.mark.parametrize("shape", [(500, 64, 1024, 16), (13, 7, 45, 45), (100, 130, 515, 1)], ids=str)
 def test_the_choice_is_nearer_to_float32s_than_bfloat16s_is(
-    shape: tuple[int, int, int, int], outlier: float, by_8_bits: None
+    shape: tuple[int, int, int, int], outlier: float, weight: float, by_8_bits: None
 ) -> None:
     batch, d, d_sae, k = shape
     x, weights, bias = numbers(batch, d), numbers(d_sae, d, seed=1), numbers(d_sae, seed=2)
     x[:, 3] *= outlier
-    weights[:, 3] /= outlier  # or it alone would decide
+    weights[:, 3] *= weight
     columns, values = choose(x, weights, bias, k)
     pre = x @ weights.T + bias
     assert all(len(set(row)) == k for row in columns.tolist())

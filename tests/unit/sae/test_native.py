@@ -119,6 +119,17 @@ def test_decoder_rows_and_their_gradient_are_put_in_order_as_by_pytorch(kernels:
 
 
 @needs_compiler
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_activation_shows_in_the_loss(bad: float, kernels: None) -> None:
+    sae, x = TopKSAE(32, 16, k=8), numbers(64, 32)
+    sae.initialise(x, torch.Generator().manual_seed(0))
+    x[3, 2] = bad
+    for precision in (torch.float32, torch.bfloat16):
+        sae.precision = precision
+        assert not torch.isfinite(sae.loss(x).loss)
+
+
+@needs_compiler
 @pytest.mark.parametrize("kind", ["pytorch", "native"])
 def test_gradients_kept_from_a_step_before_are_left_alone(kind: Kernels, kernels: None) -> None:
     """Their memory is lent again, but only once nobody holds it."""
