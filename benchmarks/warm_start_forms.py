@@ -41,12 +41,6 @@ def _weighted(sae: SAE, weights: Tensor, new_weights: Tensor, latents_only: bool
     return moved
 
 
-def package(sae: SAE, before: "Trained") -> Moved:
-    """The package's own, by the function of this file; to check it."""
-    ones = torch.ones(sae.d_sae)
-    return _weighted(sae, ones, ones)
-
-
 def latents(sae: SAE, before: "Trained") -> Moved:
     """Latents instead of pre-activations."""
     ones = torch.ones(sae.d_sae)
@@ -85,7 +79,7 @@ def quarter(sae: SAE, before: "Trained") -> Moved:
     return _on_a_part(sae, 4)
 
 
-FORMS: dict[str, Form] = {f.__name__: f for f in (package, latents, alive, not_new, equal, between, half, quarter)}
+FORMS: dict[str, Form] = {f.__name__: f for f in (latents, alive, not_new, equal, between, half, quarter)}
 
 
 def _on_a_part(sae: SAE, parts: int) -> Moved:

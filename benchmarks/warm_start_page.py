@@ -9,16 +9,17 @@ docs/warm-starts.svg and docs/warm-starts-frontier.svg.
 import argparse
 import re
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from warm_starts import ARMS, BUDGETS, CLIMBING, COLD, DEFAULT, FIRST, FRONTIER, HELD, LONG, WEAKER, read_lines
+from warm_starts import ARMS, BUDGETS, CLIMBING, COLD, DEFAULT, FIRST, FRONTIER, HELD, IN_LONG, LONG, read_lines
 
 from saetrack.analysis import figures
 
 Line = dict[str, Any]
-NAMES = {DEFAULT: "transported + continuity 0.05", HELD: "transported + continuity 0.1"}
+NAMES = {DEFAULT: "transported + continuity 0.7", HELD: "transported + continuity 1.0"}
 """What some arms are called on the page."""
 
 
@@ -107,7 +108,7 @@ def by_stage(lines: Lines) -> str:
         title = {"fvu": "FVU", "dead": "dead", "r": "r", "above_half": "kept > 0.5"}[name]
         for arm, found in runs.items():
             add(f"{title}, {NAMES.get(arm, arm)}", [values(run, name) for run in found], form)
-        for arm in ("prior", HELD) if name in ("r", "above_half") else ():
+        for arm in ("prior", DEFAULT) if name in ("r", "above_half") else ():
             nulls = [run["null_steps"] for run in lines.of(arm) if "null_steps" in run]
             if nulls:
                 add(
@@ -137,10 +138,13 @@ def ladder(lines: Lines, thin: int, budget: int = 1) -> str:
 def long_stages(lines: Lines) -> str:
     """The dense grid with `LONG` times the tokens, stage by stage, and what is kept from first to last."""
     rows = []
-    for arm in (COLD, "prior", "transported", *WEAKER, DEFAULT, *(arm for arm in FRONTIER if "relative" in arm)):
-        for run in lines.of(arm, budget=LONG):
-            row = {"start": NAMES.get(arm, arm).replace("package,", "transported + continuity")}
+    places = (("4 layers", "TopK"), ("6 layers", "TopK"), ("4 layers", "Standard"))
+    for (llm, sae), arm in product(places, (COLD, "prior", "transported", *IN_LONG)):
+        for run in lines.of(arm, llm, sae, budget=LONG):
+            row = {"LLM, SAE": f"{llm}, {sae}", "seed": str(run["seed"])}
+            row["start"] = NAMES.get(arm, arm).replace("package,", "transported + continuity")
             row |= {str(trained["step"]): f"{trained['fvu']:.4f}" for trained in run["stages"][1:]}
+            row["dead, worst"] = f"{max(values(run, 'dead')):.0%}"
             kept = run.get("first_to_last")
             row["first to last > 0.5"] = f"{kept['above_half']:.1%}" if kept else ""
             rows.append(row)
@@ -150,13 +154,13 @@ def long_stages(lines: Lines) -> str:
 def frontier(lines: Lines) -> str:
     """FVU against identity for the forms and weights of continuity, on the dense grid, seed 0."""
     prior = lines.of("prior")[0]
-    held = sorted([HELD, *FRONTIER], key=lambda arm: "package, 0.1" if arm == HELD else arm)
+    held = sorted([HELD, *FRONTIER], key=lambda arm: "package, 1.0" if arm == HELD else arm)
     names = ["prior", "transported", *held]
     rows = []
     for arm in names:
         for run in lines.of(arm)[:1]:
             relative = np.array(values(run, "fvu")) / np.array(values(prior, "fvu"))
-            row = {"form, weight": f"**{arm}**" if arm == DEFAULT else "package, 0.1" if arm == HELD else arm}
+            row = {"form, weight": f"**{arm}**" if arm == DEFAULT else "package, 1.0" if arm == HELD else arm}
             row["FVU / prior, mean"] = f"{np.exp(np.log(relative).mean()):.3f}"
             row["worst"] = f"{relative.max():.3f}"
             row["dead, worst"] = f"{max(values(run, 'dead')):.0%}"
@@ -170,12 +174,12 @@ def frontier(lines: Lines) -> str:
 def budgets(lines: Lines) -> str:
     """Fixed budgets and such that follow convergence, on the dense grid."""
     rows = []
-    for arm in (HELD, *BUDGETS):
+    for arm in (DEFAULT, *BUDGETS):
         for run in lines.of(arm)[:1]:
             fvu = values(run, "fvu")
             rows.append(
                 {
-                    "budget": "25,000 tokens" if arm == HELD else arm,
+                    "budget": "25,000 tokens" if arm == DEFAULT else arm,
                     "tokens in all": f"{sum(values(run, 'tokens')):,}",
                     "FVU, geometric mean": f"{np.exp(np.log(fvu).mean()):.4f}",
                     "FVU, last": f"{fvu[-1]:.4f}",
@@ -228,7 +232,7 @@ def draw_frontier(lines: Lines, path: Path) -> None:
                 ax.plot(
                     x, y, "o" if arm in ARMS else "^" if "fading" in arm or "half" in arm else "s", color=colour, ms=5
                 )
-                name = {HELD: "0.1"}.get(arm, arm.split(", ", 1)[-1].replace("half of the stage", "half"))
+                name = {HELD: "1.0"}.get(arm, arm.split(", ", 1)[-1].replace("half of the stage", "half"))
                 ax.annotate(name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6)
         for form in forms:
             ax.plot([], [], "s", color=figures.PALETTE[forms.index(form)], label=form.replace("_", " "))

@@ -129,7 +129,7 @@ class Arm:
         moved: Another form of the term, in place of `SAE._moved`; given the SAE and the stage before.
         tokens: Budget of a later stage, where it is not the recipe's.
         tolerance: When a stage has converged, as `OptimizerSettings.tolerance`.
-        relative: Whether the weight of continuity is times the batch's error, so that as the error falls so does it.
+        fixed: Whether the weight of continuity stays as it is, where the package's is times the batch's error.
     """
 
     start: str
@@ -139,7 +139,7 @@ class Arm:
     moved: Callable[[SAE, "Trained"], Any] | None = None
     tokens: int | None = None
     tolerance: float | None = None
-    relative: bool = False
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def _train(
         loss = out.loss
         if out.moved is not None:
             faded = 1.0 if arm.fade is None else arm.fade(i / stream.end)
-            weight = arm.continuity * (out.terms["mse"] if arm.relative else 1.0)
+            weight = arm.continuity * (1.0 if arm.fixed else out.terms["mse"])
             loss = loss + weight * share * faded * out.moved
         optimizer.zero_grad()
         loss.backward()

@@ -37,50 +37,50 @@ OPTIMIZER = OptimizerSettings(lr=2e-3, warmup_tokens=10_000, warmup_tokens_next=
 DEAD_AFTER = 12_500
 COLD = "cold"
 HELD = "transported + continuity"
-DEFAULT = "package, 0.05"
-"""What `saetrack fit` does by default; the arms of `ARMS` have twice its weight of continuity, to see its effect."""
+DEFAULT = "package, 0.7"
+"""What `saetrack fit` does by default; the arms of `ARMS` have a larger weight of continuity, to see its effect."""
 ARMS = {
     "prior": Arm("prior"),
-    HELD: Arm("transported", 0.1),
+    HELD: Arm("transported", 1.0),
     "transported": Arm("transported"),
-    "regressed + continuity": Arm("regressed", 0.1),
+    "regressed + continuity": Arm("regressed", 1.0),
     "regressed": Arm("regressed"),
     "regressed rows": Arm("regressed rows"),
-    "regressed rows + continuity": Arm("regressed rows", 0.1),
+    "regressed rows + continuity": Arm("regressed rows", 1.0),
     "scratch": Arm("scratch"),
     "recentred": Arm("recentred"),
-    "prior + continuity": Arm("prior", 0.1),
+    "prior + continuity": Arm("prior", 1.0),
     "affine": Arm("affine"),
-    "affine + continuity": Arm("affine", 0.1),
+    "affine + continuity": Arm("affine", 1.0),
     "transported + moments": Arm("transported", moments=True),
-    "transported + moments + continuity": Arm("transported", 0.1, moments=True),
+    "transported + moments + continuity": Arm("transported", 1.0, moments=True),
 }
 TRIED = {
-    "package": (0.03, 0.3, 0.05, 1.0),
-    "equal": (0.1, 0.03, 0.3),
-    "between": (0.1, 0.03, 0.3),
-    "alive": (0.1, 0.3),
-    "latents": (0.1, 0.3),
-    "not_new": (0.3,),
-    "half": (0.05,),
-    "quarter": (0.05, 0.1),
+    "package": (0.1, 0.25, 0.5, 0.7, 2.0, 4.0),
+    "equal": (0.5, 1.0, 2.0),
+    "between": (0.5, 1.0, 2.0),
+    "alive": (1.0, 2.0),
+    "latents": (1.0, 2.0),
+    "not_new": (2.0,),
+    "half": (0.7, 1.0),
+    "quarter": (0.7,),
 }
 FRONTIER = {
-    f"{form}, {w}": Arm("transported", w, moved=FORMS[form]) for form, weights in TRIED.items() for w in weights
+    f"{form}, {w}": Arm("transported", w, moved=FORMS.get(form)) for form, weights in TRIED.items() for w in weights
 }
 FRONTIER |= {
-    "package, 0.3, fading to 0": Arm("transported", 0.3, fade=lambda share: 1 - share),
-    "package, 0.3, half of the stage": Arm("transported", 0.3, fade=lambda share: float(share < 0.5)),
+    "package, 2.0, fading to 0": Arm("transported", 2.0, fade=lambda share: 1 - share),
+    "package, 2.0, half of the stage": Arm("transported", 2.0, fade=lambda share: float(share < 0.5)),
 }
-FRONTIER |= {f"relative, {w}": Arm("transported", w, relative=True) for w in (0.5, 1.0, 2.0)}
+FRONTIER |= {f"fixed, {w}": Arm("transported", w, fixed=True) for w in (0.01, 0.03, 0.05, 0.1)}
 
-WEAKER = {f"package, {w}": Arm("transported", w) for w in (0.01, 0.02)}
-"""Weights for longer stages, in which that of `DEFAULT` costs more."""
-BUDGETS = {f"{tokens:,} tokens": Arm("transported", 0.1, tokens=tokens) for tokens in (12_500, 50_000)}
-BUDGETS |= {f"tolerance {t}": Arm("transported", 0.1, tokens=50_000, tolerance=t) for t in (0.03, 0.1, 0.01)}
+BUDGETS = {f"{tokens:,} tokens": Arm("transported", 0.7, tokens=tokens) for tokens in (12_500, 50_000)}
+BUDGETS |= {f"tolerance {t}": Arm("transported", 0.7, tokens=50_000, tolerance=t) for t in (0.03, 0.1, 0.01)}
 
 LONG = 8
 """A cold SAE of so many times the tokens: a warm start's share of them depends on how far the cold one has come."""
+IN_LONG = ("package, 0.1", "package, 0.25", "package, 0.5", DEFAULT, HELD, "package, 2.0", "fixed, 0.01", "fixed, 0.05")
+"""Weights of continuity that are tried with so many tokens too."""
 CLIMBING = ("prior", DEFAULT, HELD, "transported", "transported + moments", "transported + moments + continuity")
 """Arms whose stages are also trained with more and fewer tokens."""
 
@@ -94,7 +94,7 @@ class Job:
         sae: A name in `SAES`.
         thin: Every how many LLM checkpoints one is visited, counted from the last.
         seed: Of fresh SAEs and of the order of the batches.
-        arm: A name in `ARMS`, `FRONTIER`, `WEAKER` or `BUDGETS`; or `COLD`, SAEs from scratch with the tokens of the
+        arm: A name in `ARMS`, `FRONTIER` or `BUDGETS`; or `COLD`, SAEs from scratch with the tokens of the
             first stage.
         null: Whether every snapshot is also trained once more where it is.
         ladder: Whether stages are also trained with more and fewer tokens.
@@ -114,29 +114,26 @@ class Job:
 def matrix() -> Iterator[Job]:
     """All series, the more important ones first."""
     dense = partial(Job, "4 layers", "TopK", 1)
-    main = ("prior", HELD, "transported")
+    main = ("prior", DEFAULT, "transported", HELD)
+    others = [arm for arm in ARMS if arm not in main]
+    elsewhere = (("Standard", "4 layers"), ("TopK", "6 layers"))
     yield dense(0, COLD)
-    yield from (dense(0, arm, null=arm in ("prior", HELD)) for arm in (*main, "scratch"))
-    yield dense(0, DEFAULT)
-    yield Job("4 layers", "TopK", 8, 0, DEFAULT)
-    yield from (dense(1, arm) for arm in (DEFAULT, *main))
-    yield from (dense(0, arm) for arm in ARMS if arm not in (*main, "scratch"))
-    yield from (Job("4 layers", "TopK", 8, 0, arm, ladder=arm in CLIMBING) for arm in ARMS)
-    yield from (dense(0, arm) for arm in FRONTIER)
-    for sae, llm in (("Standard", "4 layers"), ("TopK", "6 layers")):
-        yield from (Job(llm, sae, 1, 0, arm) for arm in main)
-    yield from (dense(0, arm) for arm in BUDGETS)
-    yield from (Job("4 layers", "TopK", thin, 0, arm) for thin in (2, 4) for arm in (DEFAULT, *main))
+    yield from (dense(0, arm, null=arm in ("prior", DEFAULT)) for arm in (*main, "scratch"))
+    yield from (dense(seed, arm) for seed in (1, 2) for arm in main)
+    yield from (Job("4 layers", "TopK", 8, 0, arm, ladder=arm in CLIMBING) for arm in (*main, *others))
+    yield from (dense(0, arm) for arm in FRONTIER if arm != DEFAULT)
+    yield from (Job(llm, sae, thin, 0, arm) for sae, llm in elsewhere for thin in (1, 8) for arm in main)
+    yield from (Job("6 layers", "TopK", 1, seed, arm) for seed in (1, 2) for arm in main)
     yield from (dense(0, arm, ladder=True) for arm in main)
-    yield from (Job("4 layers", "TopK", 8, 1, arm) for arm in ARMS)
-    for sae, llm in (("Standard", "4 layers"), ("TopK", "6 layers")):
-        yield from (Job(llm, sae, thin, 0, arm) for thin in (1, 8) for arm in ARMS if thin == 8 or arm not in main)
-    yield from (Job("4 layers", "TopK", thin, 0, arm) for thin in (2, 4) for arm in ARMS if arm not in main)
-    yield from (dense(2, arm) for arm in (DEFAULT, *main))
     yield dense(0, COLD, budget=LONG)
-    yield from (dense(0, arm, ladder=True, budget=LONG) for arm in ("transported", DEFAULT))
-    relative = (arm for arm in FRONTIER if arm.startswith("relative"))
-    yield from (dense(0, arm, budget=LONG) for arm in ("prior", *WEAKER, *relative))
+    yield from (dense(0, arm, ladder=arm in ("transported", DEFAULT), budget=LONG) for arm in ("prior", "transported"))
+    yield from (dense(0, arm, ladder=arm == DEFAULT, budget=LONG) for arm in IN_LONG)
+    yield from (dense(1, arm, budget=LONG) for arm in ("prior", "transported", "package, 0.25", DEFAULT))
+    yield from (Job(llm, sae, 1, 0, arm, budget=LONG) for sae, llm in elsewhere for arm in main)
+    yield from (dense(0, arm) for arm in (*BUDGETS, *others) if arm != "scratch")
+    yield from (Job("4 layers", "TopK", thin, 0, arm) for thin in (2, 4) for arm in (*main, *others))
+    yield from (Job("4 layers", "TopK", 8, 1, arm) for arm in (*main, *others))
+    yield from (Job(llm, sae, thin, 0, arm) for sae, llm in elsewhere for thin in (1, 8) for arm in others)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
@@ -182,7 +179,7 @@ class Bench:
             result = {"stages": [self._first(job.llm, job.sae, job.seed, step, job.budget).measures for step in steps]}
         else:
             first = self.first(job.llm, job.sae, job.seed, steps[0], job.budget)
-            arm = (ARMS | FRONTIER | WEAKER | BUDGETS)[job.arm]
+            arm = (ARMS | FRONTIER | BUDGETS)[job.arm]
             ladder = self._cold_fvu(job) if job.ladder else None
             result = run_series(data, recipe(job.sae, job.seed, job.budget), arm, first, steps, job.null, ladder)
         facts = {**vars(job), **result, "cpu_s": round(time.process_time() - began), **machine()}

@@ -41,6 +41,7 @@ class LossTerms(NamedTuple):
         moved: How far the latents are from those ``before``, scalar, not part of ``loss``:
             ``sum (z - before)^2 / sum before^2`` over the entries where either is active, z the pre-activation where
             a latent was active before, so that one that fell below its threshold is drawn back. None without them.
+            `SAEModule` adds it with a weight that is times ``terms["mse"]``.
     """
 
     loss: Tensor

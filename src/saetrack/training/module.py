@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from saetrack.metrics import fraction_variance_unexplained
-from saetrack.sae import SAE, Kernels, LossTerms, Precision, TopKSAE, resolve_precision, sae_record, use_kernels
+from saetrack.sae import SAE, Kernels, LossTerms, Precision, TopKSAE, ranks, resolve_precision, sae_record, use_kernels
 from saetrack.training.adam import ColumnAdam
 from saetrack.training.convergence import Curve, check_points, has_converged
 from saetrack.training.datamodule import ActivationDataModule, require_positive
@@ -125,8 +125,10 @@ class SAEModule(LightningModule):
         optimizer: Learning rates and their schedule within a stage, and when it has converged.
         continuity: Weight of the term that holds features to what they were: their latents stay near those of the
             previous snapshot on the previous LLM checkpoint at the same tokens (`LossTerms.moved`). It keeps
-            that LLM in memory too, and runs it. The weight rises and falls with the learning rate, so a stage ends on
-            the SAE's own loss. 0 turns it off; the first stage and a ``scratch`` start have none.
+            that LLM in memory too, and runs it. The weight is times the batch's reconstruction error: so it costs much
+            the same share of the error however far a stage brings it down, a factor of ``exp(continuity)`` for each
+            unit that ``moved`` falls at most (docs/method.md). It rises and falls with the learning rate, so a stage
+            ends on the SAE's own loss. 0 turns it off; the first stage and a ``scratch`` start have none.
         dead_after_tokens: A feature that has not fired for this many tokens is dead, and the autoencoder's
             auxiliary loss tries to revive it.
         log_every_tokens: Tokens between two points of the training curves.
@@ -147,7 +149,7 @@ class SAEModule(LightningModule):
         self,
         sae: Callable[[int], SAE] | SAEsByHookpoint = TopKSAE,
         optimizer: OptimizerSettings = OptimizerSettings(),
-        continuity: float = 0.05,
+        continuity: float = 0.7,
         dead_after_tokens: int = 500_000,
         log_every_tokens: int = 100_000,
         precision: Precision = "auto",
@@ -274,7 +276,9 @@ class SAEModule(LightningModule):
             out = self.sae(hookpoint).loss(x, dead, before)
             total = total + out.loss
             if out.moved is not None:
-                total = total + self.continuity * self._lr_factor(batch_idx) * out.moved
+                # a share of the error, or its price would grow with how far a stage brings the error down
+                weight = self.continuity * self._lr_factor(batch_idx) * ranks.average(out.terms["mse"])
+                total = total + weight * out.moved
                 out.terms["continuity"] = out.moved.detach()
             self._observed[hookpoint] = out.fired, out.smallest_kept
             if batch_idx % every == 0:

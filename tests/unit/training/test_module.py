@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from lightning import Callback
 from saetrack.sae import TopKSAE
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.module import FeatureState, OptimizerSettings, SAEModule, refuse_changes
+from saetrack.training.stream import Batch
 
 BATCH = 128
 HOOKPOINTS = ["gpt_neox.layers.0", "gpt_neox.layers.1"]
@@ -216,3 +218,23 @@ def test_the_weights_of_another_sae_are_refused(tiny_data: Callable[..., Activat
     other.saes[0] = TopKSAE(16, 2, k=5)
     with pytest.raises(ValueError, match=r"^model\.sae\.init_args\.k is 5, but .* written with 4\."):
         other.on_load_checkpoint(checkpoint)
+
+
+def test_continuity_counts_in_units_of_the_error(tiny_data: Callable[..., ActivationDataModule]) -> None:
+    module = a_module(tiny_data(HOOKPOINTS[:1]))
+    sae = module.sae(HOOKPOINTS[0])
+    x = torch.randn(BATCH, 16, generator=torch.Generator().manual_seed(5))
+    module.previous = {HOOKPOINTS[0]: copy.deepcopy(sae)}
+    batch = Batch({HOOKPOINTS[0]: x}, {HOOKPOINTS[0]: x.roll(1, dims=0)})
+    module.training_step(batch, 50).backward()
+    found = sae.W_enc.grad
+    assert found is not None
+    sae.W_enc.grad = None
+    out = sae.loss(x, before=module.previous[HOOKPOINTS[0]].sparse_latents(x.roll(1, dims=0)))
+    assert out.moved is not None
+    share = module._lr_factor(50)
+    assert 0 < share < 1  # the learning rate is rising
+    # docs/method.md: the gradient is the error times that of ln(error) + continuity * share * moved
+    (out.loss.log() + module.continuity * share * out.moved).backward()
+    assert sae.W_enc.grad is not None
+    torch.testing.assert_close(found, out.loss.detach() * sae.W_enc.grad)
