@@ -12,11 +12,13 @@ from saetrack.sae.sparse import Latents, Selection, encode_at
 if TYPE_CHECKING:
     from warm_start_series import Trained
 
-Moved = Callable[[Tensor, Latents, Latents | None], Tensor | None]
+Moved = Callable[[Tensor, Latents, Latents | None, Tensor | None], Tensor | None]
 Form = Callable[[SAE, "Trained"], Moved]
 
 
-def _weighted(sae: SAE, weights: Tensor, new_weights: Tensor, latents_only: bool = False) -> Moved:
+def _weighted(
+    sae: SAE, weights: Tensor, new_weights: Tensor, *, latents_only: bool = False, dead_too: bool = False
+) -> Moved:
     """`SAE._moved` for sparse latents, each feature with a weight of its own.
 
     Args:
@@ -24,9 +26,10 @@ def _weighted(sae: SAE, weights: Tensor, new_weights: Tensor, latents_only: bool
         weights: ``[d_sae]``, where a latent was active before.
         new_weights: ``[d_sae]``, where it is active and was not.
         latents_only: Whether a latent that fell out of the k largest counts as 0, without a gradient.
+        dead_too: Whether what was dead is held to its silence, where the package lets it fire.
     """
 
-    def moved(centred: Tensor, latents: Latents, before: Latents | None) -> Tensor | None:
+    def moved(centred: Tensor, latents: Latents, before: Latents | None, new: Tensor | None) -> Tensor | None:
         if before is None:
             return None
         selection, values = before
@@ -34,8 +37,9 @@ def _weighted(sae: SAE, weights: Tensor, new_weights: Tensor, latents_only: bool
         if latents_only:
             now = now.relu() * torch.isin(selection.keys, latents.selection.keys, assume_unique=True)
         weight = weights[selection.columns]
-        new = torch.isin(latents.selection.keys, selection.keys, assume_unique=True, invert=True)
-        added = (new_weights[latents.selection.columns] * latents.values.square())[new].sum()
+        held = new_weights if new is None or dead_too else new_weights * ~new
+        elsewhere = torch.isin(latents.selection.keys, selection.keys, assume_unique=True, invert=True)
+        added = (held[latents.selection.columns] * latents.values.square())[elsewhere].sum()
         return ((weight * (now - values).square()).sum() + added) / (weight * values.square()).sum().clamp_min(1e-12)
 
     return moved
@@ -47,9 +51,10 @@ def latents(sae: SAE, before: "Trained") -> Moved:
     return _weighted(sae, ones, ones, latents_only=True)
 
 
-def alive(sae: SAE, before: "Trained") -> Moved:
-    """Only features that were alive before are held: one that was dead may fire for nothing."""
-    return _weighted(sae, torch.ones(sae.d_sae), (before.frequency > 0).float())
+def dead_too(sae: SAE, before: "Trained") -> Moved:
+    """Features that were dead are held too: firing again costs what any firing costs that was not there before."""
+    ones = torch.ones(sae.d_sae)
+    return _weighted(sae, ones, ones, dead_too=True)
 
 
 def not_new(sae: SAE, before: "Trained") -> Moved:
@@ -79,7 +84,7 @@ def quarter(sae: SAE, before: "Trained") -> Moved:
     return _on_a_part(sae, 4)
 
 
-FORMS: dict[str, Form] = {f.__name__: f for f in (latents, alive, not_new, equal, between, half, quarter)}
+FORMS: dict[str, Form] = {f.__name__: f for f in (latents, dead_too, not_new, equal, between, half, quarter)}
 
 
 def _on_a_part(sae: SAE, parts: int) -> Moved:
@@ -90,11 +95,11 @@ def _on_a_part(sae: SAE, parts: int) -> Moved:
             Selection(selection.columns[:end], selection.offsets[: batch + 1], selection.d_sae), values[:end]
         )
 
-    def moved(centred: Tensor, latents: Latents, before: Latents | None) -> Tensor | None:
+    def moved(centred: Tensor, latents: Latents, before: Latents | None, new: Tensor | None) -> Tensor | None:
         if before is None:
             return None
         batch = len(centred) // parts
-        return SAE._moved(sae, centred[:batch], first(latents, batch), first(before, batch))
+        return SAE._moved(sae, centred[:batch], first(latents, batch), first(before, batch), new)
 
     return moved
 

@@ -262,7 +262,8 @@ def _train(
         share = settings.lr_share(i, stream.end, data.batch_size, first)
         optimizer.param_groups[0]["lr"] = rate * share
         z = None if previous is None else previous.sparse_latents(batch.before[data.site])
-        out = sae.loss(batch.now[data.site], features.dead(recipe.dead_after), z)
+        dead = features.dead(recipe.dead_after)
+        out = sae.loss(batch.now[data.site], dead, z, dead | features.revived)
         loss = out.loss
         if out.moved is not None:
             faded = 1.0 if arm.fade is None else arm.fade(i / stream.end)

@@ -14,9 +14,10 @@ from typing_extensions import Self
 
 from . import native, ranks
 from .auxk import DeadLatents, auxiliary_loss, revive
+from .continuity import moved
 from .dense import relu_reconstruct
 from .geometric_median import geometric_median
-from .sparse import Latents, Selection, encode_at
+from .sparse import Latents, Selection
 from .workspace import Workspace
 
 _CHUNK_NUMBERS = 2**21  # 8 MiB of float32: the dense latents that encode_sparse holds at a time
@@ -40,8 +41,8 @@ class LossTerms(NamedTuple):
             inference threshold follows it. `SAE.after_step_` wants it, averaged over the ranks.
         moved: How far the latents are from those ``before``, scalar, not part of ``loss``:
             ``sum (z - before)^2 / sum before^2`` over the entries where either is active, z the pre-activation where
-            a latent was active before, so that one that fell below its threshold is drawn back. None without them.
-            `SAEModule` adds it with a weight that is times ``terms["mse"]``.
+            a latent was active before, so that one that fell below its threshold is drawn back. ``new`` latents may
+            fire where they did not. None without ``before``. `SAEModule` weights it by ``terms["mse"]``.
     """
 
     loss: Tensor
@@ -116,7 +117,9 @@ class SAE(nn.Module, ABC):
         return self.activate(pre)
 
     @abstractmethod
-    def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
+    def loss(
+        self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None, new: Tensor | None = None
+    ) -> LossTerms:
         """Compute the training loss of one batch.
 
         Args:
@@ -124,6 +127,7 @@ class SAE(nn.Module, ABC):
             dead: Latents to revive by AuxK, bool ``[d_sae]``; None for none.
             before: Latents that the previous SAE had at the same tokens on the previous LLM checkpoint, all of them
                 positive, to say in `LossTerms.moved` how far these are from them.
+            new: Latents that have no past, as they were dead, bool ``[d_sae]``; None for none.
 
         Returns:
             The loss with its parts.
@@ -335,21 +339,11 @@ class SAE(nn.Module, ABC):
         with self._low_precision():
             return latents @ self.W_dec + self.b_dec
 
-    def _moved(self, centred: Tensor, latents: Tensor | Latents, before: Latents | None) -> Tensor | None:
-        """Compute `LossTerms.moved` for the latents of this batch, dense or sparse."""
-        if before is None:
-            return None
-        selection, values = before
-        pre = encode_at(centred, self.W_enc, self.encoder_bias, self.b_dec, selection)  # [nnz]
-        moved = (pre - values).square().sum()
-        if isinstance(latents, Tensor):
-            there = latents[selection.rows, selection.columns].float()
-            moved = moved + (latents * latents).sum(dtype=torch.float32) - there.square().sum()
-        else:
-            elsewhere = torch.isin(latents.selection.keys, selection.keys, assume_unique=True, invert=True)
-            moved = moved + latents.values[elsewhere].square().sum()
-        power = ranks.average(values.square().sum())
-        return moved / torch.where(power > 0, power, 1.0)
+    def _moved(
+        self, centred: Tensor, latents: Tensor | Latents, before: Latents | None, new: Tensor | None
+    ) -> Tensor | None:
+        encoder = self.W_enc, self.encoder_bias, self.b_dec
+        return None if before is None else moved(centred, encoder, latents, before, new)
 
     def _dead_latents(self, dead: Tensor | None) -> DeadLatents | None:
         if dead is None or self.aux_coefficient == 0:

@@ -80,7 +80,9 @@ class BatchSelectionSAE(SAE):
         smallest = smallest_positive(self.activate_batch(self.preactivations(x.to(self.b_dec)[:INITIAL_ROWS])))
         self.threshold.copy_(smallest.nan_to_num(0.0).expand(self.d_sae))
 
-    def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
+    def loss(
+        self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None, new: Tensor | None = None
+    ) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
         self._check_width(x)
         with self._full_precision():
@@ -96,7 +98,7 @@ class BatchSelectionSAE(SAE):
                 terms["prefix_mse"] = prefixes.detach()
                 loss = loss + prefixes
             auxk = auxiliary_loss(x, x_hat, revived, to_revive)
-            moved = self._moved(centred, latents, before)
+            moved = self._moved(centred, latents, before, new)
         fired, l0 = firing(latents)
         return LossTerms(
             loss=loss + self.aux_coefficient * auxk,

@@ -77,7 +77,9 @@ class GatedSAE(SAE):
         self.b_mag.zero_()
         super().initialise(x, generator)
 
-    def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
+    def loss(
+        self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None, new: Tensor | None = None
+    ) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
         self._check_width(x)
         latents: Tensor | Latents
@@ -101,7 +103,7 @@ class GatedSAE(SAE):
             mse, gate_mse = squared_error(x, x_hat) / x.numel(), squared_error(x, x_gate) / x.numel()
             sparsity = gate.sum(dtype=torch.float32) / len(x) / self.d_in**0.5
             auxk = self._auxiliary_loss(centred, x, x_hat, dead)
-            moved = self._moved(centred, latents, before)
+            moved = self._moved(centred, latents, before, new)
         fired, l0 = firing(latents)
         return LossTerms(
             loss=mse + self.l1_coefficient * sparsity + gate_mse + self.aux_coefficient * auxk,

@@ -78,7 +78,9 @@ class JumpReLUSAE(SAE):
         super().initialise(x, generator)
         self.threshold.fill_(self.bandwidth)
 
-    def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
+    def loss(
+        self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None, new: Tensor | None = None
+    ) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
         self._check_width(x)
         latents: Tensor | Latents
@@ -99,7 +101,7 @@ class JumpReLUSAE(SAE):
         with self._full_precision():
             mse = squared_error(x, x_hat) / x.numel()
             auxk = self._auxiliary_loss(centred, x, x_hat, dead)
-            moved = self._moved(centred, latents, before)
+            moved = self._moved(centred, latents, before, new)
         return LossTerms(
             loss=mse + self.l0_coefficient * l0 + self.aux_coefficient * auxk,
             fired=firing(latents)[0],

@@ -48,7 +48,9 @@ class SAETrackSAE(SAE):
         """Apply ReLU."""
         return pre.relu()
 
-    def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
+    def loss(
+        self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None, new: Tensor | None = None
+    ) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
         self._check_width(x)
         with self._full_precision():
@@ -59,7 +61,7 @@ class SAETrackSAE(SAE):
             mse = ((x - x_hat).square() / torch.where(spread > 0, spread, 1.0)).mean()
             sparsity = sums.mean()
             auxk = self._auxiliary_loss(centred, x, x_hat, dead)
-            moved = self._moved(centred, latents, before)
+            moved = self._moved(centred, latents, before, new)
         fired, l0 = firing(latents)
         return LossTerms(
             loss=mse + self.l1_coefficient * sparsity + self.aux_coefficient * auxk,

@@ -45,7 +45,9 @@ class StandardSAE(SAE):
         """Apply ReLU."""
         return pre.relu()
 
-    def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
+    def loss(
+        self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None, new: Tensor | None = None
+    ) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
         self._check_width(x)
         with self._full_precision():
@@ -54,7 +56,7 @@ class StandardSAE(SAE):
             mse = squared_error(x, x_hat) / x.numel()
             sparsity = sums.mean() / self.d_in**0.5
             auxk = self._auxiliary_loss(centred, x, x_hat, dead)
-            moved = self._moved(centred, latents, before)
+            moved = self._moved(centred, latents, before, new)
         loss = mse + self.l1_coefficient * sparsity + self.aux_coefficient * auxk
         fired, l0 = firing(latents)
         return LossTerms(

@@ -48,7 +48,9 @@ class TopKSAE(SAE):
         values, indices = pre.topk(self.k, dim=-1, sorted=False)  # [..., k]
         return torch.zeros_like(pre).scatter(-1, indices, values.relu())
 
-    def loss(self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None) -> LossTerms:
+    def loss(
+        self, x: Tensor, dead: Tensor | None = None, before: Latents | None = None, new: Tensor | None = None
+    ) -> LossTerms:
         """Compute the loss in the class's docstring; see :meth:`SAE.loss`."""
         self._check_width(x)
         with self._full_precision():
@@ -60,7 +62,7 @@ class TopKSAE(SAE):
             latents = Latents(selection, values)  # [batch * k]
             nmse = squared_error(x, x_hat) / variance_of(x)
             auxk = auxiliary_loss(x, x_hat, revived, to_revive)
-            moved = self._moved(centred, latents, before)
+            moved = self._moved(centred, latents, before, new)
         fired, l0 = firing(latents)
         return LossTerms(
             loss=nmse + self.aux_coefficient * auxk,

@@ -124,11 +124,12 @@ class SAEModule(LightningModule):
             differ in it, `SAEsByHookpoint` with one for each.
         optimizer: Learning rates and their schedule within a stage, and when it has converged.
         continuity: Weight of the term that holds features to what they were: their latents stay near those of the
-            previous snapshot on the previous LLM checkpoint at the same tokens (`LossTerms.moved`). It keeps
-            that LLM in memory too, and runs it. The weight is times the batch's reconstruction error: so it costs much
-            the same share of the error however far a stage brings it down, a factor of ``exp(continuity)`` for each
-            unit that ``moved`` falls at most (docs/method.md). It rises and falls with the learning rate, so a stage
-            ends on the SAE's own loss. 0 turns it off; the first stage and a ``scratch`` start have none.
+            previous snapshot on the previous LLM checkpoint at the same tokens (`LossTerms.moved`); those that are dead
+            or were revived in this stage are free. It keeps that LLM in memory too, and runs it. The weight is times
+            the batch's reconstruction error, so that it costs much the same share of the error however far a stage
+            brings it down: at most a factor of ``exp(continuity)`` for each unit of ``moved`` (docs/method.md). It
+            rises and falls with the learning rate, so a stage ends on the SAE's own loss. 0 turns it off; the first
+            stage and a ``scratch`` start have none.
         dead_after_tokens: A feature that has not fired for this many tokens is dead, and the autoencoder's
             auxiliary loss tries to revive it.
         log_every_tokens: Tokens between two points of the training curves.
@@ -269,11 +270,11 @@ class SAEModule(LightningModule):
         every = max(1, self.log_every_tokens // self.data.batch_size)
         self._observed: dict[str, tuple[Tensor, Tensor | None]] = {}
         for hookpoint, x in batch.now.items():
-            dead = self.feature_state(hookpoint).dead(self.dead_after_tokens)
-            before = None
+            state, before = self.feature_state(hookpoint), None
+            dead = state.dead(self.dead_after_tokens)
             if hookpoint in batch.before:
                 before = self.previous[hookpoint].sparse_latents(batch.before[hookpoint])
-            out = self.sae(hookpoint).loss(x, dead, before)
+            out = self.sae(hookpoint).loss(x, dead, before, dead | state.revived)
             total = total + out.loss
             if out.moved is not None:
                 # a share of the error, or its price would grow with how far a stage brings the error down

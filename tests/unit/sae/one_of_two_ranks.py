@@ -44,7 +44,7 @@ def step(make: Callable[[], SAE], rows: slice, device: str = "cpu") -> SAE:
     dead = torch.zeros(sae.d_sae, dtype=torch.bool)
     dead[DEAD] = True
     x = x[rows].to(device)
-    out = sae.loss(x, dead.to(device), previous.sparse_latents(1.1 * x))
+    out = sae.loss(x, dead.to(device), previous.sparse_latents(1.1 * x), dead.to(device))
     assert out.moved is not None
     (out.loss + 0.1 * ranks.average(out.terms["mse"]) * out.moved).backward()  # as SAEModule weights it
     return sae

@@ -63,6 +63,11 @@ def test_what_moved_is_counted_at_every_entry_that_is_or_was_active(name: str) -
     moved = sae.loss(x, before=before).moved
     assert moved.item() == pytest.approx(by_hand / float(z.square().sum()), rel=1e-4)
     assert sae.loss(x).moved is None
+    new = torch.arange(32) % 3 == 0
+    free = sum(float(now[b, i]) ** 2 for b, i in entries if new[i] and z[b, i] == 0)
+    assert free > 0
+    moved = sae.loss(x, before=before, new=new).moved
+    assert moved.item() == pytest.approx((by_hand - free) / float(z.square().sum()), rel=1e-4)
 
 
 def test_latents_that_stayed_have_not_moved_and_none_before_is_no_division_by_zero() -> None:

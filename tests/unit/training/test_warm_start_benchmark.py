@@ -3,7 +3,9 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.sparse
 import torch
 import warm_start_forms
 import warm_start_maps
@@ -70,11 +72,15 @@ def test_the_form_of_the_package_is_the_package_s(series: tuple[Tensor, Tensor])
     x = series[0][:64] * Calibration.measure(series[0]).scale
     sae = an_sae(series[0])
     before = sae.sparse_latents(x + 0.3)
-    expected = sae.loss(x, before=before).moved
-    frequency = SimpleNamespace(frequency=torch.ones(sae.d_sae))
-    for form in (warm_start_forms.package, warm_start_forms.alive):  # all were alive
-        sae.__dict__["_moved"] = form(sae, frequency)
-        moved = sae.loss(x, before=before).moved
-        assert moved is not None
-        assert expected is not None
-        assert moved.item() == pytest.approx(expected.item(), rel=1e-5)
+    new = torch.arange(sae.d_sae) % 2 == 0
+    everywhere, held = sae.loss(x, before=before).moved, sae.loss(x, before=before, new=new).moved
+    assert everywhere is not None
+    assert held is not None
+    assert held < 0.9 * everywhere
+    sae.__dict__["_moved"] = warm_start_forms.dead_too(sae, None)
+    assert sae.loss(x, before=before, new=new).moved.item() == pytest.approx(everywhere.item(), rel=1e-5)
+    # all alike, so that `equal` is the same
+    alike = scipy.sparse.csr_array(np.ones((20, sae.d_sae), dtype=np.float32))
+    statistics = SimpleNamespace(frequency=torch.ones(sae.d_sae), latents=alike)
+    sae.__dict__["_moved"] = warm_start_forms.equal(sae, statistics)
+    assert sae.loss(x, before=before, new=new).moved.item() == pytest.approx(held.item(), rel=1e-5)

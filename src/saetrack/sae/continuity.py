@@ -1,0 +1,42 @@
+"""How far the latents of a batch are from those that the previous SAE had on the previous LLM checkpoint."""
+
+import torch
+from torch import Tensor
+
+from . import ranks
+from .sparse import Latents, encode_at
+
+
+def moved(
+    centred: Tensor,
+    encoder: tuple[Tensor, Tensor, Tensor],
+    latents: Tensor | Latents,
+    before: Latents,
+    new: Tensor | None,
+) -> Tensor:
+    """Compute `LossTerms.moved`.
+
+    Args:
+        centred: Activations without ``b_dec``, ``[batch, d_in]``.
+        encoder: ``W_enc``, its bias and ``b_dec``.
+        latents: Those of the batch, dense ``[batch, d_sae]`` or sparse.
+        before: Those of the previous SAE at the same tokens.
+        new: Latents that may fire where they did not, bool ``[d_sae]``: a dead one has no past to be held to, and what
+            AuxK has just revived would be punished for it.
+
+    Returns:
+        A scalar. With several ranks, its mean over them is that of the whole batch.
+    """
+    selection, values = before
+    weights, bias, b_dec = encoder
+    pre = encode_at(centred, weights, bias, b_dec, selection)  # [nnz]
+    total = (pre - values).square().sum()
+    held = torch.ones_like(bias) if new is None else (~new).float()  # [d_sae]
+    if isinstance(latents, Tensor):
+        there = latents[selection.rows, selection.columns].float().square() * held[selection.columns]
+        total = total + (latents * latents).sum(dim=0, dtype=torch.float32) @ held - there.sum()
+    else:
+        elsewhere = torch.isin(latents.selection.keys, selection.keys, assume_unique=True, invert=True)
+        total = total + (latents.values.square() * held[latents.selection.columns])[elsewhere].sum()
+    power = ranks.average(values.square().sum())
+    return total / torch.where(power > 0, power, 1.0)
