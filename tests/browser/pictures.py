@@ -1,6 +1,8 @@
-"""The pictures of docs/report.md, taken of a quickstart's report.
+"""The pictures of docs/report.md and docs/figures.md, taken of a quickstart's track and its report.
 
-python tests/browser/pictures.py runs/quickstart/gpt_neox.layers.2/report.html docs
+saetrack analyze runs/quickstart --analyses+=Dictionaries
+saetrack report runs/quickstart
+python tests/browser/pictures.py runs/quickstart/gpt_neox.layers.2 docs
 """
 
 import argparse
@@ -9,36 +11,67 @@ import shutil
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, sync_playwright
+
+FIGURES = {
+    1.5: "drift/adjacent drift/identity drift/to_last formation/formed formation/progress semantics/examples "
+    "semantics/semantics",
+    1.0: "drift/controls formation/map identity/correlation identity/survival",
+}
+"""What the analyses drew, by how much larger it is shown."""
 
 
 def main() -> None:
-    """Take the three pictures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("page", type=Path)
+    """Take them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("track", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--feature", type=int, default=1354)
     parser.add_argument("--step", type=int, default=64)
     parser.add_argument("--token", default="import")
     options = parser.parse_args()
-    address = options.page.resolve().as_uri()
+    track = options.track.resolve()
+    with sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        of_the_report(browser, (track / "report.html").as_uri(), options)
+        of_the_analyses(browser, track, options.folder / "figures")
+        browser.close()
+
+
+def of_the_report(browser: Browser, address: str, options: argparse.Namespace) -> None:
+    """Its three views, and the panel of phases."""
     shots = {
         "report-overview.png": ("#overview", "light", 1180),
         "report-features.png": ("#features", "light", 560),
         "report-feature.png": (f"#feature={options.feature}&step={options.step}", "dark", 1180),
     }
-    with sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        for name, (view, scheme, height) in shots.items():
-            page = browser.new_page(viewport={"width": 1280, "height": height}, color_scheme=scheme)
-            page.goto(address + view)
-            page.wait_for_selector("body[data-ready]")
-            if view == "#features":
-                page.fill("#search", options.token)
-            page.wait_for_timeout(500)
-            picture = Image.open(io.BytesIO(page.screenshot()))
-            picture.convert("RGB").quantize(192).save(options.folder / name, optimize=True)  # a third of the bytes
-        browser.close()
+    for name, (view, scheme, height) in shots.items():
+        page = browser.new_page(viewport={"width": 1280, "height": height}, color_scheme=scheme)
+        page.goto(address + view)
+        page.wait_for_selector("body[data-ready]")
+        if view == "#features":
+            page.fill("#search", options.token)
+        page.wait_for_timeout(500)
+        save(page.screenshot(), options.folder / name, colours=192)
+    page = browser.new_page(viewport={"width": 1000, "height": 900}, color_scheme="light")
+    page.goto(f"{address}#overview&section=phases")
+    page.wait_for_selector("body[data-ready]")
+    page.wait_for_timeout(500)
+    save(page.locator("#phases-boundaries").screenshot(), options.folder / "figures" / "phases-report.png")
+
+
+def of_the_analyses(browser: Browser, track: Path, folder: Path) -> None:
+    """The figures that lie in the track."""
+    for scale, names in FIGURES.items():
+        page = browser.new_page(viewport={"width": 1600, "height": 1600}, device_scale_factor=scale)
+        for name in names.split():
+            page.goto((track / "analyses" / f"{name}.svg").as_uri())
+            save(page.locator("svg").first.screenshot(), folder / f"{name.replace('/', '-')}.png")
+
+
+def save(shot: bytes, path: Path, colours: int = 64) -> None:
+    """Write it with few colours, a third of the bytes."""
+    Image.open(io.BytesIO(shot)).convert("RGB").quantize(colours).save(path, optimize=True)
 
 
 if __name__ == "__main__":
