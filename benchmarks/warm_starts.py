@@ -66,7 +66,9 @@ TRIED = {
     "quarter": (0.7,),
 }
 FRONTIER = {
-    f"{form}, {w}": Arm("transported", w, moved=FORMS.get(form)) for form, weights in TRIED.items() for w in weights
+    f"{form}, {weight}": Arm("transported", weight, moved=None if form == "package" else FORMS[form])
+    for form, weights in TRIED.items()
+    for weight in weights
 }
 FRONTIER |= {
     "package, 2.0, fading to 0": Arm("transported", 2.0, fade=lambda share: 1 - share),
@@ -126,7 +128,7 @@ def matrix() -> Iterator[Job]:
     yield from (Job("6 layers", "TopK", 1, seed, arm) for seed in (1, 2) for arm in main)
     yield from (dense(0, arm, ladder=True) for arm in main)
     yield dense(0, COLD, budget=LONG)
-    yield from (dense(0, arm, ladder=arm in ("transported", DEFAULT), budget=LONG) for arm in ("prior", "transported"))
+    yield from (dense(0, arm, ladder=arm == "transported", budget=LONG) for arm in ("prior", "transported"))
     yield from (dense(0, arm, ladder=arm == DEFAULT, budget=LONG) for arm in IN_LONG)
     yield from (dense(1, arm, budget=LONG) for arm in ("prior", "transported", "package, 0.25", DEFAULT))
     yield from (Job(llm, sae, 1, 0, arm, budget=LONG) for sae, llm in elsewhere for arm in main)

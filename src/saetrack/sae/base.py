@@ -41,8 +41,8 @@ class LossTerms(NamedTuple):
             inference threshold follows it. `SAE.after_step_` wants it, averaged over the ranks.
         moved: How far the latents are from those ``before``, scalar, not part of ``loss``:
             ``sum (z - before)^2 / sum before^2`` over the entries where either is active, z the pre-activation where
-            a latent was active before, so that one that fell below its threshold is drawn back. ``new`` latents may
-            fire where they did not. None without ``before``. `SAEModule` weights it by ``terms["mse"]``.
+            a latent was active before, so that one that fell below its threshold is drawn back. Where ``new`` latents
+            alone are active they do not count. None without ``before``. `SAEModule` weights it by `error`.
     """
 
     loss: Tensor
@@ -52,6 +52,11 @@ class LossTerms(NamedTuple):
     terms: dict[str, Tensor]
     smallest_kept: Tensor | None = None
     moved: Tensor | None = None
+
+    @property
+    def error(self) -> Tensor:
+        """Reconstruction error of the batch over all ranks, ``terms["mse"]``, a scalar without a gradient."""
+        return ranks.average(self.terms["mse"])
 
 
 class SAE(nn.Module, ABC):
@@ -127,7 +132,7 @@ class SAE(nn.Module, ABC):
             dead: Latents to revive by AuxK, bool ``[d_sae]``; None for none.
             before: Latents that the previous SAE had at the same tokens on the previous LLM checkpoint, all of them
                 positive, to say in `LossTerms.moved` how far these are from them.
-            new: Latents that have no past, as they were dead, bool ``[d_sae]``; None for none.
+            new: Latents that may fire where ``before`` has none at no cost, bool ``[d_sae]``; None for none.
 
         Returns:
             The loss with its parts.

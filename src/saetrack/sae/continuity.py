@@ -21,8 +21,8 @@ def moved(
         encoder: ``W_enc``, its bias and ``b_dec``.
         latents: Those of the batch, dense ``[batch, d_sae]`` or sparse.
         before: Those of the previous SAE at the same tokens.
-        new: Latents that may fire where they did not, bool ``[d_sae]``: a dead one has no past to be held to, and what
-            AuxK has just revived would be punished for it.
+        new: Latents that may fire where they did not, bool ``[d_sae]``: those that died and what AuxK revived. When one
+            comes back it is another feature, and is marked as one; held to its silence it would come back less.
 
     Returns:
         A scalar. With several ranks, its mean over them is that of the whole batch.
@@ -31,7 +31,7 @@ def moved(
     weights, bias, b_dec = encoder
     pre = encode_at(centred, weights, bias, b_dec, selection)  # [nnz]
     total = (pre - values).square().sum()
-    held = torch.ones_like(bias) if new is None else (~new).float()  # [d_sae]
+    held = torch.ones(len(bias), device=bias.device) if new is None else (~new).float()  # [d_sae]
     if isinstance(latents, Tensor):
         there = latents[selection.rows, selection.columns].float().square() * held[selection.columns]
         total = total + (latents * latents).sum(dim=0, dtype=torch.float32) @ held - there.sum()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from saetrack.metrics import fraction_variance_unexplained
-from saetrack.sae import SAE, Kernels, LossTerms, Precision, TopKSAE, ranks, resolve_precision, sae_record, use_kernels
+from saetrack.sae import SAE, Kernels, LossTerms, Precision, TopKSAE, resolve_precision, sae_record, use_kernels
 from saetrack.training.adam import ColumnAdam
 from saetrack.training.convergence import Curve, check_points, has_converged
 from saetrack.training.datamodule import ActivationDataModule, require_positive
@@ -126,10 +126,10 @@ class SAEModule(LightningModule):
         continuity: Weight of the term that holds features to what they were: their latents stay near those of the
             previous snapshot on the previous LLM checkpoint at the same tokens (`LossTerms.moved`); those that are dead
             or were revived in this stage are free. It keeps that LLM in memory too, and runs it. The weight is times
-            the batch's reconstruction error, so that it costs much the same share of the error however far a stage
-            brings it down: at most a factor of ``exp(continuity)`` for each unit of ``moved`` (docs/method.md). It
-            rises and falls with the learning rate, so a stage ends on the SAE's own loss. 0 turns it off; the first
-            stage and a ``scratch`` start have none.
+            the batch's reconstruction error (`LossTerms.error`), so that it does not weigh the more the farther a
+            stage brings the error down; docs/method.md has what that bounds. It rises and falls with the learning
+            rate, so a stage ends on the SAE's own loss. 0 turns it off; the first stage and a ``scratch`` start have
+            none.
         dead_after_tokens: A feature that has not fired for this many tokens is dead, and the autoencoder's
             auxiliary loss tries to revive it.
         log_every_tokens: Tokens between two points of the training curves.
@@ -277,8 +277,8 @@ class SAEModule(LightningModule):
             out = self.sae(hookpoint).loss(x, dead, before, dead | state.revived)
             total = total + out.loss
             if out.moved is not None:
-                # a share of the error, or its price would grow with how far a stage brings the error down
-                weight = self.continuity * self._lr_factor(batch_idx) * ranks.average(out.terms["mse"])
+                # in units of the error, or it would weigh the more the farther a stage brings the error down
+                weight = self.continuity * self._lr_factor(batch_idx) * out.error
                 total = total + weight * out.moved
                 out.terms["continuity"] = out.moved.detach()
             self._observed[hookpoint] = out.fired, out.smallest_kept

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
-from saetrack.sae import SAE, BatchTopKSAE, Exchange, Kernels, MatryoshkaSAE, TopKSAE, ranks, use_exchange, use_kernels
+from saetrack.sae import SAE, BatchTopKSAE, Exchange, Kernels, MatryoshkaSAE, TopKSAE, use_exchange, use_kernels
 
 D_IN, BATCH = 6, 16
 CLASSES: dict[str, Callable[[], SAE]] = {
@@ -46,7 +46,7 @@ def step(make: Callable[[], SAE], rows: slice, device: str = "cpu") -> SAE:
     x = x[rows].to(device)
     out = sae.loss(x, dead.to(device), previous.sparse_latents(1.1 * x), dead.to(device))
     assert out.moved is not None
-    (out.loss + 0.1 * ranks.average(out.terms["mse"]) * out.moved).backward()  # as SAEModule weights it
+    (out.loss + 0.1 * out.error * out.moved).backward()  # as SAEModule weights it
     return sae
 
 

@@ -115,6 +115,16 @@ def test_features_keep_their_latents_with_two_llms_in_memory_and_no_more(
     assert all(held > free + 0.05 for held, free in zip(correlation[1.0], correlation[0.0], strict=True))
 
 
+@pytest.mark.parametrize("name", [*SAES, "Gated"])
+def test_latents_that_are_free_do_not_count_where_they_alone_fire_in_any_precision(name: str) -> None:
+    sae = filled(SAES[name]() if name in SAES else GatedSAE(8, 4)).double()
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    nothing = Selection(torch.zeros(0, dtype=torch.int64), torch.zeros(21, dtype=torch.int64), 32)
+    before = Latents(nothing, torch.zeros(0, dtype=torch.float64))
+    assert sae.loss(x, before=before).moved > 0
+    assert sae.loss(x, before=before, new=torch.ones(32, dtype=torch.bool)).moved == 0
+
+
 def test_a_scratch_start_is_held_to_nothing(tiny_fit: Callable[..., Any], tmp_path: Path) -> None:
     llms = Llms()
     tiny_fit(tmp_path, [llms], steps=[0, 10], warm_start="scratch")

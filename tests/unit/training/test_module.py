@@ -238,3 +238,24 @@ def test_continuity_counts_in_units_of_the_error(tiny_data: Callable[..., Activa
     (out.loss.log() + module.continuity * share * out.moved).backward()
     assert sae.W_enc.grad is not None
     torch.testing.assert_close(found, out.loss.detach() * sae.W_enc.grad)
+
+
+def test_continuity_counts_in_units_of_the_error_alone_and_frees_what_died(
+    tiny_data: Callable[..., ActivationDataModule],
+) -> None:
+    module = a_module(tiny_data(HOOKPOINTS[:1]))
+    sae, state = module.sae(HOOKPOINTS[0]), module.feature_state(HOOKPOINTS[0])
+    x = torch.randn(BATCH, 16, generator=torch.Generator().manual_seed(5))
+    module.previous = {HOOKPOINTS[0]: copy.deepcopy(sae)}
+    before = module.previous[HOOKPOINTS[0]].sparse_latents(x.roll(1, dims=0))
+    fires = sae.loss(x).fired.nonzero()[:, 0]
+    state.tokens_since_fired[fires[0]], state.revived[fires[1]] = 10**9, True
+    dead, new = torch.zeros(2, sae.d_sae, dtype=torch.bool)
+    dead[fires[0]], new[fires[:2]] = True, True
+    out = sae.loss(x, dead, before, new)
+    assert out.moved is not None
+    assert out.terms["auxk"] > 0
+    assert all(out.moved < sae.loss(x, dead, before, other).moved - 1e-6 for other in (None, dead, new ^ dead))  # type: ignore[operator]
+    expected = out.loss + module.continuity * module._lr_factor(50) * out.terms["mse"] * out.moved
+    found = module.training_step(Batch({HOOKPOINTS[0]: x}, {HOOKPOINTS[0]: x.roll(1, dims=0)}), 50)
+    torch.testing.assert_close(found, expected)
