@@ -17,7 +17,7 @@ from warm_starts import FIRST, HOOKPOINTS, recipe
 FROM, TO = 512, 1024
 CHECKED = range(FROM + 128, TO + 1, 128)
 GAPS = (128, 64, 32, 16)
-ARMS = {"transported": 0.0, "transported + continuity 0.7": 0.7, "prior": 0.0}
+ARMS = {"transported": 0.0, "transported + continuity 1.0": 1.0, "prior": 0.0}
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from warm_starts import ARMS, BUDGETS, CLIMBING, COLD, DEFAULT, FIRST, FRONTIER,
 from saetrack.analysis import figures
 
 Line = dict[str, Any]
-NAMES = {DEFAULT: "transported + continuity 0.7", HELD: "transported + continuity 1.0"}
+NAMES = {DEFAULT: "transported + continuity 1.0", HELD: "transported + continuity 2.0"}
 """What some arms are called on the page."""
 
 
@@ -154,13 +154,13 @@ def long_stages(lines: Lines) -> str:
 def frontier(lines: Lines) -> str:
     """FVU against identity for the forms and weights of continuity, on the dense grid, seed 0."""
     prior = lines.of("prior")[0]
-    held = sorted([HELD, *FRONTIER], key=lambda arm: "package, 1.0" if arm == HELD else arm)
+    held = sorted([HELD, *FRONTIER], key=lambda arm: "package, 2.0" if arm == HELD else arm)
     names = ["prior", "transported", *held]
     rows = []
     for arm in names:
         for run in lines.of(arm)[:1]:
             relative = np.array(values(run, "fvu")) / np.array(values(prior, "fvu"))
-            row = {"form, weight": f"**{arm}**" if arm == DEFAULT else "package, 1.0" if arm == HELD else arm}
+            row = {"form, weight": f"**{arm}**" if arm == DEFAULT else "package, 2.0" if arm == HELD else arm}
             row["FVU / prior, mean"] = f"{np.exp(np.log(relative).mean()):.3f}"
             row["worst"] = f"{relative.max():.3f}"
             row["dead, worst"] = f"{max(values(run, 'dead')):.0%}"
@@ -232,7 +232,7 @@ def draw_frontier(lines: Lines, path: Path) -> None:
                 ax.plot(
                     x, y, "o" if arm in ARMS else "^" if "fading" in arm or "half" in arm else "s", color=colour, ms=5
                 )
-                name = {HELD: "1.0"}.get(arm, arm.split(", ", 1)[-1].replace("half of the stage", "half"))
+                name = {HELD: "2.0"}.get(arm, arm.split(", ", 1)[-1].replace("half of the stage", "half"))
                 ax.annotate(name, (x, y), textcoords="offset points", xytext=(4, 3), fontsize=6)
         for form in forms:
             ax.plot([], [], "s", color=figures.PALETTE[forms.index(form)], label=form.replace("_", " "))

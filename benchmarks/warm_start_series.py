@@ -129,7 +129,7 @@ class Arm:
         moved: Another form of the term, in place of `SAE._moved`; given the SAE and the stage before.
         tokens: Budget of a later stage, where it is not the recipe's.
         tolerance: When a stage has converged, as `OptimizerSettings.tolerance`.
-        fixed: Whether the weight of continuity stays as it is, where the package's is times the batch's error.
+        fixed: Whether the weight of continuity is as it is, where the package's counts in units of the error before.
     """
 
     start: str
@@ -189,6 +189,13 @@ class Trained:
     def own_units(self) -> SAE:
         """The SAE as its snapshot would hold it."""
         return self.sae.folded(self.place.calibration.scale).requires_grad_(False)
+
+    @property
+    def own_error(self) -> float:
+        """As `saetrack.training.warm_start.own_error`, on the calibration rows."""
+        x = self.place.calibration_rows * self.place.calibration.scale
+        with torch.no_grad():
+            return float(self.sae.loss(x[::16]).terms["mse"])
 
 
 def stage(
@@ -252,10 +259,11 @@ def _train(
     if arm.moments:
         for name, parameter in sae.named_parameters():
             optimizer.state[parameter] = moments[name]
-    previous = None
+    previous, weight = None, 0.0
     if held_to is not None:
         previous = held_to.own_units
         previous.precision = sae.precision
+        weight = arm.continuity if arm.fixed else arm.continuity * held_to.own_error
         if arm.moved is not None:
             sae.__dict__["_moved"] = arm.moved(sae, held_to)
     for i, batch in enumerate(stream):
@@ -267,7 +275,6 @@ def _train(
         loss = out.loss
         if out.moved is not None:
             faded = 1.0 if arm.fade is None else arm.fade(i / stream.end)
-            weight = arm.continuity * (1.0 if arm.fixed else out.terms["mse"])
             loss = loss + weight * share * faded * out.moved
         optimizer.zero_grad()
         loss.backward()

@@ -37,33 +37,33 @@ OPTIMIZER = OptimizerSettings(lr=2e-3, warmup_tokens=10_000, warmup_tokens_next=
 DEAD_AFTER = 12_500
 COLD = "cold"
 HELD = "transported + continuity"
-DEFAULT = "package, 0.7"
+DEFAULT = "package, 1.0"
 """What `saetrack fit` does by default; the arms of `ARMS` have a larger weight of continuity, to see its effect."""
 ARMS = {
     "prior": Arm("prior"),
-    HELD: Arm("transported", 1.0),
+    HELD: Arm("transported", 2.0),
     "transported": Arm("transported"),
-    "regressed + continuity": Arm("regressed", 1.0),
+    "regressed + continuity": Arm("regressed", 2.0),
     "regressed": Arm("regressed"),
     "regressed rows": Arm("regressed rows"),
-    "regressed rows + continuity": Arm("regressed rows", 1.0),
+    "regressed rows + continuity": Arm("regressed rows", 2.0),
     "scratch": Arm("scratch"),
     "recentred": Arm("recentred"),
-    "prior + continuity": Arm("prior", 1.0),
+    "prior + continuity": Arm("prior", 2.0),
     "affine": Arm("affine"),
-    "affine + continuity": Arm("affine", 1.0),
+    "affine + continuity": Arm("affine", 2.0),
     "transported + moments": Arm("transported", moments=True),
-    "transported + moments + continuity": Arm("transported", 1.0, moments=True),
+    "transported + moments + continuity": Arm("transported", 2.0, moments=True),
 }
 TRIED = {
-    "package": (0.1, 0.25, 0.5, 0.7, 2.0, 4.0),
+    "package": (0.25, 0.5, 0.7, 1.0, 1.5, 4.0),
     "equal": (0.5, 1.0, 2.0),
     "between": (0.5, 1.0, 2.0),
-    "dead_too": (0.7, 1.0, 2.0),
+    "dead_too": (1.0, 2.0),
     "latents": (1.0, 2.0),
     "not_new": (2.0,),
-    "half": (0.7, 1.0),
-    "quarter": (0.7,),
+    "half": (1.0, 2.0),
+    "quarter": (1.0,),
 }
 FRONTIER = {
     f"{form}, {weight}": Arm("transported", weight, moved=None if form == "package" else FORMS[form])
@@ -76,12 +76,12 @@ FRONTIER |= {
 }
 FRONTIER |= {f"fixed, {w}": Arm("transported", w, fixed=True) for w in (0.01, 0.03, 0.05, 0.1)}
 
-BUDGETS = {f"{tokens:,} tokens": Arm("transported", 0.7, tokens=tokens) for tokens in (12_500, 50_000)}
-BUDGETS |= {f"tolerance {t}": Arm("transported", 0.7, tokens=50_000, tolerance=t) for t in (0.03, 0.1, 0.01)}
+BUDGETS = {f"{tokens:,} tokens": Arm("transported", 1.0, tokens=tokens) for tokens in (12_500, 50_000)}
+BUDGETS |= {f"tolerance {t}": Arm("transported", 1.0, tokens=50_000, tolerance=t) for t in (0.03, 0.1, 0.01)}
 
 LONG = 8
 """A cold SAE of so many times the tokens: a warm start's share of them depends on how far the cold one has come."""
-IN_LONG = ("package, 0.1", "package, 0.25", "package, 0.5", DEFAULT, HELD, "package, 2.0", "fixed, 0.01", "fixed, 0.05")
+IN_LONG = ("package, 0.25", "package, 0.5", DEFAULT, HELD, "fixed, 0.01", "fixed, 0.05")
 """Weights of continuity that are tried with so many tokens too."""
 CLIMBING = ("prior", DEFAULT, HELD, "transported", "transported + moments", "transported + moments + continuity")
 """Arms whose stages are also trained with more and fewer tokens."""

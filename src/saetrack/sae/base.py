@@ -42,7 +42,7 @@ class LossTerms(NamedTuple):
         moved: How far the latents are from those ``before``, scalar, not part of ``loss``:
             ``sum (z - before)^2 / sum before^2`` over the entries where either is active, z the pre-activation where
             a latent was active before, so that one that fell below its threshold is drawn back. Where ``new`` latents
-            alone are active they do not count. None without ``before``. `SAEModule` weights it by `error`.
+            alone are active they do not count. None without ``before``. `SAEModule` counts it in units of "mse".
     """
 
     loss: Tensor
@@ -52,11 +52,6 @@ class LossTerms(NamedTuple):
     terms: dict[str, Tensor]
     smallest_kept: Tensor | None = None
     moved: Tensor | None = None
-
-    @property
-    def error(self) -> Tensor:
-        """Reconstruction error of the batch over all ranks, ``terms["mse"]``, a scalar without a gradient."""
-        return ranks.average(self.terms["mse"])
 
 
 class SAE(nn.Module, ABC):

@@ -21,9 +21,9 @@ def use_exchange(exchange: Exchange) -> None:
     """Choose what a step of this process exchanges with the other ranks.
 
     Args:
-        exchange: ``nothing`` with one process. ``gradients``: only what the loss is normalised and weighted by; DDP
-            averages the gradients. ``factors``: that, and what gradients of sparse steps are made of; they come out of
-            a backward pass averaged over the ranks, and DDP must leave them alone.
+        exchange: ``nothing`` with one process. ``gradients``: only what the loss is normalised by; DDP averages the
+            gradients. ``factors``: that, and what gradients of sparse steps are made of; they come out of a backward
+            pass averaged over the ranks, and DDP must leave them alone.
     """
     global _exchange, _gathered
     _exchange, _gathered = exchange, None

@@ -125,11 +125,10 @@ class SAEModule(LightningModule):
         optimizer: Learning rates and their schedule within a stage, and when it has converged.
         continuity: Weight of the term that holds features to what they were: their latents stay near those of the
             previous snapshot on the previous LLM checkpoint at the same tokens (`LossTerms.moved`); those that are dead
-            or were revived in this stage are free. It keeps that LLM in memory too, and runs it. The weight is times
-            the batch's reconstruction error (`LossTerms.error`), so that it does not weigh the more the farther a
-            stage brings the error down; docs/method.md has what that bounds. It rises and falls with the learning
-            rate, so a stage ends on the SAE's own loss. 0 turns it off; the first stage and a ``scratch`` start have
-            none.
+            or were revived in this stage are free. It keeps that LLM in memory too, and runs it. The weight counts in
+            units of the reconstruction error that the previous snapshot has, so that it weighs no more in a series of
+            long stages, whose errors are small. It rises and falls with the learning rate, so a stage ends on the
+            SAE's own loss. 0 turns it off; the first stage and a ``scratch`` start have none.
         dead_after_tokens: A feature that has not fired for this many tokens is dead, and the autoencoder's
             auxiliary loss tries to revive it.
         log_every_tokens: Tokens between two points of the training curves.
@@ -150,7 +149,7 @@ class SAEModule(LightningModule):
         self,
         sae: Callable[[int], SAE] | SAEsByHookpoint = TopKSAE,
         optimizer: OptimizerSettings = OptimizerSettings(),
-        continuity: float = 0.7,
+        continuity: float = 1.0,
         dead_after_tokens: int = 500_000,
         log_every_tokens: int = 100_000,
         precision: Precision = "auto",
@@ -175,6 +174,8 @@ class SAEModule(LightningModule):
         """Whether the current stage is the first; set by the scheduler, chooses the learning rate."""
         self.previous: dict[str, SAE] = {}
         """Snapshots that the stage began from, in the LLM's own units; set by the scheduler for continuity."""
+        self.previous_error: dict[str, float] = {}
+        """Their reconstruction errors on their own LLM checkpoint, as their loss counts them; set with them."""
         self.held_out: dict[str, Tensor] = {}
         """Scaled activations on which convergence is seen; set by the scheduler."""
         self.curves: dict[str, Curve] = {}
@@ -277,8 +278,9 @@ class SAEModule(LightningModule):
             out = self.sae(hookpoint).loss(x, dead, before, dead | state.revived)
             total = total + out.loss
             if out.moved is not None:
-                # in units of the error, or it would weigh the more the farther a stage brings the error down
-                weight = self.continuity * self._lr_factor(batch_idx) * out.error
+                # in units of an error, or it would weigh the more the farther a series brings the error down; of the
+                # snapshot before, for that of the batch would let a weight feed on the error that it makes
+                weight = self.continuity * self._lr_factor(batch_idx) * self.previous_error[hookpoint]
                 total = total + weight * out.moved
                 out.terms["continuity"] = out.moved.detach()
             self._observed[hookpoint] = out.fired, out.smallest_kept

@@ -26,7 +26,7 @@ from saetrack.training import evaluation
 from saetrack.training.datamodule import ActivationDataModule
 from saetrack.training.module import SAEModule, reconstruct
 from saetrack.training.start import Start, equal_norms
-from saetrack.training.warm_start import Calibration, WarmStart, in_both, orthogonal_map, recentre, transport
+from saetrack.training.warm_start import Calibration, WarmStart, in_both, orthogonal_map, own_error, recentre, transport
 
 logger = logging.getLogger(__name__)
 
@@ -190,12 +190,14 @@ class StageWork:
         activations = self.data.held_out_activations(stage.checkpoint)
         limits = self.data.norm_limits
         self.module.held_out = {h: take(x, within(x, limits[h])) * self.data.scales[h] for h, x in activations.items()}
-        self.module.previous = {}
+        self.module.previous, self.module.previous_error = {}, {}
         if self.data.before is not None:
-            saes = {h: snapshot.sae() for h, snapshot in _sources(stage, tracks).items()}
-            self.module.previous = {h: sae.to(self.data.device) for h, sae in saes.items()}
-            for hookpoint, sae in self.module.previous.items():
+            activations = self.data.held_out_activations(self.data.before)
+            for hookpoint, snapshot in _sources(stage, tracks).items():
+                sae = snapshot.sae().to(self.data.device)
                 sae.precision = self.module.sae(hookpoint).precision
+                self.module.previous[hookpoint] = sae
+                self.module.previous_error[hookpoint] = own_error(snapshot, activations[hookpoint])
 
     def held_out_fvu(self, checkpoint: LLMCheckpoint, snapshots: Mapping[str, Snapshot]) -> dict[str, float]:
         """FVU of each hookpoint's snapshot, as it is, on the held-out activations of an LLM checkpoint."""

@@ -19,6 +19,8 @@ from saetrack.track import Snapshot
 
 WarmStart = Literal["prior", "recentred", "transported", "scratch"]
 
+_ERROR_ROWS = 1024  # of these an error is taken, which only has to say how large errors are
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -56,6 +58,20 @@ class Calibration:
         """What a snapshot keeps of its LLM checkpoint's activations."""
         mean, covariance = (snapshot.statistics(name).double() for name in ("mean", "covariance"))
         return cls(mean, covariance, snapshot.statistics("scale").item(), snapshot.norm_limit)
+
+
+@torch.no_grad()
+def own_error(snapshot: Snapshot, activations: Tensor) -> float:
+    """Reconstruction error that a snapshot has on its own LLM checkpoint, as the loss of its class counts it.
+
+    Args:
+        snapshot: The snapshot.
+        activations: Some of that LLM checkpoint, in its own units, ``[n, d_in]``.
+    """
+    calibration = Calibration.of(snapshot)
+    x = take(activations, within(activations, calibration.norm_limit)) * calibration.scale
+    sae = snapshot.sae().folded(1 / calibration.scale).to(x.device)
+    return float(sae.loss(x[:: max(1, len(x) // _ERROR_ROWS)]).terms["mse"])
 
 
 def in_both(before: Tensor, now: Tensor, last: Calibration, calibration: Calibration) -> tuple[Tensor, Tensor]:

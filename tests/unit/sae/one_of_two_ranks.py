@@ -46,7 +46,7 @@ def step(make: Callable[[], SAE], rows: slice, device: str = "cpu") -> SAE:
     x = x[rows].to(device)
     out = sae.loss(x, dead.to(device), previous.sparse_latents(1.1 * x), dead.to(device))
     assert out.moved is not None
-    (out.loss + 0.1 * out.error * out.moved).backward()  # as SAEModule weights it
+    (out.loss + 0.1 * out.moved).backward()
     return sae
 
 
