@@ -1,11 +1,13 @@
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning import Callback
 
+from saetrack.metrics import fraction_variance_unexplained
 from saetrack.sae import (
     BatchTopKSAE,
     GatedSAE,
@@ -17,6 +19,8 @@ from saetrack.sae import (
 )
 from saetrack.sae.sparse import Latents, Selection
 from saetrack.training import OptimizerSettings, SAEModule
+from saetrack.training.module import reconstruct
+from saetrack.training.warm_start import own_error
 
 
 def filled(sae: Any, seed: int = 0) -> Any:
@@ -123,6 +127,44 @@ def test_latents_that_are_free_do_not_count_where_they_alone_fire_in_any_precisi
     before = Latents(nothing, torch.zeros(0, dtype=torch.float64))
     assert sae.loss(x, before=before).moved > 0
     assert sae.loss(x, before=before, new=torch.ones(32, dtype=torch.bool)).moved == 0
+
+
+class Errors(Callback):
+    """Notes in what units continuity counts."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
+        self.seen.append(module.previous_error)
+
+
+def test_its_unit_is_the_error_of_the_snapshot_before_on_its_own_llm_checkpoint(
+    tiny_fit: Callable[..., Any], tmp_path: Path
+) -> None:
+    errors = Errors()
+    fitted = tiny_fit(tmp_path, [errors])
+    first, second, _ = fitted.track
+    data = fitted.data
+    assert errors.seen[0] == {}  # the first stage has none before
+    for snapshot, found in ((first, errors.seen[20]), (second, errors.seen[-1])):
+        x = data.held_out_activations(next(c for c in data.checkpoints if c.step == snapshot.step))[data.hookpoints[0]]
+        # TopK's error is divided by the variance: the FVU of the snapshot as it is
+        fvu = fraction_variance_unexplained(x, reconstruct(snapshot.sae(), x))
+        assert found == {data.hookpoints[0]: pytest.approx(float(fvu), rel=0.02)}
+    assert errors.seen[20] != errors.seen[-1]
+
+
+def test_the_error_of_a_snapshot_is_in_the_units_of_its_loss(tiny_fit: Callable[..., Any], tmp_path: Path) -> None:
+    fitted = tiny_fit(tmp_path, steps=[0, 10], module={"continuity": 0.0})
+    snapshot, x = fitted.track[1], 50 * torch.randn(500, 16)
+    sae = snapshot.sae()
+    dense = StandardSAE(16, 4)
+    dense.load_state_dict(sae.state_dict())
+    scaled = SimpleNamespace(sae=lambda: dense, statistics=snapshot.statistics, norm_limit=snapshot.norm_limit)
+    scale = snapshot.statistics("scale").item()
+    by_hand = ((reconstruct(dense, x) - x) * scale).square().mean()
+    assert own_error(scaled, x) == pytest.approx(float(by_hand), rel=1e-4)
 
 
 def test_a_scratch_start_is_held_to_nothing(tiny_fit: Callable[..., Any], tmp_path: Path) -> None:
