@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("track", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--feature", type=int, default=1354)
+    parser.add_argument("--feature", type=int, default=1178)
     parser.add_argument("--step", type=int, default=64)
     parser.add_argument("--token", default="import")
     options = parser.parse_args()
