@@ -131,11 +131,11 @@ def matrix() -> Iterator[Job]:
     yield from (dense(0, arm, ladder=arm == "transported", budget=LONG) for arm in ("prior", "transported"))
     yield from (dense(0, arm, ladder=arm == DEFAULT, budget=LONG) for arm in IN_LONG)
     yield from (dense(1, arm, budget=LONG) for arm in ("prior", "transported", "package, 0.25", DEFAULT))
-    yield from (Job(llm, sae, 1, 0, arm, budget=LONG) for sae, llm in elsewhere for arm in main)
     yield from (dense(0, arm) for arm in (*BUDGETS, *others) if arm != "scratch")
     yield from (Job("4 layers", "TopK", thin, 0, arm) for thin in (2, 4) for arm in (*main, *others))
     yield from (Job("4 layers", "TopK", 8, 1, arm) for arm in (*main, *others))
     yield from (Job(llm, sae, thin, 0, arm) for sae, llm in elsewhere for thin in (1, 8) for arm in others)
+    yield from (Job(llm, sae, 1, 0, arm, budget=LONG) for sae, llm in elsewhere for arm in main)
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
