@@ -31,7 +31,7 @@ from saetrack.training.datamodule import ActivationDataModule, TokenSettings
 from saetrack.training.module import FeatureState, OptimizerSettings
 from saetrack.training.stage import INITIALISE_ON
 from saetrack.training.stream import Batch, harvest
-from saetrack.training.warm_start import Calibration
+from saetrack.training.warm_start import Calibration, own_error
 
 ALIVE = 1e-4  # firing frequency
 BATCH = 256
@@ -190,13 +190,6 @@ class Trained:
         """The SAE as its snapshot would hold it."""
         return self.sae.folded(self.place.calibration.scale).requires_grad_(False)
 
-    @property
-    def own_error(self) -> float:
-        """As `saetrack.training.warm_start.own_error`, on the calibration rows."""
-        x = self.place.calibration_rows * self.place.calibration.scale
-        with torch.no_grad():
-            return float(self.sae.loss(x[::16]).terms["mse"])
-
 
 def stage(
     data: HarvestedData, recipe: Recipe, arm: Arm, before: Trained | None, at: Place, tokens: int, order: int = 0
@@ -262,8 +255,9 @@ def _train(
     previous, weight = None, 0.0
     if held_to is not None:
         previous = held_to.own_units
+        error = own_error(previous, held_to.place.calibration, held_to.place.calibration_rows)
+        weight = arm.continuity * (1.0 if arm.fixed else error)
         previous.precision = sae.precision
-        weight = arm.continuity if arm.fixed else arm.continuity * held_to.own_error
         if arm.moved is not None:
             sae.__dict__["_moved"] = arm.moved(sae, held_to)
     for i, batch in enumerate(stream):

@@ -195,9 +195,9 @@ class StageWork:
             activations = self.data.held_out_activations(self.data.before)
             for hookpoint, snapshot in _sources(stage, tracks).items():
                 sae = snapshot.sae().to(self.data.device)
+                error = own_error(sae, Calibration.of(snapshot), activations[hookpoint])
                 sae.precision = self.module.sae(hookpoint).precision
-                self.module.previous[hookpoint] = sae
-                self.module.previous_error[hookpoint] = own_error(snapshot, activations[hookpoint])
+                self.module.previous[hookpoint], self.module.previous_error[hookpoint] = sae, error
 
     def held_out_fvu(self, checkpoint: LLMCheckpoint, snapshots: Mapping[str, Snapshot]) -> dict[str, float]:
         """FVU of each hookpoint's snapshot, as it is, on the held-out activations of an LLM checkpoint."""

@@ -61,17 +61,17 @@ class Calibration:
 
 
 @torch.no_grad()
-def own_error(snapshot: Snapshot, activations: Tensor) -> float:
-    """Reconstruction error that a snapshot has on its own LLM checkpoint, as the loss of its class counts it.
+def own_error(sae: SAE, calibration: Calibration, activations: Tensor) -> float:
+    """Reconstruction error that an SAE has on its own LLM checkpoint, as the loss of its class counts it.
 
     Args:
-        snapshot: The snapshot.
-        activations: Some of that LLM checkpoint, in its own units, ``[n, d_in]``.
+        sae: The SAE, in the LLM's own units.
+        calibration: What is known of that LLM checkpoint.
+        activations: Some of its activations, in its own units, ``[n, d_in]``.
     """
-    calibration = Calibration.of(snapshot)
     x = take(activations, within(activations, calibration.norm_limit)) * calibration.scale
-    sae = snapshot.sae().folded(1 / calibration.scale).to(x.device)
-    return float(sae.loss(x[:: max(1, len(x) // _ERROR_ROWS)]).terms["mse"])
+    trained = sae.folded(1 / calibration.scale).to(x.device)
+    return float(trained.loss(x[:: max(1, len(x) // _ERROR_ROWS)]).terms["mse"])
 
 
 def in_both(before: Tensor, now: Tensor, last: Calibration, calibration: Calibration) -> tuple[Tensor, Tensor]:

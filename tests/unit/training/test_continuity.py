@@ -1,6 +1,5 @@
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from saetrack.sae import (
 from saetrack.sae.sparse import Latents, Selection
 from saetrack.training import OptimizerSettings, SAEModule
 from saetrack.training.module import reconstruct
-from saetrack.training.warm_start import own_error
+from saetrack.training.warm_start import Calibration, own_error
 
 
 def filled(sae: Any, seed: int = 0) -> Any:
@@ -158,13 +157,11 @@ def test_its_unit_is_the_error_of_the_snapshot_before_on_its_own_llm_checkpoint(
 def test_the_error_of_a_snapshot_is_in_the_units_of_its_loss(tiny_fit: Callable[..., Any], tmp_path: Path) -> None:
     fitted = tiny_fit(tmp_path, steps=[0, 10], module={"continuity": 0.0})
     snapshot, x = fitted.track[1], 50 * torch.randn(500, 16)
-    sae = snapshot.sae()
     dense = StandardSAE(16, 4)
-    dense.load_state_dict(sae.state_dict())
-    scaled = SimpleNamespace(sae=lambda: dense, statistics=snapshot.statistics, norm_limit=snapshot.norm_limit)
+    dense.load_state_dict(snapshot.sae().state_dict())
     scale = snapshot.statistics("scale").item()
     by_hand = ((reconstruct(dense, x) - x) * scale).square().mean()
-    assert own_error(scaled, x) == pytest.approx(float(by_hand), rel=1e-4)
+    assert own_error(dense, Calibration.of(snapshot), x) == pytest.approx(float(by_hand), rel=1e-4)
 
 
 def test_a_scratch_start_is_held_to_nothing(tiny_fit: Callable[..., Any], tmp_path: Path) -> None:
