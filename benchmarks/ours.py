@@ -8,6 +8,7 @@ from torch import Tensor
 from saetrack.sae import SAE, Precision, resolve_precision
 from saetrack.training.adam import ColumnAdam
 from saetrack.training.module import FeatureState
+from saetrack.training.step import StepGraph, StepInputs, loss_of
 
 LR = 2e-4
 
@@ -19,7 +20,7 @@ def activations(batch: int, d_in: int, n: int = 3, device: str = "cpu") -> list[
 
 
 def step_of(
-    sae: SAE, precision: Precision = "auto", dead_share: float = 0.0, device: str = "cpu"
+    sae: SAE, precision: Precision = "auto", dead_share: float = 0.0, device: str = "cpu", recorded: bool = False
 ) -> Callable[[Tensor], None]:
     """A step of training: AuxK, decoder norm and feature statistics included.
 
@@ -28,6 +29,7 @@ def step_of(
         precision: As ``model.precision``.
         dead_share: Share of the latents that AuxK has to revive, in every step.
         device: Where it is trained.
+        recorded: As a CUDA graph.
     """
     sae.initialise(torch.randn(2048, sae.d_in), torch.Generator().manual_seed(0))
     sae.to(device).precision = resolve_precision(precision, torch.device(device))
@@ -35,11 +37,18 @@ def step_of(
     state = FeatureState(sae.d_sae).to(device)
     never = 2**62 if dead_share == 0 else 0
     stays_dead = (torch.rand(sae.d_sae, generator=torch.Generator().manual_seed(1)) < dead_share).to(device)
+    graph = StepGraph(sae, None) if recorded else None
 
     def step(x: Tensor) -> None:
         optimizer.zero_grad()
-        out = sae.loss(x, state.dead(never) & stays_dead)
-        out.loss.backward()
+        dead = state.dead(never) & stays_dead
+        given = StepInputs(x, dead, dead | state.revived, None)
+        if graph is None:
+            loss, out = loss_of(sae, None, given, 0.0)
+            loss.backward()
+        else:
+            _, out = graph(given, 0.0)
+            graph.place_gradients()
         sae.remove_parallel_gradient_()
         optimizer.step()
         sae.after_step_(out.smallest_kept)

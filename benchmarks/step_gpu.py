@@ -49,8 +49,10 @@ def variants(d_sae: int) -> dict[str, Callable[[], Step]]:
     ours = partial(step_of, device="cuda")
     lens = partial(sae_lens, "topk", D_IN, d_sae, K, BATCH, device="cuda")
     return {
-        "topk_native": lambda: ours(TopKSAE(D_IN, factor, K)),
+        "topk_native": lambda: ours(TopKSAE(D_IN, factor, K), recorded=True),
+        "topk_not_recorded_native": lambda: ours(TopKSAE(D_IN, factor, K)),
         "topk": lambda: ours(TopKSAE(D_IN, factor, K)),
+        "topk_2_percent_dead_native": lambda: ours(TopKSAE(D_IN, factor, K), dead_share=0.02, recorded=True),
         "topk_2_percent_dead": lambda: ours(TopKSAE(D_IN, factor, K), dead_share=0.02),
         "batch_topk_native": lambda: ours(BatchTopKSAE(D_IN, factor, K)),
         "matryoshka_native": lambda: ours(MatryoshkaSAE(D_IN, factor, K)),

@@ -26,22 +26,35 @@ class DeadLatents:
     Only z itself is kept; the dense form exists for a chunk of activations at a time.
 
     Args:
-        latents: Which, int64 ``[n_dead]``, increasing, at least one.
+        latents: Which, int64 ``[n]``, no one twice, at least one.
         aux_k: How many reconstruct one activation, where there are as many.
         dtype: Of the products.
+        n_dead: How many of ``latents``, from the first, are dead, a scalar; the others only fill places, and nothing
+            comes from them or goes to them. None for all.
     """
 
-    def __init__(self, latents: Tensor, aux_k: int, dtype: torch.dtype) -> None:
+    def __init__(self, latents: Tensor, aux_k: int, dtype: torch.dtype, n_dead: Tensor | None = None) -> None:
         self.latents = latents
         self.dtype = dtype
-        self.weight = min(1.0, len(latents) / aux_k)
+        self.weight = min(1.0, len(latents) / aux_k) if n_dead is None else (n_dead / aux_k).clamp(max=1.0)
         """EleutherAI sparsify's factor, without which the last few dead latents are thrown about."""
+        self._free = None if n_dead is None else torch.arange(len(latents), device=latents.device) >= n_dead
         self._n = min(aux_k, len(latents))
         self._chosen: list[tuple[Tensor, Tensor | None]]  # as `_choose` gives them, for each chunk
 
     @classmethod
-    def where(cls, dead: Tensor, W_dec: Tensor, aux_k: int, dtype: torch.dtype) -> "DeadLatents | None":
+    def where(
+        cls, dead: Tensor, W_dec: Tensor, aux_k: int, dtype: torch.dtype, places: int | None = None
+    ) -> "DeadLatents | None":
         """Those of a mask; None without any. Where they are few, their products are in float32.
+
+        Args:
+            dead: Which latents are dead, bool ``[d_sae]``.
+            W_dec: ``[d_sae, d_in]``.
+            aux_k: How many reconstruct one activation.
+            dtype: Of the products where they are many.
+            places: Work on as many latents, at least those of the mask, so that no shape depends on it; None works on
+                just those.
 
         Raises:
             ValueError: If ``dead`` does not have one entry for each row of ``W_dec`` ``[d_sae, d_in]``.
@@ -49,16 +62,18 @@ class DeadLatents:
         d_sae, d_in = W_dec.shape
         if dead.shape != (d_sae,):
             raise ValueError(f"dead has shape {tuple(dead.shape)}; expected one entry for each of {d_sae} latents.")
-        latents = dead.nonzero().squeeze(1)
+        if places is None:
+            latents, n_dead = dead.nonzero().squeeze(1), None
+        else:  # the dead, then the first of the living
+            latents, n_dead = dead.byte().sort(descending=True, stable=True).indices[:places], dead.sum()
         if len(latents) == 0:
             return None
         low = dtype != torch.float32 and len(latents) * d_in > _FEW_NUMBERS
-        return cls(latents, aux_k, dtype if low else W_dec.dtype)
+        return cls(latents, aux_k, dtype if low else W_dec.dtype, n_dead)
 
     def reconstruct(self, centred: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> Tensor:
         """What they give for x - b_dec, ``[batch, d_in]`` as that is, without a gradient."""
-        encoder, self._decoder = (table[self.latents].to(self.dtype) for table in (W_enc.T, W_dec))
-        bias = b_enc[self.latents].to(self.dtype)
+        encoder, self._decoder, bias = (self._rows(table).to(self.dtype) for table in (W_enc.T, W_dec, b_enc))
         reconstruction = torch.empty_like(centred)
         self._chosen = []
         for rows in self._chunks(len(centred)):
@@ -100,12 +115,21 @@ class DeadLatents:
         size = max(1, _CHUNK_NUMBERS // len(self.latents))
         return [slice(start, start + size) for start in range(0, batch, size)]
 
+    def _rows(self, table: Tensor) -> Tensor:
+        """Those of the dead latents; zeros in places that are free."""
+        rows = table[self.latents]
+        if self._free is not None:
+            rows.masked_fill_(self._free if rows.ndim == 1 else self._free[:, None], 0.0)
+        return rows
+
     def _choose(self, pre: Tensor) -> tuple[Tensor, Tensor | None]:
         """The largest of each row, ``[rows, n]``, and where they are; None where that is everywhere."""
         if self._n == len(self.latents):
             return pre, None
+        if self._free is not None:
+            pre = pre.masked_fill(self._free, -torch.inf)
         values, positions = pre.topk(self._n, dim=1, sorted=False)
-        return values, positions
+        return values if self._free is None else values.masked_fill(values.isneginf(), 0.0), positions
 
     def _dense(self, values: Tensor, positions: Tensor | None) -> Tensor:
         """The chosen ``values`` in their places among all dead latents, ``[rows, n_dead]``, zero elsewhere."""
@@ -170,6 +194,5 @@ def auxiliary_loss(x: Tensor, x_hat: Tensor, revived: Tensor | None, dead: DeadL
         return x.new_zeros(())
     error = x - x_hat.detach()
     variance = ranks.total_variance(error)
-    if variance == 0:
-        return x.new_zeros(())
-    return dead.weight * (error - revived).square().sum() / variance
+    # by infinity, not an `if`, for which a GPU would be waited for
+    return dead.weight * (error - revived).square().sum() / torch.where(variance > 0, variance, torch.inf)

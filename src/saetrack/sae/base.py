@@ -78,6 +78,10 @@ class SAE(nn.Module, ABC):
     """Whether every gradient of the encoder, its bias and the decoder comes from `sparse` and `auxk`, so that ranks can
     exchange what they are made of (`ranks`)."""
 
+    static_shapes: ClassVar[bool] = False
+    """Whether, with `dead_places`, no shape in `loss` and `sparse_latents` depends on a value, and on a GPU nothing is
+    waited for, so that a step can be recorded as a CUDA graph."""
+
     def __init__(self, d_in: int, expansion_factor: int, aux_coefficient: float, aux_k: int | None) -> None:
         super().__init__()
         if d_in < 1 or expansion_factor < 1:
@@ -98,7 +102,10 @@ class SAE(nn.Module, ABC):
         self.precision = torch.float32
         """Dtype of the large products in `loss`; parameters, sums and whatever is small are float32 always.
         Not an argument, for it belongs to the machine and not to the SAE: see `resolve_precision`."""
-        self._workspace = Workspace()
+        self.dead_places: int | None = None
+        """Latents that AuxK works on where as many are dead or fewer; None for just the dead. Set by `StepGraph`."""
+        self.workspace = Workspace()
+        """Memory that a step leaves for the next; a copy has its own."""
 
     @property
     def encoder_bias(self) -> nn.Parameter:
@@ -332,7 +339,7 @@ class SAE(nn.Module, ABC):
         """`relu_reconstruct` with this SAE's parameters, its products in `precision`."""
         dtype = self.precision if self.precision != torch.float32 else self.W_enc.dtype
         parameters = self.W_enc, self.b_enc, self.W_dec, self.b_dec
-        return relu_reconstruct(centred, parameters, weights, dtype, self._workspace)
+        return relu_reconstruct(centred, parameters, weights, dtype, self.workspace)
 
     def _decode_low(self, latents: Tensor) -> Tensor:
         """`decode` with its product in `precision`."""
@@ -346,9 +353,9 @@ class SAE(nn.Module, ABC):
         return None if before is None else moved(centred, encoder, latents, before, new)
 
     def _dead_latents(self, dead: Tensor | None) -> DeadLatents | None:
-        if dead is None or self.aux_coefficient == 0:
+        if dead is None or self.aux_coefficient == 0 or self.dead_places == 0:
             return None
-        return DeadLatents.where(dead, self.W_dec, self.aux_k, self.precision)
+        return DeadLatents.where(dead, self.W_dec, self.aux_k, self.precision, self.dead_places)
 
     def _auxiliary_loss(self, centred: Tensor, x: Tensor, x_hat: Tensor, dead: Tensor | None) -> Tensor:
         latents = self._dead_latents(dead)

@@ -87,7 +87,7 @@ class BatchSelectionSAE(SAE):
         self._check_width(x)
         with self._full_precision():
             centred = (x - self.b_dec).detach()  # [batch, d_in]
-            selection = select_batch_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self._workspace)
+            selection = select_batch_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self.workspace)
             to_revive = self._dead_latents(dead)
             latents, (*narrower, x_hat), revived = self.latents_and_reconstructions(centred, selection, to_revive)
             variance = variance_of(x)

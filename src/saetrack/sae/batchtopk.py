@@ -45,5 +45,5 @@ class BatchTopKSAE(BatchSelectionSAE):
     ) -> tuple[Latents, list[Tensor], Tensor | None]:
         """Reconstruct from all latents, once."""
         parameters = self.W_enc, self.b_enc, self.W_dec, self.b_dec
-        values, x_hat, revived = reconstruct_at(centred, parameters, selection, None, dead, self._workspace)
+        values, x_hat, revived = reconstruct_at(centred, parameters, selection, None, dead, self.workspace)
         return Latents(selection, values), [x_hat], revived

@@ -20,7 +20,7 @@ def moved(
         centred: Activations without ``b_dec``, ``[batch, d_in]``.
         encoder: ``W_enc``, its bias and ``b_dec``.
         latents: Those of the batch, dense ``[batch, d_sae]`` or sparse.
-        before: Those of the previous SAE at the same tokens.
+        before: Those of the previous SAE at the same tokens; where they are 0 it had none.
         new: Latents that may fire where they did not, bool ``[d_sae]``: those that died and what AuxK revived. When one
             comes back it is another feature, and is marked as one; held to its silence it would come back less.
 
@@ -29,14 +29,16 @@ def moved(
     """
     selection, values = before
     weights, bias, b_dec = encoder
+    was = values > 0
     pre = encode_at(centred, weights, bias, b_dec, selection)  # [nnz]
-    total = (pre - values).square().sum()
+    total = ((pre - values).square() * was).sum()
     held = torch.ones(len(bias), device=bias.device) if new is None else (~new).float()  # [d_sae]
     if isinstance(latents, Tensor):
-        there = latents[selection.rows, selection.columns].float().square() * held[selection.columns]
+        there = latents[selection.rows, selection.columns].float().square() * (held[selection.columns] * was)
         total = total + (latents * latents).sum(dim=0, dtype=torch.float32) @ held - there.sum()
     else:
-        elsewhere = torch.isin(latents.selection.keys, selection.keys, assume_unique=True, invert=True)
-        total = total + (latents.values.square() * held[latents.selection.columns])[elsewhere].sum()
+        keys = torch.where(was, selection.keys, -1)
+        elsewhere = torch.isin(latents.selection.keys, keys, assume_unique=True, invert=True)
+        total = total + (latents.values.square() * (held[latents.selection.columns] * elsewhere)).sum()
     power = ranks.average(values.square().sum())
     return total / torch.where(power > 0, power, 1.0)

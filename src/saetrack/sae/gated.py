@@ -86,7 +86,7 @@ class GatedSAE(SAE):
         with self._full_precision():
             centred = (x - self.b_dec).detach()  # [batch, d_in]
             # where the gate is shut there is neither a value nor a gradient
-            selection = select_positive(centred, self.W_enc, self.b_gate, self.precision, self._workspace)
+            selection = select_positive(centred, self.W_enc, self.b_gate, self.precision, self.workspace)
             if selection is not None:
                 pre = encode_at(centred, self.W_enc, self.b_gate, self.b_dec, selection)  # [nnz]
                 values, gate = self._magnitude(pre, selection) * (pre > 0), pre.relu()

@@ -88,7 +88,7 @@ class JumpReLUSAE(SAE):
             centred = (x - self.b_dec).detach()  # [batch, d_in]
             # nothing below the kernel's lower edge has a value or a gradient
             bias = self.b_enc - self.threshold + self.bandwidth / 2
-            selection = select_positive(centred, self.W_enc, bias, self.precision, self._workspace)
+            selection = select_positive(centred, self.W_enc, bias, self.precision, self.workspace)
             if selection is not None:
                 pre = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection)  # [nnz]
                 values, l0 = _StraightThrough.apply(pre, self.threshold, self.bandwidth, selection)  # type: ignore[no-untyped-call]

@@ -5,7 +5,7 @@ gradient and no precision. Everything else, forward and backward, touches only t
 It is plain PyTorch on any device, or the kernels of `native`, all without atomics: equal inputs give equal bits.
 """
 
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -115,7 +115,7 @@ class Selection:
         return order, torch.searchsorted(columns, latents)
 
 
-@lru_cache(maxsize=4)
+@cache  # for good: a CUDA graph goes on reading what it was recorded with
 @torch.inference_mode(mode=False)
 def _equal_counts(batch: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """`Selection.offsets` and `Selection.rows` where every activation has k latents: the same in every step."""

@@ -31,6 +31,7 @@ class TopKSAE(SAE):
     """
 
     sparse_gradients = True
+    static_shapes = True
 
     def __init__(
         self,
@@ -55,10 +56,10 @@ class TopKSAE(SAE):
         self._check_width(x)
         with self._full_precision():
             centred = (x - self.b_dec).detach()  # [batch, d_in]
-            selection, pre = select_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self._workspace)
+            selection, pre = select_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self.workspace)
             parameters = self.W_enc, self.b_enc, self.W_dec, self.b_dec
             to_revive = self._dead_latents(dead)
-            values, x_hat, revived = reconstruct_at(centred, parameters, selection, pre, to_revive, self._workspace)
+            values, x_hat, revived = reconstruct_at(centred, parameters, selection, pre, to_revive, self.workspace)
             latents = Latents(selection, values)  # [batch * k]
             nmse = squared_error(x, x_hat) / variance_of(x)
             auxk = auxiliary_loss(x, x_hat, revived, to_revive)
@@ -75,12 +76,15 @@ class TopKSAE(SAE):
 
     @torch.no_grad()
     def sparse_latents(self, x: Tensor) -> Latents:
-        """The positive latents for activations ``[batch, d_in]``, without their dense form."""
+        """The positive latents for activations ``[batch, d_in]``, without their dense form.
+
+        On a GPU there are zeros among them: it would have to be waited for before the others' number is known.
+        """
         centred = x - self.b_dec
-        selection, pre = select_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self._workspace)
+        selection, pre = select_topk(centred, self.W_enc, self.b_enc, self.k, self.precision, self.workspace)
         if pre is None:
             pre = encode_at(centred, self.W_enc, self.b_enc, self.b_dec, selection)
-        return Latents(selection, pre).positive()
+        return Latents(selection, pre.relu()) if pre.is_cuda else Latents(selection, pre).positive()
 
     def saelens_config(self) -> dict[str, Any]:
         """Give the part of SAELens's cfg.json that belongs to the architecture."""

@@ -27,6 +27,11 @@ class Workspace:
             kept = self._buffers[name] = torch.empty(size, dtype=dtype, device=device)
         return kept[:size].view(shape)
 
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What is kept now, for who must hold on to it longer."""
+        return list(self._buffers.values())
+
     def lend(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised tensor; on a CPU in memory that was lent before, if nobody holds that any more.
 

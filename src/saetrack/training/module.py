@@ -21,6 +21,7 @@ from saetrack.training.datamodule import ActivationDataModule, require_positive
 from saetrack.training.ddp import share_gradients
 from saetrack.training.divergence import refuse_divergence
 from saetrack.training.saes import SAEsByHookpoint, build_sae, refuse_other_names, setting_of
+from saetrack.training.step import StepGraph, StepInputs, can_be_recorded, loss_of
 from saetrack.training.stream import ActivationStream, Batch
 
 _HELD_OUT_ROWS = 1024  # dense latents of these are held at a time
@@ -176,6 +177,8 @@ class SAEModule(LightningModule):
         """Snapshots that the stage began from, in the LLM's own units; set by the scheduler for continuity."""
         self.previous_error: dict[str, float] = {}
         """Their reconstruction errors on their own LLM checkpoint, as their loss counts them; set with them."""
+        self.graphs: dict[str, StepGraph] = {}
+        """Recorded steps of hookpoints that have them; they belong to a stage and its ``previous``."""
         self.held_out: dict[str, Tensor] = {}
         """Scaled activations on which convergence is seen; set by the scheduler."""
         self.curves: dict[str, Curve] = {}
@@ -271,23 +274,34 @@ class SAEModule(LightningModule):
         every = max(1, self.log_every_tokens // self.data.batch_size)
         self._observed: dict[str, tuple[Tensor, Tensor | None]] = {}
         for hookpoint, x in batch.now.items():
-            state, before = self.feature_state(hookpoint), None
+            state = self.feature_state(hookpoint)
             dead = state.dead(self.dead_after_tokens)
-            if hookpoint in batch.before:
-                before = self.previous[hookpoint].sparse_latents(batch.before[hookpoint])
-            out = self.sae(hookpoint).loss(x, dead, before, dead | state.revived)
-            total = total + out.loss
-            if out.moved is not None:
-                # in units of an error, or it would weigh the more the farther a series brings the error down; of the
-                # snapshot before, for that of the batch would let a weight feed on the error that it makes
-                weight = self.continuity * self._lr_factor(batch_idx) * self.previous_error[hookpoint]
-                total = total + weight * out.moved
-                out.terms["continuity"] = out.moved.detach()
+            given = StepInputs(x, dead, dead | state.revived, batch.before.get(hookpoint))
+            # in units of an error, or it would weigh the more the farther a series brings the error down; of the
+            # snapshot before, for that of the batch would let a weight feed on the error that it makes
+            weight = self.continuity * self._lr_factor(batch_idx) * self.previous_error.get(hookpoint, 0.0)
+            loss, out = self._step(hookpoint, given, weight)
+            total = total + loss
             self._observed[hookpoint] = out.fired, out.smallest_kept
             if batch_idx % every == 0:
                 refuse_divergence(hookpoint, self.sae(hookpoint), float(out.loss.detach()), self.kernels, x, dead)
                 self._log_step(hookpoint, out, dead)
         return total
+
+    def _step(self, hookpoint: str, given: StepInputs, continuity: float) -> tuple[Tensor, LossTerms]:
+        sae, previous = self.sae(hookpoint), self.previous.get(hookpoint)
+        if not can_be_recorded(sae, self.kernels, self.trainer):
+            return loss_of(sae, previous, given, continuity)
+        if hookpoint not in self.graphs:
+            self.graphs[hookpoint] = StepGraph(sae, previous)
+        return self.graphs[hookpoint](given, continuity)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Form the gradients that no recorded step has formed, and put in place what those have."""
+        if loss.requires_grad:
+            super().backward(loss, *args, **kwargs)
+        for graph in self.graphs.values():
+            graph.place_gradients()
 
     def _log_step(self, hookpoint: str, out: LossTerms, dead: Tensor) -> None:
         """Log this rank's batch against the optimizer step."""

@@ -90,6 +90,30 @@ def test_a_topk_step_is_that_of_dense_autograd(n_dead: int, chunk: int, monkeypa
     assert not expected
 
 
+@pytest.mark.parametrize("places", [0, 64, 128, 256])
+@pytest.mark.parametrize("n_dead", [0, 1, 12, 40, 64, 100])
+@pytest.mark.parametrize("chunk", [300, 10**9], ids=["in chunks", "at once"])
+def test_places_that_no_dead_latent_takes_change_nothing(
+    n_dead: int, places: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if n_dead > places:
+        pytest.skip("places are for all dead latents")
+    monkeypatch.setattr("saetrack.sae.auxk._CHUNK_NUMBERS", chunk)
+    for aux_k in (12, 90):  # with 90 fewer may be dead than are to be chosen, of more places than that
+        sae, x = TopKSAE(D_IN, 8, k=8, aux_k=aux_k, aux_coefficient=0.5), activations(7)
+        sae.load_state_dict(started(CLASSES["topk"]).state_dict())
+        dead = torch.arange(sae.d_sae) % 2 == 1
+        dead &= dead.cumsum(0) <= n_dead
+        just = sae.loss(x, dead)
+        expected = gradients(sae, just.loss)
+        sae.dead_places = places
+        padded = sae.loss(x, dead)
+        assert padded.loss.item() == pytest.approx(just.loss.item(), rel=1e-6)
+        assert padded.terms["auxk"].item() == pytest.approx(just.terms["auxk"].item(), rel=1e-5)
+        for name, gradient in gradients(sae, padded.loss).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("n_dead", "least", "most"), [(5, 1e-4, 0.01), (100, 1e-4, 0.1)], ids=["all", "some chosen"])
 def test_dead_latents_in_bfloat16_get_nearly_the_gradients_of_float32(n_dead: int, least: float, most: float) -> None:
     sae, centred, grad = started(CLASSES["topk"]), activations(7), activations(8) / BATCH

@@ -100,14 +100,13 @@ def tiny_fit(tiny_data: Callable[..., ActivationDataModule]) -> Callable[..., Fi
         trained = SAEModule(lambda d: TopKSAE(d, 4, k=4), log_every_tokens=256, **settings)
         options = {"steps": [0, 2, 10], "tokens_first": 2000, "tokens_next": 1000, **scheduler}
         made = Trainer(
-            accelerator="cpu",
             logger=logger,
             callbacks=[CheckpointScheduler(run, **options), ResumeFile(every_tokens=512), *(callbacks or [])],
             max_epochs=-1,
             reload_dataloaders_every_n_epochs=1,
             enable_model_summary=False,
             default_root_dir=run,
-            **{"enable_progress_bar": False, **(trainer or {})},
+            **{"accelerator": "cpu", "enable_progress_bar": False, **(trainer or {})},
         )
         made.fit(trained, data, ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
         return Fitted(run, made, trained, data)

@@ -1,0 +1,195 @@
+"""The loss of a step with continuity, and the step as a CUDA graph against the one that is not recorded."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from saetrack.sae import SAE, StandardSAE, TopKSAE, use_kernels
+from saetrack.sae.sparse import Latents, Selection
+from saetrack.training import module as module_of_training
+from saetrack.training.adam import ColumnAdam
+from saetrack.training.step import StepGraph, StepInputs, can_be_recorded, loss_of, places_for
+
+D_IN, BATCH = 32, 256
+
+
+def an_sae(seed: int, device: str = "cpu", **arguments: Any) -> TopKSAE:
+    sae = TopKSAE(D_IN, 16, **{"k": 8, "aux_k": 12, "aux_coefficient": 0.5, **arguments})
+    generator = torch.Generator().manual_seed(seed)
+    sae.initialise(activations(seed), generator)
+    return sae.to(device)
+
+
+def activations(seed: int, device: str = "cpu") -> Tensor:
+    return (torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(seed)) + 0.3).to(device)
+
+
+def inputs(seed: int, n_dead: int = 0, device: str = "cpu", continuity: bool = True) -> StepInputs:
+    dead = torch.randperm(D_IN * 16, generator=torch.Generator().manual_seed(seed)).to(device) < n_dead
+    before = activations(seed, device) + 0.1 if continuity else None
+    return StepInputs(activations(seed, device), dead, dead, before)
+
+
+def gradients(sae: SAE) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in sae.named_parameters() if p.grad is not None}
+
+
+def test_a_step_is_the_loss_and_what_continuity_weighs() -> None:
+    sae, previous, given = an_sae(0), an_sae(1), inputs(2, n_dead=30)
+    assert given.before is not None
+    out = sae.loss(given.x, given.dead, previous.sparse_latents(given.before), given.new)
+    assert out.moved is not None
+    loss, parts = loss_of(sae, previous, given, 0.25)
+    torch.testing.assert_close(loss, out.loss + 0.25 * out.moved)
+    assert parts.terms["continuity"].item() == pytest.approx(out.moved.item())
+    loss, parts = loss_of(sae, None, given._replace(before=None), 0.25)
+    torch.testing.assert_close(loss, out.loss)
+    assert "continuity" not in parts.terms
+
+
+def test_zeros_among_the_latents_from_before_are_latents_that_were_not_there() -> None:
+    x = activations(2)
+    choice = torch.stack([torch.randperm(512, generator=torch.Generator().manual_seed(i))[:8] for i in range(BATCH)])
+    values = torch.randn(BATCH * 8, generator=torch.Generator().manual_seed(3)).relu()
+    with_zeros = Latents(Selection.of_equal_counts(choice, 512), values)
+    assert 0 < len(with_zeros.positive().values) < len(values)
+    for sae in (an_sae(0), StandardSAE(D_IN, 16)):
+        if isinstance(sae, StandardSAE):
+            sae.initialise(x, torch.Generator().manual_seed(0))
+        moved, into = [], []
+        for before in (with_zeros, with_zeros.positive()):
+            sae.zero_grad()
+            out = sae.loss(x, before=before)
+            assert out.moved is not None
+            out.moved.backward()
+            moved.append(out.moved.item())
+            into.append(gradients(sae))
+        assert moved[0] == pytest.approx(moved[1], rel=1e-6)
+        for name, gradient in into[0].items():
+            torch.testing.assert_close(gradient, into[1][name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("n_dead", "places"), [(0, 0), (1, 64), (64, 64), (65, 128), (128, 128), (300, 512), (512, 512)]
+)
+def test_there_are_places_for_the_next_power_of_two(n_dead: int, places: int) -> None:
+    assert places_for(n_dead, an_sae(0)) == places
+    assert places_for(n_dead, an_sae(0, aux_coefficient=0.0)) == 0
+
+
+def test_there_are_no_more_places_than_latents() -> None:
+    assert places_for(270, TopKSAE(10, 30, k=2)) == 300
+
+
+def test_only_native_steps_of_static_shapes_on_one_gpu_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer: Any = SimpleNamespace(world_size=1, precision_plugin=SimpleNamespace())
+    assert not can_be_recorded(an_sae(0), "native", trainer)  # it is on a CPU
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    assert can_be_recorded(an_sae(0), "native", trainer)
+    assert not can_be_recorded(an_sae(0), "pytorch", trainer)
+    assert not can_be_recorded(StandardSAE(D_IN, 16), "native", trainer)
+    two: Any = SimpleNamespace(world_size=2, precision_plugin=SimpleNamespace())
+    assert not can_be_recorded(an_sae(0), "native", two)
+    scaled: Any = SimpleNamespace(world_size=1, precision_plugin=SimpleNamespace(scaler=object()))
+    assert not can_be_recorded(an_sae(0), "native", scaled)
+    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
+        assert not can_be_recorded(an_sae(0), "native", trainer)
+
+
+@pytest.fixture
+def native() -> Iterator[None]:
+    use_kernels("native", "cuda")
+    yield
+    use_kernels("pytorch")
+
+
+def eager(sae: SAE, previous: SAE | None, given: StepInputs, weight: float, places: int | None) -> list[Tensor]:
+    """Loss, its parts and gradients of a step that is not recorded."""
+    sae.dead_places = places
+    sae.zero_grad()
+    loss, out = loss_of(sae, previous, given, weight)
+    loss.backward()
+    sae.dead_places = None
+    return [loss.detach(), out.fired, out.l0, out.x_hat, *out.terms.values(), *gradients(sae).values()]
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("continuity", [False, True], ids=["first stage", "with continuity"])
+def test_a_recorded_step_has_the_bits_of_one_that_is_not(continuity: bool, precision: torch.dtype) -> None:
+    sae, previous = an_sae(0, "cuda"), an_sae(1, "cuda") if continuity else None
+    sae.precision = precision
+    graph, optimizer = StepGraph(sae, previous), ColumnAdam(sae.parameters(), lr=1e-3)
+    # none dead, then few, then many, then few again, when one of the graphs is gone
+    for step, n_dead in enumerate([0, 0, 5, 70, 70, 300, 512, 30, 0]):
+        given, weight = inputs(step, n_dead, "cuda", continuity), 0.1 * step
+        expected = eager(sae, previous, given, weight, places_for(n_dead, sae))
+        just = eager(sae, previous, given, weight, None)
+        optimizer.zero_grad()
+        loss, out = graph(given, weight)
+        graph.place_gradients()
+        mine = [loss, out.fired, out.l0, out.x_hat, *out.terms.values(), *gradients(sae).values()]
+        assert len(mine) == len(expected)
+        assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+        for a, b in zip(mine, just, strict=True):
+            assert (a.float() - b.float()).norm() <= (1e-4 if precision == torch.float32 else 0.05) * b.float().norm()
+        sae.remove_parallel_gradient_()
+        optimizer.step()
+        sae.after_step_()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("native")
+def test_memory_that_a_recorded_step_uses_is_given_to_nobody_else() -> None:
+    sae, previous = an_sae(0, "cuda"), an_sae(1, "cuda")
+    graph = StepGraph(sae, previous)
+    first = inputs(2, 30, "cuda")
+    expected = eager(sae, previous, first, 0.5, 64)
+    graph(inputs(3, 30, "cuda"), 0.5)
+    torch.cuda.empty_cache()
+    # others take all memory that is free, and the SAE's own workspace is asked for more
+    filled = [torch.full((n,), torch.nan, device="cuda") for n in (10, 1000, 10**5, 10**6, 10**7) for _ in range(50)]
+    with torch.no_grad():
+        sae.loss(torch.cat([first.x] * 9))
+    filled += [torch.full((n,), torch.nan, device="cuda") for n in (10, 1000, 10**5, 10**6, 10**7) for _ in range(50)]
+    loss, out = graph(first, 0.5)
+    graph.place_gradients()
+    mine = [loss, out.fired, out.l0, out.x_hat, *out.terms.values(), *gradients(sae).values()]
+    assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+    assert all(x.isnan().all() for x in filled)
+
+
+@pytest.mark.gpu
+def test_a_series_of_recorded_steps_is_the_one_of_steps_that_are_not(
+    tiny_fit: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = []
+
+    class Counted(StepGraph):
+        def __call__(self, *args: Any) -> Any:
+            recorded.append(self.previous is not None)
+            return super().__call__(*args)
+
+    def fit(name: str) -> Any:
+        # so few tokens that features die, and are revived
+        settings = {"kernels": "native", "dead_after_tokens": 256, "precision": "float32"}
+        return tiny_fit(tmp_path / name, trainer={"accelerator": "gpu", "devices": 1}, module=settings)
+
+    monkeypatch.setattr(module_of_training, "StepGraph", Counted)
+    with_graphs = fit("graphs")
+    assert set(recorded) == {False, True}
+    steps = len(recorded)
+    again = fit("again")
+    monkeypatch.setattr(module_of_training, "can_be_recorded", lambda *_: False)
+    without = fit("without")
+    assert len(recorded) == 2 * steps
+    for mine, same, other in zip(with_graphs.track, again.track, without.track, strict=True):
+        assert torch.equal(mine.tensor("W_dec"), same.tensor("W_dec"))
+        torch.testing.assert_close(mine.tensor("W_dec"), other.tensor("W_dec"), rtol=1e-3, atol=1e-3)
+        assert mine.metadata["fvu"] == pytest.approx(other.metadata["fvu"], rel=1e-3)
