@@ -53,8 +53,8 @@ class DeadLatents:
             W_dec: ``[d_sae, d_in]``.
             aux_k: How many reconstruct one activation.
             dtype: Of the products where they are many.
-            places: Work on as many latents, at least those of the mask, so that no shape depends on it; None works on
-                just those.
+            places: Work on as many latents, at least those of the mask, so that no shape depends on it; all of them
+                count for whether they are few. None works on just those.
 
         Raises:
             ValueError: If ``dead`` does not have one entry for each row of ``W_dec`` ``[d_sae, d_in]``.
@@ -90,7 +90,7 @@ class DeadLatents:
         Args:
             centred: As it was given.
             grad: Gradient of the reconstruction, ``[batch, d_in]``.
-            into_W_enc: No row of it but those of dead latents is touched, nor of the others.
+            into_W_enc: No row of it but those of `latents` is touched, nor of the others.
             into_b_enc: That of b_dec is ``-W_enc @ into_b_enc``.
             into_W_dec: That of the decoder.
         """
@@ -116,7 +116,7 @@ class DeadLatents:
         return [slice(start, start + size) for start in range(0, batch, size)]
 
     def _rows(self, table: Tensor) -> Tensor:
-        """Those of the dead latents; zeros in places that are free."""
+        """Those of the latents; zeros for those that only fill places."""
         rows = table[self.latents]
         if self._free is not None:
             rows.masked_fill_(self._free if rows.ndim == 1 else self._free[:, None], 0.0)

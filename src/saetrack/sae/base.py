@@ -132,8 +132,8 @@ class SAE(nn.Module, ABC):
         Args:
             x: Activations in training units (mean norm sqrt(d_in)), shape ``[batch, d_in]``.
             dead: Latents to revive by AuxK, bool ``[d_sae]``; None for none.
-            before: Latents that the previous SAE had at the same tokens on the previous LLM checkpoint, all of them
-                positive, to say in `LossTerms.moved` how far these are from them.
+            before: Latents that the previous SAE had at the same tokens on the previous LLM checkpoint, to say in
+                `LossTerms.moved` how far these are from them; zeros among them are latents that it did not have.
             new: Latents that may fire where ``before`` has none at no cost, bool ``[d_sae]``; None for none.
 
         Returns:

@@ -37,8 +37,17 @@ def moved(
         there = latents[selection.rows, selection.columns].float().square() * (held[selection.columns] * was)
         total = total + (latents * latents).sum(dim=0, dtype=torch.float32) @ held - there.sum()
     else:
-        keys = torch.where(was, selection.keys, -1)
-        elsewhere = torch.isin(latents.selection.keys, keys, assume_unique=True, invert=True)
+        elsewhere = ~_among(latents.selection.keys, torch.where(was, selection.keys, -1))
         total = total + (latents.values.square() * (held[latents.selection.columns] * elsewhere)).sum()
     power = ranks.average(values.square().sum())
     return total / torch.where(power > 0, power, 1.0)
+
+
+def _among(keys: Tensor, others: Tensor) -> Tensor:
+    """Which of the keys, none below 0, are among others, bool ``[n]``. Keys are different, others too but for -1."""
+    if not keys.is_cuda:
+        return torch.isin(keys, others, assume_unique=True)
+    # isin copies a number from the CPU, for which a GPU is waited for
+    ordered = others.sort().values
+    places = torch.searchsorted(ordered, keys)
+    return torch.cat([ordered, ordered.new_full((1,), -1)])[places] == keys

@@ -204,6 +204,7 @@ class SAEModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Build the SAEs, now that the LLM's widths are known."""
+        self.forget_graphs()  # of a fit before this one, after which the weights were moved
         if self.hookpoints:
             return
         device = self.data.device.type
@@ -277,9 +278,11 @@ class SAEModule(LightningModule):
             state = self.feature_state(hookpoint)
             dead = state.dead(self.dead_after_tokens)
             given = StepInputs(x, dead, dead | state.revived, batch.before.get(hookpoint))
-            # in units of an error, or it would weigh the more the farther a series brings the error down; of the
-            # snapshot before, for that of the batch would let a weight feed on the error that it makes
-            weight = self.continuity * self._lr_factor(batch_idx) * self.previous_error.get(hookpoint, 0.0)
+            weight = 0.0
+            if given.before is not None:
+                # in units of an error, or it would weigh the more the farther a series brings the error down; of the
+                # snapshot before, for that of the batch would let a weight feed on the error that it makes
+                weight = self.continuity * self._lr_factor(batch_idx) * self.previous_error[hookpoint]
             loss, out = self._step(hookpoint, given, weight)
             total = total + loss
             self._observed[hookpoint] = out.fired, out.smallest_kept
@@ -296,9 +299,14 @@ class SAEModule(LightningModule):
             self.graphs[hookpoint] = StepGraph(sae, previous)
         return self.graphs[hookpoint](given, continuity)
 
+    def forget_graphs(self) -> None:
+        """Free the memory of recorded steps, and of the gradients that lie in it."""
+        self.graphs = {}
+        self.zero_grad()
+
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Form the gradients that no recorded step has formed, and put in place what those have."""
-        if loss.requires_grad:
+        if loss.requires_grad or not self.graphs:
             super().backward(loss, *args, **kwargs)
         for graph in self.graphs.values():
             graph.place_gradients()

@@ -214,7 +214,7 @@ class CheckpointScheduler(Callback):
                 "was written. Run the same command again with `--ckpt_path last`."
             )
         facts = {**self._facts(data), "tokens_trained": module.stream.end * data.batch_size}
-        module.graphs = {}  # their memory is for the measurements
+        module.forget_graphs()  # their memory is for the measurements
         self._work.finish(self.stage, self.start, self.tracks, facts)
         self._tell(trainer, module, self.position)
         self._move_on(trainer)

@@ -190,7 +190,7 @@ class StageWork:
         activations = self.data.held_out_activations(stage.checkpoint)
         limits = self.data.norm_limits
         self.module.held_out = {h: take(x, within(x, limits[h])) * self.data.scales[h] for h, x in activations.items()}
-        self.module.previous, self.module.previous_error, self.module.graphs = {}, {}, {}
+        self.module.previous, self.module.previous_error = {}, {}
         if self.data.before is not None:
             activations = self.data.held_out_activations(self.data.before)
             for hookpoint, snapshot in _sources(stage, tracks).items():

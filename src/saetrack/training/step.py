@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from saetrack.sae import SAE, Kernels, LossTerms
 
 _LEAST_PLACES = 64  # below it, places for dead latents that are not taken cost nothing
-_GRAPHS = 2  # kept: the number of dead latents may go to and fro over a bound
+_GRAPHS = 3  # kept: the number of dead latents may go to and fro over a bound
 _WARM_UP = 3  # steps before one is recorded, in which kernels are compiled and memory is found
 
 
@@ -55,15 +56,17 @@ def loss_of(sae: SAE, previous: SAE | None, given: StepInputs, continuity: float
 def can_be_recorded(sae: SAE, kernels: Kernels, trainer: Trainer) -> bool:
     """Whether `StepGraph` is for this SAE in this run: with native kernels on one GPU, for classes with static shapes.
 
-    Not where gradients are scaled, nor where each operation's are looked at.
+    Not where something asks for gradients as autograd hands them out: DDP even of one process, a scaler of gradients,
+    the search for anomalies, weights that are not trained.
     """
     return (
         kernels == "native"
         and sae.static_shapes
         and sae.b_dec.is_cuda
-        and trainer.world_size == 1
+        and isinstance(trainer.strategy, SingleDeviceStrategy)
         and getattr(trainer.precision_plugin, "scaler", None) is None
         and not torch.is_anomaly_enabled()
+        and all(parameter.requires_grad for parameter in sae.parameters())
     )
 
 
@@ -82,8 +85,8 @@ class StepGraph:
     A step is about a hundred kernels of a few microseconds each, and launching them takes a processor three to four
     times as long as the GPU needs for them. A CUDA graph is launched once. It repeats what was recorded on the same
     memory, so shapes must be the same: for the dead latents there are as many places as the next power of two, and
-    where another number of places is needed another graph is recorded. The kernels are those of a step that is not
-    recorded, and so are the bits.
+    where another number of places is needed another graph is recorded. The bits are those of a step that is not
+    recorded and has as many places (`SAE.dead_places`).
 
     Args:
         sae: What is trained, with static shapes; its weights must stay where they are.
@@ -107,19 +110,20 @@ class StepGraph:
                 own.copy_(x)
         self._continuity.fill_(continuity)
         places = places_for(int(given.dead.sum()), self.sae)
-        if places not in self._recorded:
-            if len(self._recorded) == _GRAPHS:
-                del self._recorded[next(iter(self._recorded))]
-            self._recorded[places] = self._record(self._given, places)
-        self._last = self._recorded[places]
-        self._last.graph.replay()
-        return self._last.loss, self._last.out
+        recorded = self._recorded.pop(places, None) or self._record(self._given, places)
+        self._recorded[places] = recorded  # the last, for it is the latest in use
+        if len(self._recorded) > _GRAPHS:
+            del self._recorded[next(iter(self._recorded))]
+        recorded.graph.replay()
+        self._last = recorded
+        return recorded.loss, recorded.out
 
     def place_gradients(self) -> None:
-        """Give the weights the gradients of the last call; until the next one, for their memory is the graph's."""
-        assert self._last is not None
-        for parameter, gradient in zip(self.sae.parameters(), self._last.gradients, strict=True):
-            parameter.grad = gradient
+        """Give the weights the gradients of the last call, once; they hold until the next, in the graph's memory."""
+        if self._last is not None:
+            for parameter, gradient in zip(self.sae.parameters(), self._last.gradients, strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._last = None
 
     def _record(self, given: StepInputs, places: int) -> _Recorded:
         self.sae.dead_places = places
@@ -139,8 +143,10 @@ class StepGraph:
         return _Recorded(graph, loss, out, gradients, [buffer for sae in saes for buffer in sae.workspace.buffers])
 
     def _step(self, given: StepInputs) -> tuple[Tensor, LossTerms, tuple[Tensor, ...]]:
-        loss, out = loss_of(self.sae, self.previous, given, self._continuity)
-        gradients = torch.autograd.grad(loss, tuple(self.sae.parameters()))
+        # a backward pass is not under autocast; this one would be under that of Lightning's training step
+        with torch.autocast(given.x.device.type, enabled=False):
+            loss, out = loss_of(self.sae, self.previous, given, self._continuity)
+            gradients = torch.autograd.grad(loss, tuple(self.sae.parameters()))
         moved = None if out.moved is None else out.moved.detach()
         return loss.detach(), out._replace(loss=out.loss.detach(), moved=moved), gradients
 

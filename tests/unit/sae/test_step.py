@@ -20,7 +20,7 @@ from saetrack.sae import (
     TopKSAE,
     use_kernels,
 )
-from saetrack.sae.auxk import DeadLatents
+from saetrack.sae.auxk import DeadLatents, auxiliary_loss
 from saetrack.sae.precision import has_bfloat16
 
 D_IN, BATCH = 32, 256
@@ -112,6 +112,15 @@ def test_places_that_no_dead_latent_takes_change_nothing(
         assert padded.terms["auxk"].item() == pytest.approx(just.terms["auxk"].item(), rel=1e-5)
         for name, gradient in gradients(sae, padded.loss).items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_an_error_that_is_the_same_everywhere_is_nothing_to_revive_for() -> None:
+    x, revived = torch.full((8, D_IN), 0.5), activations(1, n=8).requires_grad_()
+    loss = auxiliary_loss(x, torch.zeros_like(x), revived, DeadLatents(torch.arange(3), 12, torch.float32))
+    loss.backward()
+    assert loss == 0
+    assert revived.grad is not None
+    assert not revived.grad.any()
 
 
 @pytest.mark.parametrize(("n_dead", "least", "most"), [(5, 1e-4, 0.01), (100, 1e-4, 0.1)], ids=["all", "some chosen"])

@@ -1,5 +1,6 @@
 """The loss of a step with continuity, and the step as a CUDA graph against the one that is not recorded."""
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from lightning import Callback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor, nn
 
-from saetrack.sae import SAE, StandardSAE, TopKSAE, use_kernels
+from saetrack.sae import SAE, LossTerms, StandardSAE, TopKSAE, use_kernels
 from saetrack.sae.sparse import Latents, Selection
+from saetrack.track import Track
+from saetrack.training import SAEModule
 from saetrack.training import module as module_of_training
 from saetrack.training.adam import ColumnAdam
-from saetrack.training.step import StepGraph, StepInputs, can_be_recorded, loss_of, places_for
+from saetrack.training.step import StepGraph, StepInputs, _Recorded, can_be_recorded, loss_of, places_for
 
 D_IN, BATCH = 32, 256
 
@@ -30,9 +35,9 @@ def activations(seed: int, device: str = "cpu") -> Tensor:
 
 
 def inputs(seed: int, n_dead: int = 0, device: str = "cpu", continuity: bool = True) -> StepInputs:
-    dead = torch.randperm(D_IN * 16, generator=torch.Generator().manual_seed(seed)).to(device) < n_dead
+    order = torch.randperm(D_IN * 16, generator=torch.Generator().manual_seed(seed)).to(device)
     before = activations(seed, device) + 0.1 if continuity else None
-    return StepInputs(activations(seed, device), dead, dead, before)
+    return StepInputs(activations(seed, device), order < n_dead, order < n_dead + 20, before)
 
 
 def gradients(sae: SAE) -> dict[str, Tensor]:
@@ -86,19 +91,167 @@ def test_there_are_no_more_places_than_latents() -> None:
     assert places_for(270, TopKSAE(10, 30, k=2)) == 300
 
 
+def a_trainer(strategy: Any = None, **plugin: Any) -> Any:
+    strategy = strategy or SingleDeviceStrategy(torch.device("cpu"))
+    return SimpleNamespace(strategy=strategy, precision_plugin=SimpleNamespace(**plugin))
+
+
 def test_only_native_steps_of_static_shapes_on_one_gpu_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer: Any = SimpleNamespace(world_size=1, precision_plugin=SimpleNamespace())
-    assert not can_be_recorded(an_sae(0), "native", trainer)  # it is on a CPU
+    assert not can_be_recorded(an_sae(0), "native", a_trainer())  # it is on a CPU
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    assert can_be_recorded(an_sae(0), "native", trainer)
-    assert not can_be_recorded(an_sae(0), "pytorch", trainer)
-    assert not can_be_recorded(StandardSAE(D_IN, 16), "native", trainer)
-    two: Any = SimpleNamespace(world_size=2, precision_plugin=SimpleNamespace())
-    assert not can_be_recorded(an_sae(0), "native", two)
-    scaled: Any = SimpleNamespace(world_size=1, precision_plugin=SimpleNamespace(scaler=object()))
-    assert not can_be_recorded(an_sae(0), "native", scaled)
+    assert can_be_recorded(an_sae(0), "native", a_trainer())
+    assert not can_be_recorded(an_sae(0), "pytorch", a_trainer())
+    assert not can_be_recorded(StandardSAE(D_IN, 16), "native", a_trainer())
+    assert not can_be_recorded(an_sae(0), "native", a_trainer(DDPStrategy()))
+    assert not can_be_recorded(an_sae(0), "native", a_trainer(scaler=object()))
     with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
-        assert not can_be_recorded(an_sae(0), "native", trainer)
+        assert not can_be_recorded(an_sae(0), "native", a_trainer())
+    frozen = an_sae(0)
+    frozen.b_dec.requires_grad_(False)
+    assert not can_be_recorded(frozen, "native", a_trainer())
+
+
+class Repeated(StepGraph):
+    """Stands in for a CUDA graph where there is no GPU.
+
+    As that does, it reads its inputs and the weights where they lay when it was recorded, and writes over what it gave.
+    """
+
+    calls = 0
+
+    def __call__(self, *args: Any) -> Any:
+        type(self).calls += 1
+        return super().__call__(*args)
+
+    def _record(self, given: StepInputs, places: int) -> _Recorded:
+        sae = copy.copy(self.sae)
+        sae._parameters = {name: nn.Parameter(p.data) for name, p in self.sae._parameters.items() if p is not None}
+        sae.dead_places = places
+        step = StepGraph(sae, self.previous)
+        step._continuity = self._continuity
+
+        def tensors(loss: Tensor, out: LossTerms, gradients: tuple[Tensor, ...]) -> list[Tensor]:
+            return [loss, *(x for x in out if isinstance(x, Tensor)), *out.terms.values(), *gradients]
+
+        given_back = step._step(given)
+        kept = tensors(*given_back)
+
+        def replay() -> None:
+            for own, x in zip(kept, tensors(*step._step(given)), strict=True):
+                own.copy_(x)
+
+        for x in kept:
+            x.zero_()  # recording does not compute
+        return _Recorded(SimpleNamespace(replay=replay), *given_back, kept)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> type[Repeated]:
+    """Steps are recorded by the rule for a GPU, with `Repeated`, whose calls are counted from here."""
+
+    def rule(sae: SAE, kernels: str, trainer: Any) -> bool:
+        there: Any = SimpleNamespace(
+            static_shapes=sae.static_shapes, b_dec=SimpleNamespace(is_cuda=True), parameters=sae.parameters
+        )
+        return can_be_recorded(there, "native", trainer)
+
+    monkeypatch.setattr(module_of_training, "StepGraph", Repeated)
+    monkeypatch.setattr(module_of_training, "can_be_recorded", rule)
+    monkeypatch.setattr(Repeated, "calls", 0)
+    return Repeated
+
+
+def weights(fitted: Any) -> list[Tensor]:
+    return [snapshot.tensor(name) for snapshot in fitted.track for name in ("W_enc", "b_enc", "W_dec", "b_dec")]
+
+
+def assert_equal(mine: list[Tensor], other: list[Tensor], rtol: float = 1e-4) -> None:
+    for a, b in zip(mine, other, strict=True):
+        assert (a - b).norm() <= rtol * b.norm()
+
+
+class LooksForAnomalies(Callback):
+    """In the middle of each stage."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        torch.autograd.set_detect_anomaly(3 <= batch_idx < 5)
+
+    def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+        torch.autograd.set_detect_anomaly(False)
+
+
+class AddsToGradients(Callback):
+    """A loss of its own, before the other's gradients are there."""
+
+    def on_before_backward(self, trainer: Any, module: Any, loss: Any) -> None:
+        for sae in module.saes:
+            (0.1 * sae.W_dec.sum()).backward()
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@pytest.mark.parametrize(
+    ("settings", "tokens_till_dead"),
+    [
+        ({}, 256),
+        ({"callbacks": [LooksForAnomalies()]}, 256),
+        ({"callbacks": [AddsToGradients()]}, 256),
+        ({"trainer": {"gradient_clip_val": 0.01}}, 256),
+        ({"trainer": {"precision": "bf16-mixed"}}, 10**6),
+    ],
+    ids=["plain", "not always", "other losses", "clipped", "under autocast"],
+)
+def test_a_series_of_repeated_steps_is_that_of_steps_that_are_not(
+    settings: dict[str, Any],
+    tokens_till_dead: int,
+    tiny_fit: Callable[..., Any],
+    tmp_path: Path,
+    repeated: type[Repeated],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = {"dead_after_tokens": tokens_till_dead, "precision": "float32"}
+    mine = tiny_fit(tmp_path / "repeated", module=module, **settings)
+    calls = repeated.calls
+    assert calls >= 29 - 6  # of three stages of 15, 7 and 7 steps some were not, where anomalies were looked for
+    assert not mine.module.graphs  # nor the gradients in their memory
+    assert all(parameter.grad is None for parameter in mine.module.parameters())
+    monkeypatch.setattr(module_of_training, "can_be_recorded", lambda *_: False)
+    other = tiny_fit(tmp_path / "not", module=module, **settings)
+    assert repeated.calls == calls
+    assert_equal(weights(mine), weights(other))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_hookpoint_may_be_recorded_and_another_not(
+    which: int,
+    tiny_fit: Callable[..., Any],
+    tmp_path: Path,
+    repeated: type[Repeated],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hookpoints = ["gpt_neox.layers.0", "gpt_neox.layers.1"]
+    of_both: list[SAE] = []
+
+    class Noted(Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            of_both[:] = module.saes
+
+    monkeypatch.setattr(module_of_training, "can_be_recorded", lambda sae, *_: sae is of_both[which])
+    mine = tiny_fit(tmp_path / "mine", [Noted()], hookpoints=hookpoints)
+    calls = repeated.calls
+    monkeypatch.setattr(module_of_training, "can_be_recorded", lambda *_: False)
+    other = tiny_fit(tmp_path / "other", hookpoints=hookpoints)
+    assert calls == repeated.calls == 29
+    for hookpoint in hookpoints:
+        for a, b in zip(Track.open(mine.run / hookpoint), Track.open(other.run / hookpoint), strict=True):
+            assert_equal([a.tensor("W_dec"), a.tensor("W_enc")], [b.tensor("W_dec"), b.tensor("W_enc")])
+
+
+def test_a_fit_after_another_records_anew() -> None:
+    module = SAEModule()
+    module.hookpoints = ["x"]
+    module.graphs = {"x": StepGraph(an_sae(0), None)}
+    module.setup("fit")
+    assert not module.graphs
 
 
 @pytest.fixture
@@ -122,7 +275,10 @@ def eager(sae: SAE, previous: SAE | None, given: StepInputs, weight: float, plac
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("continuity", [False, True], ids=["first stage", "with continuity"])
-def test_a_recorded_step_has_the_bits_of_one_that_is_not(continuity: bool, precision: torch.dtype) -> None:
+def test_a_recorded_step_has_the_bits_of_one_that_is_not(
+    continuity: bool, precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saetrack.sae.auxk._FEW_NUMBERS", 0)  # AuxK's products are in that precision too
     sae, previous = an_sae(0, "cuda"), an_sae(1, "cuda") if continuity else None
     sae.precision = precision
     graph, optimizer = StepGraph(sae, previous), ColumnAdam(sae.parameters(), lr=1e-3)
@@ -148,15 +304,17 @@ def test_a_recorded_step_has_the_bits_of_one_that_is_not(continuity: bool, preci
 @pytest.mark.usefixtures("native")
 def test_memory_that_a_recorded_step_uses_is_given_to_nobody_else() -> None:
     sae, previous = an_sae(0, "cuda"), an_sae(1, "cuda")
+    sae.precision = previous.precision = torch.bfloat16  # so that both have a workspace
     graph = StepGraph(sae, previous)
     first = inputs(2, 30, "cuda")
     expected = eager(sae, previous, first, 0.5, 64)
     graph(inputs(3, 30, "cuda"), 0.5)
     torch.cuda.empty_cache()
-    # others take all memory that is free, and the SAE's own workspace is asked for more
+    # others take all memory that is free, and the workspaces are asked for more
     filled = [torch.full((n,), torch.nan, device="cuda") for n in (10, 1000, 10**5, 10**6, 10**7) for _ in range(50)]
     with torch.no_grad():
         sae.loss(torch.cat([first.x] * 9))
+        previous.sparse_latents(torch.cat([first.x] * 9))
     filled += [torch.full((n,), torch.nan, device="cuda") for n in (10, 1000, 10**5, 10**6, 10**7) for _ in range(50)]
     loss, out = graph(first, 0.5)
     graph.place_gradients()
