@@ -26,10 +26,9 @@ Config = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def trained(configure: Callable[[Path], Config], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three snapshots, without continuity, so that a stage needs one LLM."""
+    """A run of three snapshots."""
     folder = tmp_path_factory.mktemp("control")
     config = configure(folder / "run")
-    config["model"]["continuity"] = 0.0
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", str(folder / "config.yaml")])
     return folder / "run"

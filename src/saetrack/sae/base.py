@@ -17,7 +17,7 @@ from .auxk import DeadLatents, auxiliary_loss, revive
 from .continuity import moved
 from .dense import relu_reconstruct
 from .geometric_median import geometric_median
-from .sparse import Latents, Selection
+from .sparse import Latents, Selection, encode_at
 from .workspace import Workspace
 
 _CHUNK_NUMBERS = 2**21  # 8 MiB of float32: the dense latents that encode_sparse holds at a time
@@ -40,9 +40,10 @@ class LossTerms(NamedTuple):
         smallest_kept: Smallest latent above zero, scalar, detached, NaN without any; None but for SAEs whose
             inference threshold follows it. `SAE.after_step_` wants it, averaged over the ranks.
         moved: How far the latents are from those ``before``, scalar, not part of ``loss``:
-            ``sum (z - before)^2 / sum before^2`` over the entries where either is active, z the pre-activation where
-            a latent was active before, so that one that fell below its threshold is drawn back. Where ``new`` latents
-            alone are active they do not count. None without ``before``. `SAEModule` counts it in units of "mse".
+            ``sum (z - before)^2 / sum before^2`` over the entries where either is active, z what the latent is
+            without threshold or gate where it was active before, so that one that fell below is drawn back. Where
+            ``new`` latents alone are active they do not count. None without ``before``. `SAEModule` counts it in units
+            of the reconstruction error.
     """
 
     loss: Tensor
@@ -349,8 +350,13 @@ class SAE(nn.Module, ABC):
     def _moved(
         self, centred: Tensor, latents: Tensor | Latents, before: Latents | None, new: Tensor | None
     ) -> Tensor | None:
-        encoder = self.W_enc, self.encoder_bias, self.b_dec
-        return None if before is None else moved(centred, encoder, latents, before, new)
+        if before is None:
+            return None
+        return moved(centred, self._unlimited(centred, before.selection), latents, before, new)
+
+    def _unlimited(self, centred: Tensor, selection: Selection) -> Tensor:
+        """What latents at a selection are before a threshold or a gate decides whether they are at all, ``[nnz]``."""
+        return encode_at(centred, self.W_enc, self.encoder_bias, self.b_dec, selection)
 
     def _dead_latents(self, dead: Tensor | None) -> DeadLatents | None:
         if dead is None or self.aux_coefficient == 0 or self.dead_places == 0:
@@ -384,30 +390,6 @@ class SAE(nn.Module, ABC):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}, but this SAE reads activations of width {self.d_in} (d_in)."
             )
-
-
-def firing(latents: Tensor | Latents) -> tuple[Tensor, Tensor]:
-    """Which latents, never negative, fired at all, bool ``[d_sae]``, and how many did for one activation on average."""
-    if isinstance(latents, Latents):
-        selection, active = latents.selection, latents.values.detach() > 0
-        fired = torch.zeros(selection.d_sae + 1, dtype=torch.bool, device=active.device)
-        fired.index_fill_(0, torch.where(active, selection.columns, selection.d_sae), True)
-        return fired[:-1], active.sum() / selection.batch
-    latents = latents.detach()
-    return latents.amax(dim=0) > 0, count_positive(latents) / len(latents)
-
-
-def count_positive(latents: Tensor) -> Tensor:
-    """How many latents, never negative, are above zero, a scalar.
-
-    On a CPU a sum of booleans takes twenty times as long as ``count_nonzero``, which in turn takes twenty times as long
-    on floats; on a GPU that writes other tensors of their size, and takes seven times as long as a norm.
-    """
-    if latents.is_cuda:
-        wide = torch.promote_types(latents.dtype, torch.float32)  # bfloat16 would count to 256
-        number: Tensor = torch.linalg.vector_norm(latents, ord=0, dtype=wide)
-        return number
-    return torch.count_nonzero(latents > 0)
 
 
 def squared_error(x: Tensor, x_hat: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .auxk import DeadLatents, auxiliary_loss
-from .base import INITIAL_ROWS, SAE, LossTerms, firing, squared_error, variance_of
+from .base import INITIAL_ROWS, SAE, LossTerms, squared_error, variance_of
+from .firing import firing
 from .select import select_batch_topk
 from .sparse import Latents, Selection
 from .threshold import above_threshold, refuse_negative_thresholds

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 
 from . import ranks
-from .sparse import Latents, encode_at
+from .sparse import Latents
+
+_LEAST = 0.01  # share of the activations' power; only the latents of an SAE that reconstructs next to nothing have less
 
 
 def moved(
     centred: Tensor,
-    encoder: tuple[Tensor, Tensor, Tensor],
+    unlimited: Tensor,
     latents: Tensor | Latents,
     before: Latents,
     new: Tensor | None,
@@ -18,29 +20,29 @@ def moved(
 
     Args:
         centred: Activations without ``b_dec``, ``[batch, d_in]``.
-        encoder: ``W_enc``, its bias and ``b_dec``.
+        unlimited: What the SAE's latents are at the entries of ``before`` without a threshold or gate, ``[nnz]``.
         latents: Those of the batch, dense ``[batch, d_sae]`` or sparse.
         before: Those of the previous SAE at the same tokens; where they are 0 it had none.
         new: Latents that may fire where they did not, bool ``[d_sae]``: those that died and what AuxK revived. When one
             comes back it is another feature, and is marked as one; held to its silence it would come back less.
 
     Returns:
-        A scalar. With several ranks, its mean over them is that of the whole batch.
+        A scalar, 0 where there was no latent before, as in a snapshot that has collapsed. With several ranks, its mean
+        over them is that of the whole batch.
     """
     selection, values = before
-    weights, bias, b_dec = encoder
     was = values > 0
-    pre = encode_at(centred, weights, bias, b_dec, selection)  # [nnz]
-    total = ((pre - values).square() * was).sum()
-    held = torch.ones(len(bias), device=bias.device) if new is None else (~new).float()  # [d_sae]
+    total = ((unlimited - values).square() * was).sum()
+    held = torch.ones(selection.d_sae, device=values.device) if new is None else (~new).float()  # [d_sae]
     if isinstance(latents, Tensor):
         there = latents[selection.rows, selection.columns].float().square() * (held[selection.columns] * was)
         total = total + (latents * latents).sum(dim=0, dtype=torch.float32) @ held - there.sum()
     else:
         elsewhere = ~_among(latents.selection.keys, torch.where(was, selection.keys, -1))
         total = total + (latents.values.square() * (held[latents.selection.columns] * elsewhere)).sum()
-    power = ranks.average(values.square().sum())
-    return total / torch.where(power > 0, power, 1.0)
+    power, size = ranks.average(torch.stack([values.square().sum(), centred.square().sum()]))
+    least = (_LEAST * size).clamp_min(torch.finfo(size.dtype).tiny)
+    return torch.where(power > 0, total / torch.maximum(power, least), 0.0)
 
 
 def _among(keys: Tensor, others: Tensor) -> Tensor:

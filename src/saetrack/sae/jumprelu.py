@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .base import SAE, LossTerms, count_positive, firing, require_coefficient, squared_error
+from .base import SAE, LossTerms, require_coefficient, squared_error
+from .firing import count_positive, firing
 from .select import select_positive
 from .sparse import Latents, Selection, decode_at, encode_at, latent_sums
 from .threshold import above_threshold, refuse_negative_thresholds

@@ -5,7 +5,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from .base import SAE, LossTerms, firing, require_coefficient
+from .base import SAE, LossTerms, require_coefficient
+from .firing import firing
 from .sparse import Latents
 
 

@@ -4,7 +4,8 @@ from typing import Any, final
 
 from torch import Tensor
 
-from .base import SAE, LossTerms, firing, require_coefficient, squared_error
+from .base import SAE, LossTerms, require_coefficient, squared_error
+from .firing import firing
 from .sparse import Latents
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .auxk import auxiliary_loss
-from .base import SAE, LossTerms, firing, squared_error, variance_of
+from .base import SAE, LossTerms, squared_error, variance_of
+from .firing import firing
 from .select import select_topk
 from .sparse import Latents, encode_at, reconstruct_at
 

@@ -246,7 +246,12 @@ class ActivationDataModule(LightningDataModule):
         self.widths = activation_widths(llm, self.hookpoints)
 
     def begin_stage(
-        self, checkpoint: LLMCheckpoint, tokens: int, before: LLMCheckpoint | None = None, arm: int = 0
+        self,
+        checkpoint: LLMCheckpoint,
+        tokens: int,
+        before: LLMCheckpoint | None = None,
+        arm: int = 0,
+        limits_before: Mapping[str, float] | None = None,
     ) -> None:
         """Make ``train_dataloader`` yield the activations of ``checkpoint``, ``tokens`` of them over all ranks.
 
@@ -256,6 +261,7 @@ class ActivationDataModule(LightningDataModule):
             before: The LLM checkpoint of the stage before, whose activations at the same positions come with the
                 batches; None for none.
             arm: Which repetition of the stage; each has another order of the same rows.
+            limits_before: By hookpoint, the norm over which activations of ``before`` are left out.
 
         Raises:
             ValueError: If the budget does not fill a batch, or the corpus is shorter than the budget.
@@ -278,6 +284,7 @@ class ActivationDataModule(LightningDataModule):
             self._fill,
             lambda: self.scales,
             lambda: self.norm_limits,
+            limits_before,
             ahead=self.device.type == "cuda",
         )
 

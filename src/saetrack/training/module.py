@@ -176,7 +176,7 @@ class SAEModule(LightningModule):
         self.previous: dict[str, SAE] = {}
         """Snapshots that the stage began from, in the LLM's own units; set by the scheduler for continuity."""
         self.previous_error: dict[str, float] = {}
-        """Their reconstruction errors on their own LLM checkpoint, as their loss counts them; set with them."""
+        """Their `own_error`; set with them."""
         self.graphs: dict[str, StepGraph] = {}
         """Recorded steps of hookpoints that have them; they belong to a stage and its ``previous``."""
         self.held_out: dict[str, Tensor] = {}

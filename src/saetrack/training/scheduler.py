@@ -19,7 +19,7 @@ from saetrack.training.following import follow, refuse_what_needs_the_end
 from saetrack.training.grid import Choice, farthest_within, rise_from, select_checkpoints
 from saetrack.training.module import SAEModule, refuse_changes
 from saetrack.training.order import Direction, branch_ahead, reachable, source_of, training_order
-from saetrack.training.stage import Stage, StageStart, StageWork
+from saetrack.training.stage import Stage, StageStart, StageWork, source_snapshots
 from saetrack.training.start import Start, read_start
 from saetrack.training.warm_start import WarmStart
 
@@ -390,7 +390,8 @@ class CheckpointScheduler(Callback):
         data.calibrate({hookpoint: start.calibration for hookpoint, start in self.start.items()})
         tokens = self.tokens_first if module.first_stage else self.tokens_next
         before = stage.previous if module.continuity and stage.warm_start != "scratch" else None
-        data.begin_stage(stage.checkpoint, tokens, before, self.arm(stage))
+        limits = {} if before is None else {h: s.norm_limit for h, s in source_snapshots(stage, self.tracks).items()}
+        data.begin_stage(stage.checkpoint, tokens, before, self.arm(stage), limits)
 
     def is_first(self, stage: Stage) -> bool:
         """Whether a stage has the budget and the learning rate of the first."""

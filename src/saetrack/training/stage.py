@@ -114,7 +114,7 @@ class StageWork:
         Returns:
             What was measured, by hookpoint.
         """
-        sources = _sources(stage, tracks)
+        sources = source_snapshots(stage, tracks)
         before: dict[str, Tensor] = {}
         if stage.previous is not None and stage.warm_start == "transported":
             before = self._calibration_activations(stage.previous)
@@ -193,7 +193,7 @@ class StageWork:
         self.module.previous, self.module.previous_error = {}, {}
         if self.data.before is not None:
             activations = self.data.held_out_activations(self.data.before)
-            for hookpoint, snapshot in _sources(stage, tracks).items():
+            for hookpoint, snapshot in source_snapshots(stage, tracks).items():
                 sae = snapshot.sae().to(self.data.device)
                 error = own_error(sae, Calibration.of(snapshot), activations[hookpoint])
                 sae.precision = self.module.sae(hookpoint).precision
@@ -252,7 +252,7 @@ class StageWork:
             self._site(stage.checkpoint, limits, self.data.tokens.ce_tokens), saes, means
         )
         latents = {h: quality.latents for h, quality in qualities.items()}
-        correlations, sources = self._correlations(stage, tracks, latents), _sources(stage, tracks)
+        correlations, sources = self._correlations(stage, tracks, latents), source_snapshots(stage, tracks)
         for hookpoint, sae in saes.items():
             if self.trainer.is_global_zero:
                 features = _feature_table(
@@ -299,7 +299,7 @@ class StageWork:
         if stage.previous is None:
             return {}
         if self._latents is None or self._latents[0] != stage.previous:
-            snapshots = _sources(stage, tracks)
+            snapshots = source_snapshots(stage, tracks)
             saes = {h: snapshot.sae().to(self.data.device) for h, snapshot in snapshots.items()}
             limits = {h: snapshot.norm_limit for h, snapshot in snapshots.items()}
             self._latents = (stage.previous, evaluation.latents_on(self._site(stage.previous, limits), saes))
@@ -350,7 +350,7 @@ class StageWork:
         return evaluation.Site(llm, checkpoint, rows, self.trainer.global_rank, self.trainer.world_size, limits)
 
 
-def _sources(stage: Stage, tracks: Mapping[str, Track]) -> dict[str, Snapshot]:
+def source_snapshots(stage: Stage, tracks: Mapping[str, Track]) -> dict[str, Snapshot]:
     """The snapshots that a stage begins from, by hookpoint; empty in the first stage."""
     return {} if stage.source is None else {h: track.numbered(stage.source) for h, track in tracks.items()}
 

@@ -269,6 +269,12 @@ def finished(forwards: Generator[float, None, T]) -> T:
     return made[0]
 
 
+def _no_outliers(x: Tensor, limit: float) -> Tensor | None:
+    """Which activations of a chunk are within a norm, their norms taken in float32; None for all."""
+    masks = [mask for part in torch.split(x, _NORMS) if (mask := within(part.float(), limit)) is not None]
+    return torch.cat(masks) if masks else None
+
+
 @cache
 def _side_stream() -> torch.cuda.Stream:
     """Always the same: memory that was allocated for one stream of a GPU is not given to another."""
@@ -328,6 +334,8 @@ class ActivationStream:
         norm_limits: Gives, by hookpoint, the norm over which activations are left out, in the LLM's own units. Both are
             asked at every chunk, for they are measured when a stage begins. What is left out is made up for from the
             same chunk.
+        limits_before: By hookpoint, the same norm at the LLM checkpoint of the stage before, where its activations come
+            with the batches: what is an outlier at either is left out.
         ahead: Make the next chunk while this one trains, a part of it before each batch, as a GPU can; two chunks are
             then in memory. The batches are the same.
     """
@@ -338,6 +346,7 @@ class ActivationStream:
         fill: Callable[[int], Generator[float, None, Batch]],
         scales: Callable[[], Mapping[str, float]] = dict,
         norm_limits: Callable[[], Mapping[str, float]] = dict,
+        limits_before: Mapping[str, float] | None = None,
         ahead: bool = False,
     ) -> None:
         self.order = order
@@ -346,6 +355,7 @@ class ActivationStream:
         self._fill = fill
         self._scales = scales
         self._norm_limits = norm_limits
+        self._limits_before = limits_before or {}
         self._ahead = ahead
         self._position = 0
 
@@ -366,7 +376,7 @@ class ActivationStream:
             coming = None
             lanes = lane_numbers(list(activations.now))
             # on their device once, not a copy that a GPU is waited for at every batch
-            shuffles = {h: self._shuffle(chunk, h, x, lanes[h]).to(x.device) for h, x in activations.now.items()}
+            shuffles = {h: self._shuffle(chunk, h, activations, lanes[h]) for h in activations.now}
             scales = self._scales()
             for i in range(first, per_chunk):
                 if self._position >= self.end:
@@ -388,14 +398,18 @@ class ActivationStream:
                 yield served
         self._position = 0
 
-    def _shuffle(self, chunk: int, hookpoint: str, x: Tensor, lane: int) -> Tensor:
+    def _shuffle(self, chunk: int, hookpoint: str, activations: Batch, lane: int) -> Tensor:
         """The order of a chunk's activations without its outliers, with enough of them to fill its batches."""
+        x = activations.now[hookpoint]
         order = self.order.shuffle(chunk, len(x), lane)
-        limit = self._norm_limits().get(hookpoint, math.inf)
-        masks = [m for part in torch.split(x, _NORMS) if (m := within(part.float(), limit)) is not None]
+        sides = [(x, self._norm_limits())]
+        if hookpoint in activations.before:
+            sides.append((activations.before[hookpoint], self._limits_before))
+        found = [_no_outliers(side, limits.get(hookpoint, math.inf)) for side, limits in sides]
+        masks = [mask for mask in found if mask is not None]
         if not masks:
-            return order
-        order = order[torch.cat(masks).cpu()[order]]
+            return order.to(x.device)
+        order = order[torch.stack(masks).all(dim=0).cpu()[order]]
         if not len(order):
             raise ValueError(
                 f"All {len(x)} activations of {hookpoint} in chunk {chunk} have outlier norms, measured by the "
@@ -404,7 +418,7 @@ class ActivationStream:
         # the leftover of whole rows usually covers what is gone; else a few activations are seen twice
         batches = min(self.order.batches_per_chunk, self.order.batches - chunk * self.order.batches_per_chunk)
         need = batches * self.order.local_batch
-        return order if len(order) >= need else order.repeat(-(-need // len(order)))[:need]
+        return (order if len(order) >= need else order.repeat(-(-need // len(order)))[:need]).to(x.device)
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches have been handed out, and of how many."""

@@ -62,7 +62,7 @@ class Calibration:
 
 @torch.no_grad()
 def own_error(sae: SAE, calibration: Calibration, activations: Tensor) -> float:
-    """Reconstruction error that an SAE has on its own LLM checkpoint, as the loss of its class counts it.
+    """Reconstruction errors that an SAE has on its own LLM checkpoint: those in the loss of its class, together.
 
     Args:
         sae: The SAE, in the LLM's own units.
@@ -71,7 +71,9 @@ def own_error(sae: SAE, calibration: Calibration, activations: Tensor) -> float:
     """
     x = take(activations, within(activations, calibration.norm_limit)) * calibration.scale
     trained = sae.folded(1 / calibration.scale).to(x.device)
-    return float(trained.loss(x[:: max(1, len(x) // _ERROR_ROWS)]).terms["mse"])
+    terms = trained.loss(x[:: max(1, len(x) // _ERROR_ROWS)]).terms
+    # Matryoshka's prefixes and Gated's gate are reconstructions of their own
+    return sum(float(term) for name, term in terms.items() if name not in ("sparsity", "auxk"))
 
 
 def in_both(before: Tensor, now: Tensor, last: Calibration, calibration: Calibration) -> tuple[Tensor, Tensor]:

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,20 @@ def test_sparse_latents_are_the_positive_ones_of_encode(name: str) -> None:
     torch.testing.assert_close(dense(found, 20), sae.encode(x))
 
 
-@pytest.mark.parametrize("name", SAES)
+@pytest.mark.parametrize("name", [*SAES, "Gated"])
 def test_what_moved_is_counted_at_every_entry_that_is_or_was_active(name: str) -> None:
-    sae = filled(SAES[name]())
+    make = SAES.get(name, lambda: GatedSAE(8, 4))
+    sae = filled(make())
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
-    before = filled(SAES[name](), seed=1).sparse_latents(x)
+    before = filled(make(), seed=1).sparse_latents(x)
     pre, z = sae.preactivations(x).detach(), dense(before, 20)
     now = sae.activate_batch(pre).detach()
+    if name == "Gated":
+        with torch.no_grad():  # magnitudes of their own
+            sae.r_mag += 0.3
+            sae.b_mag += 0.1
+        now = sae.activate_batch(pre).detach()
+        pre = (pre - sae.b_gate).detach() * math.exp(0.3) + 0.1
     entries = [(b, i) for b in range(20) for i in range(32)]
     by_hand = sum(float(pre[b, i] - z[b, i]) ** 2 for b, i in entries if z[b, i] > 0)
     by_hand += sum(float(now[b, i]) ** 2 for b, i in entries if z[b, i] == 0)
@@ -73,14 +81,29 @@ def test_what_moved_is_counted_at_every_entry_that_is_or_was_active(name: str) -
     assert moved.item() == pytest.approx((by_hand - free) / float(z.square().sum()), rel=1e-4)
 
 
-def test_latents_that_stayed_have_not_moved_and_none_before_is_no_division_by_zero() -> None:
+@pytest.mark.parametrize("name", ["TopK", "Standard", "SAETrack", "JumpReLU", "Gated"])
+def test_latents_that_stayed_have_not_moved(name: str) -> None:
+    sae = filled(SAES.get(name, lambda: GatedSAE(8, 4))())
+    if name == "Gated":
+        with torch.no_grad():
+            sae.b_mag += 0.1
+    x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
+    assert sae.loss(x, before=sae.sparse_latents(x)).moved.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_snapshot_without_latents_holds_nothing_and_one_with_hardly_any_no_more_than_one_per_cent_of_x() -> None:
     sae = filled(TopKSAE(8, 4, k=3))
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
-    assert sae.loss(x, before=sae.sparse_latents(x)).moved.item() == pytest.approx(0, abs=1e-10)
-    nothing = Latents(
-        Selection(torch.zeros(0, dtype=torch.int64), torch.zeros(21, dtype=torch.int64), 32), torch.zeros(0)
-    )
-    assert sae.loss(x, before=nothing).moved.isfinite()
+    none = Selection(torch.zeros(0, dtype=torch.int64), torch.zeros(21, dtype=torch.int64), 32)
+    loss = sae.loss(x, before=Latents(none, torch.zeros(0)))
+    assert loss.moved == 0
+    loss.moved.backward()
+    assert not any(p.grad.any() for p in sae.parameters() if p.grad is not None)
+    one = Selection(torch.tensor([5]), torch.ones(21, dtype=torch.int64).index_fill(0, torch.tensor([0]), 0), 32)
+    moved = sae.loss(x, before=Latents(one, torch.tensor([1e-4]))).moved
+    now = sae.encode(x)
+    total = now.square().sum() - now[0, 5].square() + (sae.preactivations(x)[0, 5] - 1e-4).square()
+    assert moved.item() == pytest.approx((total / (0.01 * (x - sae.b_dec).square().sum())).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", [*SAES, "Gated"])
@@ -122,10 +145,14 @@ def test_features_keep_their_latents_with_two_llms_in_memory_and_no_more(
 def test_latents_that_are_free_do_not_count_where_they_alone_fire_in_any_precision(name: str) -> None:
     sae = filled(SAES[name]() if name in SAES else GatedSAE(8, 4)).double()
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    nothing = Selection(torch.zeros(0, dtype=torch.int64), torch.zeros(21, dtype=torch.int64), 32)
-    before = Latents(nothing, torch.zeros(0, dtype=torch.float64))
-    assert sae.loss(x, before=before).moved > 0
-    assert sae.loss(x, before=before, new=torch.ones(32, dtype=torch.bool)).moved == 0
+    # one latent was there before, and is as it was
+    there = int(sae.encode(x)[0].argmax())
+    at = Selection(torch.tensor([there]), torch.ones(21, dtype=torch.int64).index_fill(0, torch.tensor([0]), 0), 32)
+    before = Latents(at, sae.encode(x)[0, there][None].detach())
+    assert sae.loss(x, before=before).moved > 0.1
+    # BatchTopK and Matryoshka choose by the batch, so it may be that one alone; its own value is the same
+    free = sae.loss(x, before=before, new=torch.ones(32, dtype=torch.bool)).moved
+    assert free.item() == pytest.approx(0, abs=1e-12)
 
 
 class Errors(Callback):
@@ -136,6 +163,7 @@ class Errors(Callback):
 
     def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
         self.seen.append(module.previous_error)
+        assert all(sae.precision == module.sae(h).precision for h, sae in module.previous.items())
 
 
 def test_its_unit_is_the_error_of_the_snapshot_before_on_its_own_llm_checkpoint(
@@ -162,6 +190,46 @@ def test_the_error_of_a_snapshot_is_in_the_units_of_its_loss(tiny_fit: Callable[
     scale = snapshot.statistics("scale").item()
     by_hand = ((reconstruct(dense, x) - x) * scale).square().mean()
     assert own_error(dense, Calibration.of(snapshot), x) == pytest.approx(float(by_hand), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "errors"),
+    [
+        (lambda: MatryoshkaSAE(8, 4, k=3, prefixes=[4, 16, 32]), ["mse", "prefix_mse"]),
+        (lambda: GatedSAE(8, 4), ["mse", "gate_mse"]),
+        (lambda: JumpReLUSAE(8, 4), ["mse"]),
+    ],
+    ids=["Matryoshka", "Gated", "JumpReLU"],
+)
+def test_the_error_is_all_reconstructions_in_the_loss_without_outliers(make: Any, errors: list[str]) -> None:
+    sae, x = filled(make()), 1 + torch.randn(600, 8, generator=torch.Generator().manual_seed(1))
+    calibration = Calibration.measure(x, 20.0)
+    trained = sae.folded(1 / calibration.scale)
+    terms = trained.loss(x * calibration.scale).terms
+    sinks = torch.cat([x[:300], 1e3 * x[:200], x[300:]])
+    expected = sum(terms[name].item() for name in errors)
+    assert own_error(sae, calibration, x) == pytest.approx(expected, rel=1e-5)
+    assert own_error(sae, calibration, sinks) == pytest.approx(expected, rel=1e-5)
+
+
+class Norms(Callback):
+    """Notes the largest norm from before."""
+
+    def __init__(self) -> None:
+        self.largest = 0.0
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        for x in batch.before.values():
+            self.largest = max(self.largest, x.norm(dim=1).max().item())
+
+
+def test_outliers_at_the_llm_checkpoint_before_are_left_out_too(tiny_fit: Callable[..., Any], tmp_path: Path) -> None:
+    largest = {}
+    for name, multiple in (("all", None), ("some", 1.1)):
+        norms = Norms()
+        fitted = tiny_fit(tmp_path / name, [norms], tokens={"outlier_norm": multiple}, steps=[0, 10])
+        largest[name], limit = norms.largest, fitted.track[0].norm_limit
+    assert 0 < largest["some"] <= limit < largest["all"]
 
 
 def test_a_scratch_start_is_held_to_nothing(tiny_fit: Callable[..., Any], tmp_path: Path) -> None:

@@ -224,6 +224,7 @@ def test_continuity_counts_in_units_of_the_error_before_and_frees_what_died(
     tiny_data: Callable[..., ActivationDataModule],
 ) -> None:
     module = a_module(tiny_data(HOOKPOINTS[:1]))
+    module.continuity = 2.5
     sae, state = module.sae(HOOKPOINTS[0]), module.feature_state(HOOKPOINTS[0])
     x = torch.randn(BATCH, 16, generator=torch.Generator().manual_seed(5))
     module.previous, module.previous_error = {HOOKPOINTS[0]: copy.deepcopy(sae)}, {HOOKPOINTS[0]: 0.3}
@@ -237,6 +238,6 @@ def test_continuity_counts_in_units_of_the_error_before_and_frees_what_died(
     assert all(out.moved < sae.loss(x, dead, before, other).moved - 1e-6 for other in (None, dead, new ^ dead))  # type: ignore[operator]
     share = module._lr_factor(50)
     assert 0 < share < 1  # the learning rate is rising
-    expected = out.loss + module.continuity * share * 0.3 * out.moved
+    expected = out.loss + 2.5 * share * 0.3 * out.moved
     found = module.training_step(Batch({HOOKPOINTS[0]: x}, {HOOKPOINTS[0]: x.roll(1, dims=0)}), 50)
     torch.testing.assert_close(found, expected)

@@ -316,6 +316,7 @@ def test_memory_that_a_recorded_step_uses_is_given_to_nobody_else() -> None:
         sae.loss(torch.cat([first.x] * 9))
         previous.sparse_latents(torch.cat([first.x] * 9))
     filled += [torch.full((n,), torch.nan, device="cuda") for n in (10, 1000, 10**5, 10**6, 10**7) for _ in range(50)]
+    sae.zero_grad()
     loss, out = graph(first, 0.5)
     graph.place_gradients()
     mine = [loss, out.fired, out.l0, out.x_hat, *out.terms.values(), *gradients(sae).values()]

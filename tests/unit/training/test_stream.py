@@ -328,6 +328,21 @@ def test_outliers_are_never_served_and_every_batch_is_full() -> None:
     assert any((b.now["other"].abs() > 1e5).any() for b in got)  # it has no limit
 
 
+def test_what_is_an_outlier_at_the_llm_checkpoint_before_is_not_served_either() -> None:
+    def fill(chunk: int) -> Filled:
+        x = positions(ORDER.chunk_rows(chunk)).double() + 1
+        sink = torch.isin(x[:, 0].long() - 1, torch.from_numpy(SINKS))
+        yield 1.0
+        return Batch({HOOKPOINT: x, "other": x}, {HOOKPOINT: torch.where(sink[:, None], 1e6 * x, x), "other": x})
+
+    stream = ActivationStream(ORDER, fill, norm_limits=lambda: {HOOKPOINT: 1e5}, limits_before={HOOKPOINT: 1e5})
+    got = list(stream)
+    assert {len(b.now[HOOKPOINT]) for b in got} == {BATCH}
+    assert not np.isin(torch.cat([b.now[HOOKPOINT] for b in got])[:, 0].long().numpy() - 1, SINKS).any()
+    assert all(torch.equal(b.before[HOOKPOINT], b.now[HOOKPOINT]) for b in got)
+    assert np.isin(torch.cat([b.now["other"] for b in got])[:, 0].long().numpy() - 1, SINKS).any()
+
+
 def test_without_outliers_the_limit_changes_nothing() -> None:
     free, limited = (list(stream_without(ORDER, over, np.array([]))) for over in ({}, {HOOKPOINT: 1e5}))
     assert all(torch.equal(a.now[HOOKPOINT], b.now[HOOKPOINT]) for a, b in zip(free, limited, strict=True))
