@@ -217,7 +217,8 @@ def test_a_series_of_repeated_steps_is_that_of_steps_that_are_not(
     monkeypatch.setattr(module_of_training, "can_be_recorded", lambda *_: False)
     other = tiny_fit(tmp_path / "not", module=module, **settings)
     assert repeated.calls == calls
-    assert_equal(weights(mine), weights(other))
+    # without dead latents nothing differs, not even the order of a sum
+    assert_equal(weights(mine), weights(other), rtol=0 if tokens_till_dead > 256 else 1e-4)
 
 
 @pytest.mark.parametrize("which", [0, 1])
