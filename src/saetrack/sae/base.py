@@ -40,10 +40,10 @@ class LossTerms(NamedTuple):
         smallest_kept: Smallest latent above zero, scalar, detached, NaN without any; None but for SAEs whose
             inference threshold follows it. `SAE.after_step_` wants it, averaged over the ranks.
         moved: How far the latents are from those ``before``, scalar, not part of ``loss``:
-            ``sum (z - before)^2 / sum before^2`` over the entries where either is active, z what the latent is
-            without threshold or gate where it was active before, so that one that fell below is drawn back. Where
-            ``new`` latents alone are active they do not count. None without ``before``. `SAEModule` counts it in units
-            of the reconstruction error.
+            ``sum (z - before)^2 / sum before^2`` over the entries where either is active, z the pre-activation where
+            a latent was active before, so that one that fell below its threshold is drawn back. Where ``new`` latents
+            alone are active they do not count. None without ``before``. `SAEModule` counts it in units of the
+            reconstruction error.
     """
 
     loss: Tensor
@@ -352,11 +352,8 @@ class SAE(nn.Module, ABC):
     ) -> Tensor | None:
         if before is None:
             return None
-        return moved(centred, self._unlimited(centred, before.selection), latents, before, new)
-
-    def _unlimited(self, centred: Tensor, selection: Selection) -> Tensor:
-        """What latents at a selection are before a threshold or a gate decides whether they are at all, ``[nnz]``."""
-        return encode_at(centred, self.W_enc, self.encoder_bias, self.b_dec, selection)
+        pre = encode_at(centred, self.W_enc, self.encoder_bias, self.b_dec, before.selection)
+        return moved(centred, pre, latents, before, new)
 
     def _dead_latents(self, dead: Tensor | None) -> DeadLatents | None:
         if dead is None or self.aux_coefficient == 0 or self.dead_places == 0:

@@ -11,7 +11,7 @@ _LEAST = 0.01  # share of the activations' power; only the latents of an SAE tha
 
 def moved(
     centred: Tensor,
-    unlimited: Tensor,
+    pre: Tensor,
     latents: Tensor | Latents,
     before: Latents,
     new: Tensor | None,
@@ -20,7 +20,7 @@ def moved(
 
     Args:
         centred: Activations without ``b_dec``, ``[batch, d_in]``.
-        unlimited: What the SAE's latents are at the entries of ``before`` without a threshold or gate, ``[nnz]``.
+        pre: Pre-activations at the entries of ``before``, ``[nnz]``; in GatedSAE those of the gate, for it decides.
         latents: Those of the batch, dense ``[batch, d_sae]`` or sparse.
         before: Those of the previous SAE at the same tokens; where they are 0 it had none.
         new: Latents that may fire where they did not, bool ``[d_sae]``: those that died and what AuxK revived. When one
@@ -32,7 +32,7 @@ def moved(
     """
     selection, values = before
     was = values > 0
-    total = ((unlimited - values).square() * was).sum()
+    total = ((pre - values).square() * was).sum()
     held = torch.ones(selection.d_sae, device=values.device) if new is None else (~new).float()  # [d_sae]
     if isinstance(latents, Tensor):
         there = latents[selection.rows, selection.columns].float().square() * (held[selection.columns] * was)

@@ -62,17 +62,14 @@ class GatedSAE(SAE):
 
     def activate(self, pre: Tensor) -> Tensor:
         """Give the magnitude wherever the gate, which is ``pre``, is above zero."""
-        return self._magnitude(pre, None).relu() * (pre > 0)
+        return self._magnitude(pre, None) * (pre > 0)
 
     def _magnitude(self, pre: Tensor, selection: Selection | None) -> Tensor:
-        """Magnitudes, before their ReLU, of pre-activations of the gate: of all latents, or those at a selection."""
+        """The magnitudes of pre-activations of the gate: of all latents, or ``[nnz]`` of those at a selection."""
         parameters = self.b_gate, self.r_mag, self.b_mag
         b_gate, r_mag, b_mag = parameters if selection is None else (spread(p, selection) for p in parameters)
         # m from g: both are the same product with W_enc, so one is enough
-        return (pre - b_gate) * r_mag.exp() + b_mag
-
-    def _unlimited(self, centred: Tensor, selection: Selection) -> Tensor:
-        return self._magnitude(super()._unlimited(centred, selection), selection)
+        return ((pre - b_gate) * r_mag.exp() + b_mag).relu()
 
     @torch.no_grad()
     def initialise(self, x: Tensor, generator: torch.Generator) -> None:
@@ -93,7 +90,7 @@ class GatedSAE(SAE):
             selection = select_positive(centred, self.W_enc, self.b_gate, self.precision, self.workspace)
             if selection is not None:
                 pre = encode_at(centred, self.W_enc, self.b_gate, self.b_dec, selection)  # [nnz]
-                values, gate = self._magnitude(pre, selection).relu() * (pre > 0), pre.relu()
+                values, gate = self._magnitude(pre, selection) * (pre > 0), pre.relu()
                 latents = Latents(selection, values)
                 x_hat = decode_at(values, selection, self.W_dec) + self.b_dec
                 x_gate = decode_at(gate, selection, self.W_dec.detach()) + self.b_dec.detach()

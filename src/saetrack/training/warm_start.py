@@ -62,7 +62,7 @@ class Calibration:
 
 @torch.no_grad()
 def own_error(sae: SAE, calibration: Calibration, activations: Tensor) -> float:
-    """Reconstruction errors that an SAE has on its own LLM checkpoint: those in the loss of its class, together.
+    """Reconstruction error that an SAE has on its own LLM checkpoint, as the loss of its class counts it.
 
     Args:
         sae: The SAE, in the LLM's own units.
@@ -72,8 +72,8 @@ def own_error(sae: SAE, calibration: Calibration, activations: Tensor) -> float:
     x = take(activations, within(activations, calibration.norm_limit)) * calibration.scale
     trained = sae.folded(1 / calibration.scale).to(x.device)
     terms = trained.loss(x[:: max(1, len(x) // _ERROR_ROWS)]).terms
-    # Matryoshka's prefixes and Gated's gate are reconstructions of their own
-    return sum(float(term) for name, term in terms.items() if name not in ("sparsity", "auxk"))
+    # Matryoshka's prefixes reconstruct too; what Gated's gate does is an auxiliary loss, as AuxK is
+    return sum(float(terms[name]) for name in ("mse", "prefix_mse") if name in terms)
 
 
 def in_both(before: Tensor, now: Tensor, last: Calibration, calibration: Calibration) -> tuple[Tensor, Tensor]:
