@@ -110,7 +110,7 @@ class StepGraph:
             if own is not None and x is not None:
                 own.copy_(x)
         self._continuity.fill_(continuity)
-        places = places_for(int(given.dead.sum()), self.sae)
+        places = places_for(int(given.dead.sum()), self.sae)  # the one number that the GPU is waited for
         recorded = self._recorded.pop(places, None) or self._record(self._given, places)
         self._recorded[places] = recorded  # the last, for it is the latest in use
         if len(self._recorded) > _GRAPHS:
