@@ -9,9 +9,10 @@ import argparse
 import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 FIGURES = {
     1.5: "drift/adjacent drift/identity drift/to_last formation/formed formation/progress semantics/examples "
@@ -38,6 +39,15 @@ def main() -> None:
         browser.close()
 
 
+def opened(browser: Browser, address: str, size: tuple[int, int], scheme: Any) -> Page:
+    """A view of the report, when it is there."""
+    width, height = size
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    page.goto(address)
+    page.wait_for_selector("body[data-ready]")
+    return page
+
+
 def of_the_report(browser: Browser, address: str, options: argparse.Namespace) -> None:
     """Its three views, and the panel of phases."""
     shots = {
@@ -46,16 +56,12 @@ def of_the_report(browser: Browser, address: str, options: argparse.Namespace) -
         "report-feature.png": (f"#feature={options.feature}&step={options.step}", "dark", 1180),
     }
     for name, (view, scheme, height) in shots.items():
-        page = browser.new_page(viewport={"width": 1280, "height": height}, color_scheme=scheme)
-        page.goto(address + view)
-        page.wait_for_selector("body[data-ready]")
+        page = opened(browser, address + view, (1280, height), scheme)
         if view == "#features":
             page.fill("#search", options.token)
         page.wait_for_timeout(500)
         save(page.screenshot(), options.folder / name, colours=192)
-    page = browser.new_page(viewport={"width": 1000, "height": 900}, color_scheme="light")
-    page.goto(f"{address}#overview&section=phases")
-    page.wait_for_selector("body[data-ready]")
+    page = opened(browser, f"{address}#overview&section=phases", (1000, 900), "light")
     page.wait_for_timeout(500)
     save(page.locator("#phases-boundaries").screenshot(), options.folder / "figures" / "phases-report.png")
 

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import scipy.sparse
+import torch
 from torch import Tensor
 
 
@@ -28,6 +29,12 @@ def norm_limit(x: Tensor, multiple: float | None) -> float:
 def within(x: Tensor, limit: float) -> Tensor | None:
     """Which activations ``[n, d_in]`` are no outliers, ``[n]``; None for all where there is no limit."""
     return None if math.isinf(limit) else x.norm(dim=-1) <= limit
+
+
+def within_all(*masks: Tensor | None) -> Tensor | None:
+    """Where every mask of `within` holds, ``[n]``; None for all where none of them has a limit."""
+    limited = [mask for mask in masks if mask is not None]
+    return torch.stack(limited).all(dim=0) if limited else None
 
 
 def take(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from saetrack.lm.checkpoints import LLMCheckpoint
 from saetrack.lm.forward import lane_numbers, module_name, read_activations
-from saetrack.lm.outliers import within
+from saetrack.lm.outliers import within, within_all
 from saetrack.lm.tokens import TokenRows, usable_counts
 
 T = TypeVar("T")
@@ -376,7 +376,9 @@ class ActivationStream:
             coming = None
             lanes = lane_numbers(list(activations.now))
             # on their device once, not a copy that a GPU is waited for at every batch
-            shuffles = {h: self._shuffle(chunk, h, activations, lanes[h]) for h in activations.now}
+            shuffles = {
+                h: self._shuffle(chunk, h, activations, lanes[h]).to(x.device) for h, x in activations.now.items()
+            }
             scales = self._scales()
             for i in range(first, per_chunk):
                 if self._position >= self.end:
@@ -402,14 +404,13 @@ class ActivationStream:
         """The order of a chunk's activations without its outliers, with enough of them to fill its batches."""
         x = activations.now[hookpoint]
         order = self.order.shuffle(chunk, len(x), lane)
-        sides = [(x, self._norm_limits())]
+        mask = _no_outliers(x, self._norm_limits().get(hookpoint, math.inf))
         if hookpoint in activations.before:
-            sides.append((activations.before[hookpoint], self._limits_before))
-        found = [_no_outliers(side, limits.get(hookpoint, math.inf)) for side, limits in sides]
-        masks = [mask for mask in found if mask is not None]
-        if not masks:
-            return order.to(x.device)
-        order = order[torch.stack(masks).all(dim=0).cpu()[order]]
+            limit = self._limits_before.get(hookpoint, math.inf)
+            mask = within_all(mask, _no_outliers(activations.before[hookpoint], limit))
+        if mask is None:
+            return order
+        order = order[mask.cpu()[order]]
         if not len(order):
             raise ValueError(
                 f"All {len(x)} activations of {hookpoint} in chunk {chunk} have outlier norms, measured by the "
@@ -418,7 +419,7 @@ class ActivationStream:
         # the leftover of whole rows usually covers what is gone; else a few activations are seen twice
         batches = min(self.order.batches_per_chunk, self.order.batches - chunk * self.order.batches_per_chunk)
         need = batches * self.order.local_batch
-        return (order if len(order) >= need else order.repeat(-(-need // len(order)))[:need]).to(x.device)
+        return order if len(order) >= need else order.repeat(-(-need // len(order)))[:need]
 
     def state_dict(self) -> dict[str, Any]:
         """How many batches have been handed out, and of how many."""

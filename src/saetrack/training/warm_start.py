@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saetrack.lm.outliers import take, within
+from saetrack.lm.outliers import take, within, within_all
 from saetrack.sae import SAE
 from saetrack.track import Snapshot
 
@@ -78,8 +78,7 @@ def own_error(sae: SAE, calibration: Calibration, activations: Tensor) -> float:
 
 def in_both(before: Tensor, now: Tensor, last: Calibration, calibration: Calibration) -> tuple[Tensor, Tensor]:
     """The activations at the positions that are no outliers at either LLM checkpoint."""
-    masks = [m for m in (within(before, last.norm_limit), within(now, calibration.norm_limit)) if m is not None]
-    mask = torch.stack(masks).all(dim=0) if masks else None
+    mask = within_all(within(before, last.norm_limit), within(now, calibration.norm_limit))
     return take(before, mask), take(now, mask)
 
 

@@ -35,6 +35,7 @@ SAES = {
     "BatchTopK": lambda: BatchTopKSAE(8, 4, k=3),
     "Matryoshka": lambda: MatryoshkaSAE(8, 4, k=3),
     "JumpReLU": lambda: JumpReLUSAE(8, 4),
+    "Gated": lambda: GatedSAE(8, 4),
 }
 
 
@@ -44,21 +45,20 @@ def dense(latents: Latents, batch: int) -> torch.Tensor:
     return z
 
 
-@pytest.mark.parametrize("name", [*SAES, "Gated"])
+@pytest.mark.parametrize("name", SAES)
 def test_sparse_latents_are_the_positive_ones_of_encode(name: str) -> None:
-    sae = filled(SAES[name]() if name in SAES else GatedSAE(8, 4))
+    sae = filled(SAES[name]())
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
     found = sae.sparse_latents(x)
     assert (found.values > 0).all()
     torch.testing.assert_close(dense(found, 20), sae.encode(x))
 
 
-@pytest.mark.parametrize("name", [*SAES, "Gated"])
+@pytest.mark.parametrize("name", SAES)
 def test_what_moved_is_counted_at_every_entry_that_is_or_was_active(name: str) -> None:
-    make = SAES.get(name, lambda: GatedSAE(8, 4))
-    sae = filled(make())
+    sae = filled(SAES[name]())
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
-    before = filled(make(), seed=1).sparse_latents(x)
+    before = filled(SAES[name](), seed=1).sparse_latents(x)
     pre, z = sae.preactivations(x).detach(), dense(before, 20)
     now = sae.activate_batch(pre).detach()
     entries = [(b, i) for b in range(20) for i in range(32)]
@@ -76,7 +76,7 @@ def test_what_moved_is_counted_at_every_entry_that_is_or_was_active(name: str) -
 
 @pytest.mark.parametrize("name", ["TopK", "Standard", "SAETrack", "JumpReLU", "Gated"])
 def test_latents_that_stayed_have_not_moved(name: str) -> None:
-    sae = filled(SAES.get(name, lambda: GatedSAE(8, 4))())  # whose magnitudes are those of its gates at first
+    sae = filled(SAES[name]())  # whose magnitudes are those of its gates at first
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
     assert sae.loss(x, before=sae.sparse_latents(x)).moved.item() == pytest.approx(0, abs=1e-6)
 
@@ -96,9 +96,9 @@ def test_a_snapshot_without_latents_holds_nothing_and_one_with_hardly_any_no_mor
     assert moved.item() == pytest.approx((total / (0.01 * (x - sae.b_dec).square().sum())).item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("name", [*SAES, "Gated"])
+@pytest.mark.parametrize("name", SAES)
 def test_it_reaches_a_latent_that_fell_below_the_threshold(name: str) -> None:
-    sae = filled(SAES[name]() if name in SAES else GatedSAE(8, 4))
+    sae = filled(SAES[name]())
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1))
     lost = int((sae.encode(x) > 0).sum(dim=0).argmin())
     at = torch.full((20,), lost)
@@ -131,16 +131,15 @@ def test_features_keep_their_latents_with_two_llms_in_memory_and_no_more(
     assert all(held > free + 0.05 for held, free in zip(correlation[1.0], correlation[0.0], strict=True))
 
 
-@pytest.mark.parametrize("name", [*SAES, "Gated"])
+@pytest.mark.parametrize("name", SAES)
 def test_latents_that_are_free_do_not_count_where_they_alone_fire_in_any_precision(name: str) -> None:
-    sae = filled(SAES[name]() if name in SAES else GatedSAE(8, 4)).double()
+    sae = filled(SAES[name]()).double()
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     # one latent was there before, and is as it was
     there = int(sae.encode(x)[0].argmax())
     at = Selection(torch.tensor([there]), torch.ones(21, dtype=torch.int64).index_fill(0, torch.tensor([0]), 0), 32)
     before = Latents(at, sae.encode(x)[0, there][None].detach())
     assert sae.loss(x, before=before).moved > 0.1
-    # BatchTopK and Matryoshka choose by the batch, so it may be that one alone; its own value is the same
     free = sae.loss(x, before=before, new=torch.ones(32, dtype=torch.bool)).moved
     assert free.item() == pytest.approx(0, abs=1e-12)
 

@@ -262,14 +262,19 @@ def native() -> Iterator[None]:
     use_kernels("pytorch")
 
 
+def given_by(loss: Tensor, out: LossTerms, sae: SAE) -> list[Tensor]:
+    """Loss, its parts and gradients."""
+    return [loss, out.fired, out.l0, out.x_hat, *out.terms.values(), *gradients(sae).values()]
+
+
 def eager(sae: SAE, previous: SAE | None, given: StepInputs, weight: float, places: int | None) -> list[Tensor]:
-    """Loss, its parts and gradients of a step that is not recorded."""
+    """What a step gives that is not recorded."""
     sae.dead_places = places
     sae.zero_grad()
     loss, out = loss_of(sae, previous, given, weight)
     loss.backward()
     sae.dead_places = None
-    return [loss.detach(), out.fired, out.l0, out.x_hat, *out.terms.values(), *gradients(sae).values()]
+    return given_by(loss.detach(), out, sae)
 
 
 @pytest.mark.gpu
@@ -291,7 +296,7 @@ def test_a_recorded_step_has_the_bits_of_one_that_is_not(
         optimizer.zero_grad()
         loss, out = graph(given, weight)
         graph.place_gradients()
-        mine = [loss, out.fired, out.l0, out.x_hat, *out.terms.values(), *gradients(sae).values()]
+        mine = given_by(loss, out, sae)
         assert len(mine) == len(expected)
         assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
         for a, b in zip(mine, just, strict=True):
@@ -320,7 +325,7 @@ def test_memory_that_a_recorded_step_uses_is_given_to_nobody_else() -> None:
     sae.zero_grad()
     loss, out = graph(first, 0.5)
     graph.place_gradients()
-    mine = [loss, out.fired, out.l0, out.x_hat, *out.terms.values(), *gradients(sae).values()]
+    mine = given_by(loss, out, sae)
     assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
     assert all(x.isnan().all() for x in filled)
 
