@@ -1,4 +1,4 @@
-"""A loss that is no number, and whose fault it is."""
+"""An SAE that has diverged: in a step, and whose fault it is, or by the end of a stage."""
 
 import math
 
@@ -44,3 +44,22 @@ def refuse_divergence(hookpoint: str, sae: SAE, loss: float, kernels: Kernels, x
         f"The SAE of {hookpoint} has diverged: its loss is {loss}. No snapshot of this stage was written. Lower "
         "`model.optimizer.lr`, or set `trainer.gradient_clip_val: 1.0`."
     )
+
+
+def refuse_diverged(hookpoint: str, step: int, fvu: float, before: float) -> None:
+    """Raise if a stage has ended worse than the mean activation and than it began.
+
+    Args:
+        hookpoint: Where the SAE reads.
+        step: The LLM's.
+        fvu: At the end of the stage.
+        before: At its beginning.
+
+    Raises:
+        ValueError: If it has, or ``fvu`` is NaN.
+    """
+    if math.isnan(fvu) or fvu > max(1.0, before):
+        raise ValueError(
+            f"The SAE of {hookpoint} has diverged on LLM step {step}: FVU {fvu:.4g}, from {before:.4g}. No snapshot "
+            "was written. Lower `model.optimizer.lr`, or set `trainer.gradient_clip_val: 1.0`."
+        )

@@ -24,6 +24,7 @@ from saetrack.sae import SAE, sae_record
 from saetrack.track import Snapshot, Track
 from saetrack.training import evaluation
 from saetrack.training.datamodule import ActivationDataModule
+from saetrack.training.divergence import refuse_diverged
 from saetrack.training.module import SAEModule, reconstruct
 from saetrack.training.start import Start, equal_norms
 from saetrack.training.warm_start import Calibration, WarmStart, in_both, orthogonal_map, own_error, recentre, transport
@@ -241,12 +242,7 @@ class StageWork:
         limits = {h: s.calibration.norm_limit for h, s in start.items()}
         qualities = evaluation.evaluate(self._site(stage.checkpoint, limits), saes)
         for hookpoint, quality in qualities.items():
-            if not pd.notna(quality.scalars["fvu"]):
-                raise ValueError(
-                    f"The SAE of {hookpoint} has diverged on LLM checkpoint step {stage.checkpoint.step}: its FVU is "
-                    f"{quality.scalars['fvu']}. No snapshot was written. Lower `model.optimizer.lr`, or set "
-                    "`trainer.gradient_clip_val: 1.0`."
-                )
+            refuse_diverged(hookpoint, stage.checkpoint.step, quality.scalars["fvu"], start[hookpoint].fvu_before)
         means = {h: s.calibration.mean.float() for h, s in start.items()}
         recovered = evaluation.cross_entropy_recovered(
             self._site(stage.checkpoint, limits, self.data.tokens.ce_tokens), saes, means

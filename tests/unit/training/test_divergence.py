@@ -1,10 +1,13 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from saetrack.sae import TopKSAE, native, use_kernels
+from saetrack.training import OptimizerSettings
 from saetrack.training.divergence import refuse_divergence
 
 
@@ -44,3 +47,12 @@ def test_a_loss_that_is_lost_everywhere_asks_for_a_smaller_step(batch: tuple[Top
     )
     with pytest.raises(ValueError, match=message):
         refuse_divergence("layers.1", sae, float("inf"), "pytorch", x, dead)
+
+
+def test_a_stage_that_ends_worse_than_the_mean_activation_writes_no_snapshot(
+    tiny_fit: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings = {"optimizer": OptimizerSettings(lr=1e6, warmup_tokens=0)}
+    with pytest.raises(ValueError, match=r"^The SAE of .* has diverged on LLM step 0: FVU [0-9.e+]+, from 0\."):
+        tiny_fit(tmp_path, module=settings)
+    assert not list(tmp_path.rglob("sae_weights.safetensors"))
